@@ -1,0 +1,24 @@
+"""Spike-aware optimizers and initializers for JAX: SPAM and Spike No More.
+
+Linen and NNX modules live in ``spam_optax.linen`` and ``spam_optax.nnx``, which need
+Flax and are imported by name.
+"""
+
+from spam_optax import functional as functional
+from spam_optax import initializers as initializers
+from spam_optax import testing as testing
+from spam_optax._monitor import TrackSpikesState as TrackSpikesState
+from spam_optax._monitor import tensor_names as tensor_names
+from spam_optax._monitor import track_spikes as track_spikes
+from spam_optax._reset import ResetMomentsState as ResetMomentsState
+from spam_optax._reset import reset_moments as reset_moments
+from spam_optax._spam import ScaleBySpamAdamState as ScaleBySpamAdamState
+from spam_optax._spam import ScaleBySpamState as ScaleBySpamState
+from spam_optax._spam import SpamClipState as SpamClipState
+from spam_optax._spam import scale_by_spam as scale_by_spam
+from spam_optax._spam import scale_by_spam_adam as scale_by_spam_adam
+from spam_optax._spam import spam as spam
+from spam_optax._spam import spam_adam as spam_adam
+from spam_optax._spam import spam_clip as spam_clip
+
+__version__ = "0.1.0"

@@ -1,0 +1,66 @@
+"""Arithmetic that every module shares: its dtype, complex numbers, counts.
+
+Arithmetic is done in float32, for float64 leaves in float64; what is stored and what
+comes out may be narrower.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_INT32_MAX = np.iinfo(np.int32).max
+
+
+def compute_dtype(x: jax.typing.ArrayLike) -> np.dtype:
+    """The real dtype of arithmetic on `x`: float64 for 64-bit parts, else float32."""
+    return jnp.promote_types(jnp.finfo(jnp.result_type(x)).dtype, jnp.float32)
+
+
+def widen(x: jax.typing.ArrayLike) -> jax.Array:
+    """`x` in the dtype that arithmetic is done in, complex if it was."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, compute_dtype(x)))
+
+
+def abs_sq(x: jax.Array) -> jax.Array:
+    """``|x|**2`` in the real compute dtype, without the square root of `abs`."""
+    x = widen(x)
+    if jnp.iscomplexobj(x):
+        return x.real**2 + x.imag**2
+    return x * x
+
+
+def direction(x: jax.Array) -> jax.Array:
+    """``x / |x|``, 0 for 0, in the compute dtype; infinite parts outweigh the rest."""
+    x = widen(x)
+    if not jnp.iscomplexobj(x):
+        return jnp.sign(x)
+    parts = jnp.stack([x.real, x.imag])
+    infinite = jnp.isinf(parts)
+    parts = jnp.where(
+        infinite.any(axis=0), jnp.where(infinite, jnp.sign(parts), 0), parts
+    )
+    # Scaled before the norm is taken: squares of 1e20 would overflow.
+    largest = jnp.abs(parts).max(axis=0)
+    parts = parts / jnp.where(largest > 0, largest, 1)
+    norm = jnp.sqrt((parts**2).sum(axis=0))
+    parts = parts / jnp.where(norm > 0, norm, 1)
+    return jax.lax.complex(parts[0], parts[1])
+
+
+def count_true(mask: jax.Array) -> jax.Array:
+    """Number of true entries, int32, stopping at the largest int32.
+
+    Rows are summed in float32: exact up to 2**24 entries a row, and on TPU, where an
+    integer sum over booleans is a pass of its own, fused with what made the mask.
+    """
+    rows = mask.astype(jnp.float32)
+    if rows.ndim:
+        rows = rows.sum(axis=-1)
+    total = rows.astype(jnp.int32).sum()
+    return jnp.where(rows.sum() < _INT32_MAX, total, _INT32_MAX)
+
+
+def saturating_add(total: jax.Array, count: jax.Array) -> jax.Array:
+    """Sum of two non-negative int32 that stops at the largest int32."""
+    return total + jnp.minimum(count, _INT32_MAX - total)

@@ -1,0 +1,172 @@
+"""Spike statistics of every tensor, kept in the state of any transformation."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _arithmetic, _validate, functional
+
+
+class TrackSpikesState(NamedTuple):
+    """State of :func:`track_spikes`: an entry a tensor, in `tensor_names`' order.
+
+    Attributes:
+      tensor_grad_norm: Norm of the gradient's finite coordinates in the last step.
+      tensor_update_norm: Norm of the update the inner transformation made of it.
+      tensor_mean_norm: Running mean of the gradient norm, the last step included.
+      tensor_spike_score: Gradient norm over the running mean before the last step; 0
+        without a history, ``inf`` if the gradient was not finite.
+      tensor_spike_steps: Steps so far whose spike score exceeded the threshold.
+      tensor_nonfinite: Non-finite coordinates of the gradient in the last step.
+      tensor_steps: Steps that entered the running mean.
+      inner_state: State of the inner transformation.
+    """
+
+    tensor_grad_norm: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    tensor_update_norm: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    tensor_mean_norm: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    tensor_spike_score: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    tensor_spike_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
+    tensor_nonfinite: jax.Array  # shape=(tensors,), dtype=jnp.int32.
+    tensor_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
+    inner_state: optax.OptState
+
+
+def track_spikes(
+    inner: optax.GradientTransformation,
+    *,
+    threshold: jax.typing.ArrayLike = 10.0,
+    decay: jax.typing.ArrayLike = 0.99,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Wraps a transformation and keeps spike statistics of every tensor in its state.
+
+    The updates are the inner transformation's, unchanged. Per tensor, with the gradient
+    norm :math:`n_t`, the spike score is the norm over its running mean
+
+    .. math::
+      s_t = n_t / \mu_{t-1}, \qquad
+      \mu_t = \mu_{t-1} + \frac{\min(n_t, \theta \mu_{t-1}) - \mu_{t-1}}
+        {\min(t, 1 / (1 - \beta))}
+
+    with `threshold` :math:`\theta` and `decay` :math:`\beta`: the plain mean at first,
+    an exponential moving average later. A spike enters the mean cut to the threshold,
+    so that it neither hides the next one nor, if the norm has risen for good, is called
+    a spike for ever. A gradient that is not finite enters no mean.
+
+    The statistics are read by name, and :func:`tensor_names` tells the tensor behind an
+    index; one vector for all tensors, rather than a scalar for each, keeps them apart
+    from the parameters when a state is sharded.
+
+    Args:
+      inner: The transformation to watch, for example ``spam(1e-3)``.
+      threshold: Spike score above which a step counts in ``tensor_spike_steps``, > 1.
+      decay: Decay of the running mean, in [0, 1).
+
+    Returns:
+      The wrapped transformation. It passes extra arguments on to `inner`.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the number of
+        tensors is not that of ``init``.
+      TypeError: If an argument is not a number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> tx = spam_optax.track_spikes(optax.sgd(0.1))
+      >>> params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))}
+      >>> state = tx.init(params)
+      >>> gradients = {"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))}
+      >>> updates, state = tx.update(gradients, state, params)
+      >>> gradients["kernel"] *= 30
+      >>> updates, state = tx.update(gradients, state, params)
+      >>> score = optax.tree.get(state, "tensor_spike_score")
+      >>> print(spam_optax.tensor_names(params)[score.argmax()], score.max())
+      kernel 30.0
+
+    .. seealso:: ``optax.monitor`` for other measurements.
+    """
+    _validate.check_number("track_spikes", "threshold", threshold, above=1)
+    _validate.check_decay("track_spikes", "decay", decay)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> TrackSpikesState:
+        tensors = len(jax.tree.leaves(params))
+        floats = (jnp.zeros([tensors], jnp.float32) for _ in range(4))
+        ints = (jnp.zeros([tensors], jnp.int32) for _ in range(3))
+        return TrackSpikesState(*floats, *ints, inner.init(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: TrackSpikesState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TrackSpikesState]:
+        gradients = jax.tree.leaves(updates)
+        if len(gradients) != state.tensor_steps.shape[0]:
+            raise ValueError(
+                "track_spikes: the tree of updates must have the "
+                f"{state.tensor_steps.shape[0]} leaves of init's parameters, "
+                f"got {len(gradients)}."
+            )
+        new_updates, inner_state = inner.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        norm = _norms([functional.zero_nonfinite(g) for g in gradients])
+        nonfinite = _stack(
+            [_arithmetic.count_true(functional.nonfinite_mask(g)) for g in gradients],
+            jnp.int32,
+        )
+        mean = state.tensor_mean_norm
+        # The sum over a tensor can overflow where no square does.
+        valid = (nonfinite == 0) & jnp.isfinite(norm)
+        score = jnp.where(mean > 0, norm / jnp.where(mean > 0, mean, 1), 0)
+        score = jnp.where(valid, score, jnp.inf)
+        steps = state.tensor_steps + valid
+        limited = jnp.where(mean > 0, jnp.minimum(norm, threshold * mean), norm)
+        rate = 1 / jnp.minimum(jnp.maximum(steps, 1), 1 / (1 - decay))
+        new_mean = (mean + rate * (limited - mean)).astype(jnp.float32)
+        return new_updates, TrackSpikesState(
+            tensor_grad_norm=norm,
+            tensor_update_norm=_norms(jax.tree.leaves(new_updates)),
+            tensor_mean_norm=jnp.where(valid, new_mean, mean),
+            tensor_spike_score=score,
+            tensor_spike_steps=state.tensor_spike_steps + (score > threshold),
+            tensor_nonfinite=nonfinite,
+            tensor_steps=steps,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def tensor_names(params: optax.Params) -> tuple[str, ...]:
+    """Names of the tensors behind the indices of :class:`TrackSpikesState`.
+
+    Args:
+      params: The tree of parameters that ``init`` was called with.
+
+    Returns:
+      The path of each tensor, its parts joined by ``/``.
+
+    Examples:
+      >>> import spam_optax
+      >>> spam_optax.tensor_names({"layer": {"kernel": 1.0, "bias": 0.0}})
+      ('layer/bias', 'layer/kernel')
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return tuple(
+        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves
+    )
+
+
+def _stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
+    return jnp.stack(scalars).astype(dtype) if scalars else jnp.zeros([0], dtype)
+
+
+def _norms(tensors: list[jax.Array]) -> jax.Array:
+    squares = [jnp.sum(_arithmetic.abs_sq(x)) for x in tensors]
+    return _stack([jnp.sqrt(x) for x in squares], jnp.float32)

@@ -1,0 +1,124 @@
+"""The reset clock, and momentum reset for any gradient transformation."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _validate, functional
+
+
+class ResetMomentsState(NamedTuple):
+    """State of :func:`reset_moments`.
+
+    Attributes:
+      reset_step: Steps taken.
+      inner_state: State of the inner transformation.
+    """
+
+    reset_step: jax.Array  # shape=(), dtype=jnp.int32.
+    inner_state: optax.OptState
+
+
+def reset_moments(
+    inner: optax.GradientTransformation,
+    interval: jax.typing.ArrayLike | None,
+    *,
+    fields: Sequence[str] = ("mu", "nu", "trace"),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Momentum reset for any Optax transformation.
+
+    In steps ``interval``, ``2 * interval``, ... the named fields of the inner state go
+    back to their initial values before the gradient of that step is used. Everything
+    else stays, step counters included, so schedules and bias corrections run on.
+
+    Huang et al. follow a reset by a warm-up of the learning rate; multiply yours by
+    :func:`spam_optax.functional.reset_ramp` for that. :func:`spam_optax.spam_adam` has
+    both built in.
+
+    Args:
+      inner: The transformation whose momentum is reset: ``optax.scale_by_adam``,
+        ``scale_by_lion``, ``trace``, ``contrib.muon``, a whole chain, ...
+      interval: Steps between resets. None: never.
+      fields: Names of the state fields that are reset, at any depth of the inner state.
+
+    Returns:
+      The wrapped transformation. It passes extra arguments on to `inner`.
+
+    Raises:
+      ValueError: If `interval` is < 1 or not whole, or `fields` is empty; by ``init``,
+        if the inner state has none of the `fields`.
+      TypeError: If `fields` is a string.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> tx = spam_optax.reset_moments(optax.trace(decay=0.9), interval=3)
+      >>> params = jnp.zeros(())
+      >>> state = tx.init(params)
+      >>> for _ in range(4):
+      ...     update, state = tx.update(jnp.ones(()), state, params)
+      ...     print(f"{update:.2f}")
+      1.00
+      1.90
+      1.00
+      1.90
+
+    References:
+      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
+    """
+    if interval is not None:
+        _validate.check_whole("reset_moments", "interval", interval, low=1)
+    _check_fields(fields)
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> ResetMomentsState:
+        inner_state = inner.init(params)
+        if not any(optax.tree.get_all_with_path(inner_state, f) for f in fields):
+            raise ValueError(
+                f"reset_moments: fields must name at least one field of the inner "
+                f"state, got {tuple(fields)!r}."
+            )
+        return ResetMomentsState(jnp.zeros([], jnp.int32), inner_state)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ResetMomentsState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ResetMomentsState]:
+        step = optax.safe_increment(state.reset_step)
+        is_reset = functional.reset_position(step, interval) == 0
+        # Made anew rather than stored: initial moments are constants to the compiler.
+        initial = inner.init(updates if params is None else params)
+        inner_state = jax.tree_util.tree_map_with_path(
+            lambda path, old, new: (
+                jnp.where(is_reset, new.astype(old.dtype), old)
+                if _names_any(path, fields)
+                else old
+            ),
+            state.inner_state,
+            initial,
+        )
+        updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
+        return updates, ResetMomentsState(step, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_fields(fields: Sequence[str]) -> None:
+    allowed = "a sequence of names of state fields"
+    if isinstance(fields, str):
+        raise TypeError(f"reset_moments: fields must be {allowed}, got {fields!r}.")
+    if not fields:
+        raise ValueError(f"reset_moments: fields must be {allowed}, got {fields!r}.")
+
+
+def _names_any(path: tuple, fields: Sequence[str]) -> bool:
+    """Whether an attribute, not a key of a parameter dictionary, is one of `fields`."""
+    return any(
+        isinstance(key, jax.tree_util.GetAttrKey) and key.name in fields for key in path
+    )

@@ -1,0 +1,762 @@
+"""SPAM: spike-aware clipping, Adam with momentum reset, and both as one.
+
+Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
+<https://arxiv.org/abs/2501.06842>`_, ICLR 2025.
+"""
+
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _arithmetic, _validate, functional
+
+Mask = optax.Params | Callable[[optax.Params], Any]
+
+
+class SpamClipState(NamedTuple):
+    """State of :func:`spam_clip`. The counters are None when spikes are not counted.
+
+    Attributes:
+      clip_step: Steps taken.
+      clip_nu: Second moment of the clipped gradients.
+      spike_count: Coordinates clipped as spikes in the last step.
+      spike_total: The same, of all steps.
+      nonfinite_count: NaN, infinite or overflowing coordinates in the last step.
+      nonfinite_total: The same, of all steps.
+    """
+
+    clip_step: jax.Array  # shape=(), dtype=jnp.int32.
+    clip_nu: optax.Updates
+    spike_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    spike_total: jax.Array | None  # shape=(), dtype=jnp.int32.
+    nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
+
+
+class ScaleBySpamAdamState(NamedTuple):
+    """State of :func:`scale_by_spam_adam`.
+
+    Attributes:
+      count: Steps taken.
+      mu: First moment.
+      nu: Second moment.
+      dropped_count: Coordinates of the last step that were not finite and so were
+        taken as 0. The name differs from :class:`SpamClipState`'s, for a chain has
+        both states.
+      dropped_total: The same, of all steps.
+    """
+
+    count: jax.Array  # shape=(), dtype=jnp.int32.
+    mu: optax.Updates
+    nu: optax.Updates
+    dropped_count: jax.Array  # shape=(), dtype=jnp.int32.
+    dropped_total: jax.Array  # shape=(), dtype=jnp.int32.
+
+
+class ScaleBySpamState(NamedTuple):
+    """State of :func:`scale_by_spam`. The counters are None when nothing is counted.
+
+    Attributes:
+      count: Steps taken.
+      mu: First moment.
+      nu: Second moment, which the spikes are measured against.
+      spike_count: Coordinates clipped as spikes in the last step.
+      spike_total: The same, of all steps.
+      nonfinite_count: NaN, infinite or overflowing coordinates in the last step.
+      nonfinite_total: The same, of all steps.
+    """
+
+    count: jax.Array  # shape=(), dtype=jnp.int32.
+    mu: optax.Updates
+    nu: optax.Updates
+    spike_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    spike_total: jax.Array | None  # shape=(), dtype=jnp.int32.
+    nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
+
+
+def spam_clip(
+    threshold: jax.typing.ArrayLike = 5000.0,
+    b2: jax.typing.ArrayLike = 0.999,
+    *,
+    reset_interval: jax.typing.ArrayLike | None = 500,
+    grace_steps: jax.typing.ArrayLike = 20,
+    clip_unseen: bool = False,
+    count_spikes: bool = True,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    r"""Spike-aware gradient clipping with a second moment of its own.
+
+    Each coordinate :math:`g` of the gradient is limited by its own history :math:`v`:
+
+    .. math::
+      g &\leftarrow \mathrm{sign}(g) \sqrt{\theta v}
+        \quad \text{where } g^2 > \theta v \\
+      v &\leftarrow \beta_2 v + (1 - \beta_2) g^2
+
+    where :math:`\theta` is the `threshold`. The history starts anew every
+    `reset_interval` steps, and nothing is clipped in the `grace_steps` after that, or
+    at the start. Coordinates that are not finite never get through: NaN becomes 0, and
+    an infinity (or a number whose square overflows) the limit
+    :math:`\sqrt{\theta v}`, or 0 where nothing is clipped or there is no history.
+
+    Use it before any optimizer: ``optax.chain(spam_clip(), optax.adamw(1e-3))``.
+    Before :func:`spam_adam` prefer :func:`spam`, which shares the second moment.
+
+    Args:
+      threshold: Limit on ``g**2 / v``; 5000 is about 70.7 times the running root mean
+        square. Not the 50 of :func:`spam_optax.functional.gradient_spike_score`. Since
+        ``v`` is not bias corrected, keep it above ``1 / (1 - b2**grace_steps)`` (51
+        with the defaults), or ordinary gradients are clipped after a reset.
+      b2: Decay of the second moment, in [0, 1).
+      reset_interval: Steps between resets, larger than `grace_steps`. None: never.
+      grace_steps: Steps without clipping at the start and after each reset.
+      clip_unseen: Whether a coordinate whose second moment is 0 is clipped, to 0, as in
+        the reference implementation. Such a coordinate, an embedding row first seen
+        after the grace window for one, then stays frozen until the next reset.
+      count_spikes: Whether clipped and non-finite coordinates are counted in the state.
+      nu_dtype: Storage dtype of the second moment. None: float32, float64 for float64
+        and complex128 parameters.
+
+    Returns:
+      The transformation. Its updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the tree of updates
+        is not that of the parameters.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> tx = spam_optax.spam_clip(grace_steps=1)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> gradients, state = tx.update(jnp.array([1.0, 1.0]), state)
+      >>> gradients, state = tx.update(jnp.array([1.0, -1e6]), state)
+      >>> print(gradients.round(3), optax.tree.get(state, "spike_count"))
+      [ 1.    -2.236] 1
+
+    References:
+      Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
+      <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
+    """
+    _check_clip("spam_clip", threshold, b2, reset_interval, grace_steps)
+    nu_dtype = _validate.check_moment_dtype("spam_clip", "nu_dtype", nu_dtype)
+
+    def init_fn(params: optax.Params) -> SpamClipState:
+        return SpamClipState(
+            jnp.zeros([], jnp.int32),
+            _init_nu("spam_clip", params, nu_dtype),
+            *_init_counters(count_spikes),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: SpamClipState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, SpamClipState]:
+        del params
+        _validate.check_same_tree("spam_clip", updates, state.clip_nu)
+        step = optax.safe_increment(state.clip_step)
+        position = functional.reset_position(step, reset_interval)
+        nu = _zero_at_reset(state.clip_nu, position)
+        clipped, spikes = _clip(
+            updates, nu, position >= grace_steps, threshold, clip_unseen
+        )
+        counters = _count(state, updates, spikes) if count_spikes else (None,) * 4
+        nu = _moment(nu, clipped, b2, _arithmetic.abs_sq)
+        nu = _cast_like(nu, state.clip_nu)
+        return clipped, SpamClipState(step, nu, *counters)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def scale_by_spam_adam(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    reset_interval: jax.typing.ArrayLike | None = 500,
+    warmup_steps: jax.typing.ArrayLike = 150,
+    restart_bias_correction: bool = False,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Rescales by Adam with momentum reset and a ramp after each reset.
+
+    :func:`spam_adam` without learning rate and weight decay; the formulas are there.
+
+    Args:
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Term added to the root of the uncorrected second moment, > 0.
+      reset_interval: Steps between resets. None: never.
+      warmup_steps: Length of the ramp after each reset, in steps.
+      restart_bias_correction: Whether the bias corrections restart with the moments.
+      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
+        parameters. Complex parameters keep a complex first moment.
+      nu_dtype: Storage dtype of the second moment. None: real, as for `mu_dtype`.
+
+    Returns:
+      The transformation. Its updates have the dtype of the parameters, or without
+      these of the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the tree of updates
+        is not that of the parameters.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> tx = spam_optax.scale_by_spam_adam()
+      >>> params = jnp.zeros(2)
+      >>> updates, _ = tx.update(jnp.array([2.0, -0.5]), tx.init(params), params)
+      >>> print(updates.round(3))
+      [ 1. -1.]
+    """
+    _check_adam("scale_by_spam_adam", b1, b2, eps, reset_interval, warmup_steps)
+    mu_dtype = _validate.check_moment_dtype("scale_by_spam_adam", "mu_dtype", mu_dtype)
+    nu_dtype = _validate.check_moment_dtype("scale_by_spam_adam", "nu_dtype", nu_dtype)
+    step_scale = functools.partial(
+        _step_scale,
+        b1=b1,
+        b2=b2,
+        reset_interval=reset_interval,
+        warmup_steps=warmup_steps,
+        restart_bias_correction=restart_bias_correction,
+    )
+
+    def init_fn(params: optax.Params) -> ScaleBySpamAdamState:
+        return ScaleBySpamAdamState(
+            jnp.zeros([], jnp.int32),
+            _init_mu("scale_by_spam_adam", params, mu_dtype),
+            _init_nu("scale_by_spam_adam", params, nu_dtype),
+            jnp.zeros([], jnp.int32),
+            jnp.zeros([], jnp.int32),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleBySpamAdamState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, ScaleBySpamAdamState]:
+        _validate.check_same_tree("scale_by_spam_adam", updates, state.mu)
+        step = optax.safe_increment(state.count)
+        position = functional.reset_position(step, reset_interval)
+        finite = _map(functional.zero_nonfinite, updates)
+        dropped = _count_tree(_map(functional.nonfinite_mask, updates))
+        mu = _moment(_zero_at_reset(state.mu, position), finite, b1, _arithmetic.widen)
+        nu = _moment(_zero_at_reset(state.nu, position), finite, b2, _arithmetic.abs_sq)
+        direction = _direction(mu, nu, step_scale(step), eps)
+        return _cast_updates(direction, updates, params), ScaleBySpamAdamState(
+            step,
+            _cast_like(mu, state.mu),
+            _cast_like(nu, state.nu),
+            dropped,
+            _arithmetic.saturating_add(state.dropped_total, dropped),
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def spam_adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    reset_interval: jax.typing.ArrayLike | None = 500,
+    warmup_steps: jax.typing.ArrayLike = 150,
+    restart_bias_correction: bool = False,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with momentum reset and a ramp of the step size after each reset.
+
+    The momentum half of SPAM, a complete optimizer. In step :math:`t` with gradient
+    :math:`g`, learning rate :math:`\alpha` and weight decay :math:`\lambda`:
+
+    .. math::
+      m, v &\leftarrow 0 \quad \text{if } t \bmod D = 0 \
+      m &\leftarrow \beta_1 m + (1 - \beta_1) g \
+      v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \
+      p &\leftarrow p - \alpha \left( w \,
+        \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \,
+        \frac{m}{\sqrt v + \varepsilon} + \lambda p \right)
+
+    with the `reset_interval` :math:`D` and the ramp :math:`w` of
+    :func:`spam_optax.functional.reset_ramp`, which rises from 0.01 to 1 over the
+    `warmup_steps` after each reset and is 1 before the first one.
+
+    .. note::
+      As published, the bias correction is *not* restarted by a reset. The moments then
+      start from 0 without correction, and since the root of :math:`v` grows more
+      slowly than :math:`m`, the steps are about 1.9 times Adam's on average (at most
+      2.7 times, 136 steps after a reset, with the defaults). So compare it with Adam at
+      each one's own best learning rate. ``restart_bias_correction=True`` counts
+      :math:`t` in the bias corrections from the reset, and the steps are Adam's.
+
+    A coordinate that is not finite (NaN, infinite, or its square overflows) is taken as
+    0 and counted in the state as ``dropped_count``; clip spikes with :func:`spam_clip`
+    before, or use :func:`spam`.
+
+    Args:
+      learning_rate: The learning rate, a number >= 0 or a schedule.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Term added to the root of the uncorrected second moment, > 0.
+      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate and
+        not by the ramp. 0 adds nothing and needs no parameters.
+      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
+        of them, or a function from parameters to such a tree. None: everything.
+      reset_interval: Steps between resets. None: never.
+      warmup_steps: Length of the ramp after each reset, in steps.
+      restart_bias_correction: Whether the bias corrections restart with the moments.
+      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
+        parameters. Complex parameters keep a complex first moment.
+      nu_dtype: Storage dtype of the second moment. None: real, as for `mu_dtype`.
+
+    Returns:
+      The optimizer. Its updates have the dtype of the parameters, or without these of
+      the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the tree of updates
+        is not that of the parameters, or weight decay is asked for without parameters.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> f = lambda x: jnp.sum(x**2)
+      >>> tx = spam_optax.spam_adam(learning_rate=0.1)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     updates, state = tx.update(jax.grad(f)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"objective: {f(params):.2f}")
+      objective: 12.83
+      objective: 11.72
+      objective: 10.68
+
+    References:
+      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, algorithm 1.
+
+    .. seealso:: :func:`spam`, :func:`reset_moments`
+    """
+    _check_optimizer("spam_adam", learning_rate, weight_decay)
+    return optax.chain(
+        scale_by_spam_adam(
+            b1,
+            b2,
+            eps,
+            reset_interval=reset_interval,
+            warmup_steps=warmup_steps,
+            restart_bias_correction=restart_bias_correction,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+        ),
+        _decay_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.stateless(_cast_to_params),
+    )
+
+
+def scale_by_spam(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    threshold: jax.typing.ArrayLike = 5000.0,
+    grace_steps: jax.typing.ArrayLike = 20,
+    clip_unseen: bool = False,
+    count_spikes: bool = True,
+    reset_interval: jax.typing.ArrayLike | None = 500,
+    warmup_steps: jax.typing.ArrayLike = 150,
+    restart_bias_correction: bool = False,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Rescales by SPAM: spike-aware clipping and Adam with momentum reset.
+
+    :func:`spam` without learning rate and weight decay; arguments and errors are there.
+
+    Returns:
+      The transformation. Its updates have the dtype of the parameters, or without
+      these of the gradients.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> tx = spam_optax.scale_by_spam()
+      >>> params = jnp.zeros(2)
+      >>> updates, _ = tx.update(jnp.array([2.0, -0.5]), tx.init(params), params)
+      >>> print(updates.round(3))
+      [ 1. -1.]
+    """
+    _check_clip("scale_by_spam", threshold, b2, reset_interval, grace_steps)
+    _check_adam("scale_by_spam", b1, b2, eps, reset_interval, warmup_steps)
+    mu_dtype = _validate.check_moment_dtype("scale_by_spam", "mu_dtype", mu_dtype)
+    nu_dtype = _validate.check_moment_dtype("scale_by_spam", "nu_dtype", nu_dtype)
+    step_scale = functools.partial(
+        _step_scale,
+        b1=b1,
+        b2=b2,
+        reset_interval=reset_interval,
+        warmup_steps=warmup_steps,
+        restart_bias_correction=restart_bias_correction,
+    )
+
+    def init_fn(params: optax.Params) -> ScaleBySpamState:
+        return ScaleBySpamState(
+            jnp.zeros([], jnp.int32),
+            _init_mu("scale_by_spam", params, mu_dtype),
+            _init_nu("scale_by_spam", params, nu_dtype),
+            *_init_counters(count_spikes),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleBySpamState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, ScaleBySpamState]:
+        _validate.check_same_tree("scale_by_spam", updates, state.mu)
+        step = optax.safe_increment(state.count)
+        position = functional.reset_position(step, reset_interval)
+        mu = _zero_at_reset(state.mu, position)
+        nu = _zero_at_reset(state.nu, position)
+        # Widened first: nothing forces a clipped bfloat16 gradient back to bfloat16.
+        clipped, spikes = _clip(
+            _map(_arithmetic.widen, updates),
+            nu,
+            position >= grace_steps,
+            threshold,
+            clip_unseen,
+        )
+        counters = _count(state, updates, spikes) if count_spikes else (None,) * 4
+        mu = _moment(mu, clipped, b1, _arithmetic.widen)
+        nu = _moment(nu, clipped, b2, _arithmetic.abs_sq)
+        direction = _direction(mu, nu, step_scale(step), eps)
+        mu, nu = _cast_like(mu, state.mu), _cast_like(nu, state.nu)
+        return (
+            _cast_updates(direction, updates, params),
+            ScaleBySpamState(step, mu, nu, *counters),
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def spam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    threshold: jax.typing.ArrayLike = 5000.0,
+    grace_steps: jax.typing.ArrayLike = 20,
+    clip_unseen: bool = False,
+    count_spikes: bool = True,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask | None = None,
+    reset_interval: jax.typing.ArrayLike | None = 500,
+    warmup_steps: jax.typing.ArrayLike = 150,
+    restart_bias_correction: bool = False,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SPAM: Adam with spike-aware gradient clipping and momentum reset.
+
+    For pre-training that spikes. The same as ``optax.chain(spam_clip(...),
+    spam_adam(...))``, whose docstrings have the formulas, with one second moment for
+    both halves and so the memory of Adam. The two agree to float32 rounding when both
+    halves of the chain have the same `b2`, `reset_interval` and `nu_dtype` and the
+    gradients are float32; narrower gradients are clipped here in float32.
+
+    Statistics are in the state, for example ``optax.tree.get(state, "spike_count")``;
+    the others are ``spike_total``, ``nonfinite_count`` and ``nonfinite_total``.
+
+    What becomes of a coordinate of the gradient:
+
+    ============================  ====================================================
+    NaN                           0, counted as non-finite
+    +-infinite, square overflows  the clip limit where clipping is active and there is
+                                  a history, else 0; counted as non-finite
+    finite, above the limit       the clip limit where clipping is active, counted as
+                                  a spike
+    no history (``v = 0``)        passes unclipped, unless `clip_unseen`
+    ============================  ====================================================
+
+    Differences from the authors' implementation:
+
+    * A coordinate without history is not clipped to 0; ``clip_unseen=True`` does that.
+    * Non-finite gradients do not reach the moments or the parameters.
+    * Moments are float32 for bfloat16 parameters unless asked otherwise.
+    * ``reset_interval=None`` and intervals of any length work.
+
+    With ``optax.inject_hyperparams`` pass ``hyperparam_dtype=jnp.float32``, or bfloat16
+    parameters turn ``b2 = 0.999`` into 1, and name ``mask``, ``mu_dtype`` and
+    ``nu_dtype`` in ``static_args`` when they are given.
+
+    Args:
+      learning_rate: The learning rate, a number >= 0 or a schedule.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Term added to the root of the uncorrected second moment, > 0.
+      threshold: Limit on ``g**2 / v``; 5000 is about 70.7 times the running root mean
+        square, so a burst of 40 times the usual gradient passes.
+      grace_steps: Steps without clipping at the start and after each reset.
+      clip_unseen: Whether a coordinate whose second moment is 0 is clipped, to 0.
+      count_spikes: Whether clipped and non-finite coordinates are counted in the state.
+      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate and
+        not by the ramp. 0 adds nothing and needs no parameters.
+      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
+        of them, or a function from parameters to such a tree. None: everything.
+      reset_interval: Steps between resets, larger than `grace_steps`. None: never.
+      warmup_steps: Length of the ramp after each reset, in steps.
+      restart_bias_correction: Whether the bias corrections restart with the moments;
+        see the note in :func:`spam_adam` on the effective learning rate.
+      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
+        parameters. Complex parameters keep a complex first moment.
+      nu_dtype: Storage dtype of the second moment. None: real, as for `mu_dtype`.
+
+    Returns:
+      The optimizer. Its updates have the dtype of the parameters, or without these of
+      the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the tree of updates
+        is not that of the parameters, or weight decay is asked for without parameters.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> f = lambda x: jnp.sum(x**2)
+      >>> tx = spam_optax.spam(learning_rate=0.1, grace_steps=2)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> state = tx.init(params)
+      >>> for step in range(4):
+      ...     gradients = jax.grad(f)(params)
+      ...     if step == 2:
+      ...         gradients = gradients.at[0].set(1e9)
+      ...     updates, state = tx.update(gradients, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     spikes = optax.tree.get(state, "spike_count")
+      ...     print(f"objective: {f(params):.2f}, spikes: {spikes}")
+      objective: 12.83, spikes: 0
+      objective: 11.72, spikes: 0
+      objective: 10.69, spikes: 1
+      objective: 9.72, spikes: 0
+
+    References:
+      Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
+      <https://arxiv.org/abs/2501.06842>`_, 2025.
+
+    .. seealso:: :func:`spam_clip`, :func:`spam_adam`
+    """
+    _check_optimizer("spam", learning_rate, weight_decay)
+    return optax.chain(
+        scale_by_spam(
+            b1,
+            b2,
+            eps,
+            threshold=threshold,
+            grace_steps=grace_steps,
+            clip_unseen=clip_unseen,
+            count_spikes=count_spikes,
+            reset_interval=reset_interval,
+            warmup_steps=warmup_steps,
+            restart_bias_correction=restart_bias_correction,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+        ),
+        _decay_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.stateless(_cast_to_params),
+    )
+
+
+# What the transformations above share: checks, initial state, one step, casts.
+
+
+def _check_clip(function, threshold, b2, reset_interval, grace_steps) -> None:
+    _validate.check_number(function, "threshold", threshold, above=0)
+    _validate.check_decay(function, "b2", b2)
+    _validate.check_reset(function, reset_interval, grace_steps)
+
+
+def _check_adam(function, b1, b2, eps, reset_interval, warmup_steps) -> None:
+    _validate.check_decay(function, "b1", b1)
+    _validate.check_decay(function, "b2", b2)
+    _validate.check_number(function, "eps", eps, above=0)
+    _validate.check_reset(function, reset_interval)
+    _validate.check_whole(function, "warmup_steps", warmup_steps, low=0)
+
+
+def _check_optimizer(function, learning_rate, weight_decay) -> None:
+    _validate.check_learning_rate(function, learning_rate)
+    _validate.check_number(function, "weight_decay", weight_decay, at_least=0)
+
+
+def _map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps `f` over the leaves; None, a parameter without a gradient, stays None."""
+    return jax.tree.map(
+        lambda x, *xs: None if x is None else f(x, *xs),
+        tree,
+        *rest,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _init_mu(function: str, params: optax.Params, dtype: Any) -> optax.Updates:
+    def zeros(path, p):
+        wide = _validate.check_inexact(function, path, p)
+        narrow = dtype is not None and not jnp.iscomplexobj(p)
+        return jnp.zeros_like(p, dtype=dtype if narrow else wide)
+
+    return jax.tree_util.tree_map_with_path(zeros, params)
+
+
+def _init_nu(function: str, params: optax.Params, dtype: Any) -> optax.Updates:
+    def zeros(path, p):
+        wide = _validate.check_inexact(function, path, p)
+        return jnp.zeros_like(p, dtype=dtype or jnp.finfo(wide).dtype)
+
+    return jax.tree_util.tree_map_with_path(zeros, params)
+
+
+def _init_counters(count_spikes: bool) -> tuple[jax.Array | None, ...]:
+    return tuple(jnp.zeros([], jnp.int32) if count_spikes else None for _ in range(4))
+
+
+def _zero_at_reset(moments: optax.Updates, position: jax.Array) -> optax.Updates:
+    return jax.tree.map(
+        lambda x: jnp.where(position == 0, jnp.zeros_like(x), x), moments
+    )
+
+
+def _clip(
+    updates: optax.Updates,
+    nu: optax.Updates,
+    is_active: jax.Array,
+    threshold: jax.typing.ArrayLike,
+    clip_unseen: bool,
+) -> tuple[optax.Updates, Any]:
+    """Returns the gradients without spikes or non-finite entries, and the spikes."""
+
+    def clip(g, v):
+        clipped = functional.clip_spikes(g, v, threshold, clip_unseen=clip_unseen)
+        return jnp.where(is_active, clipped, functional.zero_nonfinite(g))
+
+    def spikes(g, v):
+        return is_active & functional.spike_mask(
+            g, v, threshold, clip_unseen=clip_unseen
+        )
+
+    return _map(clip, updates, nu), _map(spikes, updates, nu)
+
+
+def _count_tree(masks: Any) -> jax.Array:
+    return functools.reduce(
+        _arithmetic.saturating_add,
+        map(_arithmetic.count_true, jax.tree.leaves(masks)),
+        jnp.zeros([], jnp.int32),
+    )
+
+
+def _count(
+    state: SpamClipState | ScaleBySpamState, updates: optax.Updates, spikes: Any
+) -> tuple[jax.Array, ...]:
+    spike_count = _count_tree(spikes)
+    nonfinite_count = _count_tree(_map(functional.nonfinite_mask, updates))
+    return (
+        spike_count,
+        _arithmetic.saturating_add(state.spike_total, spike_count),
+        nonfinite_count,
+        _arithmetic.saturating_add(state.nonfinite_total, nonfinite_count),
+    )
+
+
+def _moment(
+    moments: optax.Updates,
+    gradients: optax.Updates,
+    decay: jax.typing.ArrayLike,
+    power: Callable[[jax.Array], jax.Array],
+) -> optax.Updates:
+    """Moves the moments towards `power` of the gradients, in the wide dtype."""
+
+    def move(moment, g):
+        moment, target = _arithmetic.widen(moment), power(g)
+        dtype = jnp.promote_types(moment.dtype, target.dtype)
+        # Cast: an injected float64 decay must not widen a float32 moment.
+        return (decay * moment + (1 - decay) * target).astype(dtype)
+
+    return jax.tree.map(
+        lambda g, moment: moment if g is None else move(moment, g),
+        gradients,
+        moments,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def _step_scale(
+    step: jax.Array, *, b1, b2, reset_interval, warmup_steps, restart_bias_correction
+) -> jax.Array:
+    """The ramp times the bias corrections: a scalar."""
+    ramp = functional.reset_ramp(step, reset_interval, warmup_steps)
+    if restart_bias_correction:
+        position = functional.reset_position(step, reset_interval)
+        step = jnp.where(position < step, position + 1, step)
+    first = functional.bias_correction(b1, step)
+    second = functional.bias_correction(b2, step)
+    return ramp * jnp.sqrt(second) / first
+
+
+def _direction(
+    mu: optax.Updates, nu: optax.Updates, scale: jax.Array, eps: jax.typing.ArrayLike
+) -> optax.Updates:
+    return _map(lambda m, v: (scale * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
+
+
+def _cast_like(tree: Any, like: Any) -> Any:
+    return _map(lambda x, y: x.astype(jnp.asarray(y).dtype), tree, like)
+
+
+def _cast_updates(
+    direction: optax.Updates, updates: optax.Updates, params: optax.Params | None
+) -> optax.Updates:
+    """Casts to the parameters' dtype, or the gradients'; None where no gradient was."""
+    like = updates if params is None else params
+    return _map(
+        lambda g, d, y: d.astype(jnp.asarray(y).dtype), updates, direction, like
+    )
+
+
+def _cast_to_params(
+    updates: optax.Updates, params: optax.Params | None
+) -> optax.Updates:
+    """Undoes the widening by an injected learning rate or weight decay."""
+    return updates if params is None else _cast_like(updates, params)
+
+
+def _decay_weights(
+    weight_decay: jax.typing.ArrayLike, mask: Mask | None
+) -> optax.GradientTransformation:
+    if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay, mask)

@@ -1,0 +1,571 @@
+r"""Pure functions of arrays: spike detection, clipping, the reset clock, the metrics.
+
+Every gradient transformation of this package is built from these functions, so what
+is measured in a notebook is what an optimizer does. Nothing here keeps state. Shapes
+and dtypes are checked by chex while tracing and cost nothing at run time.
+
+Throughout, ``g`` is a gradient, ``v`` its second moment (an exponential moving average
+of ``|g|**2``, not bias corrected) and steps are counted from 1.
+"""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from spam_optax import _arithmetic, _validate
+
+__all__ = (
+    "attention_jacobian_bound",
+    "bias_correction",
+    "clip_spikes",
+    "ffn_jacobian_bound",
+    "gradient_spike_score",
+    "nonfinite_mask",
+    "online_spike_score",
+    "reset_position",
+    "reset_ramp",
+    "spike_mask",
+    "spike_score",
+    "zero_nonfinite",
+)
+
+
+def _check_inexact(x: jax.Array) -> None:
+    if not jnp.iscomplexobj(x):
+        chex.assert_type(x, float)
+
+
+def _check_gradient_and_nu(gradient: jax.Array, nu: jax.Array) -> None:
+    _check_inexact(gradient)
+    chex.assert_type(nu, float)
+    chex.assert_equal_shape((gradient, nu))
+
+
+def gradient_spike_score(
+    gradients: jax.typing.ArrayLike, *, axis: int = 0
+) -> jax.Array:
+    r"""Gradient spike score of recorded gradients: the offline form.
+
+    .. math::
+      \mathrm{GSS}(g_{i,t}) = \frac{|g_{i,t}|}{\frac1T \sum_{s=1}^{T} |g_{i,s}|}
+
+    Huang et al. call a coordinate a spike where the score exceeds 50. This is another
+    formula than the threshold of 5000 of the optimizer, which is on ``g**2 / v``; see
+    :func:`online_spike_score`.
+
+    Args:
+      gradients: Gradients of ``T`` steps along `axis`, any shape, floating or complex.
+        Their unit does not matter: the score has none.
+      axis: The axis that counts the steps.
+
+    Returns:
+      The scores, shaped like `gradients`, float32 (float64 for float64 input). A
+      non-finite entry scores ``inf`` and does not enter the mean; a coordinate that
+      is 0 at every step scores 0.
+
+    Raises:
+      AssertionError: If `gradients` has no step along `axis`, or is neither floating
+        nor complex.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> gradients = jnp.ones((100, 2)).at[7, 0].set(1000.0)
+      >>> score = functional.gradient_spike_score(gradients)
+      >>> print(round(float(score[7, 0]), 2), int((score > 50).sum()))
+      90.99 1
+
+    References:
+      Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
+      <https://arxiv.org/abs/2501.06842>`_, 2025, section 2.
+    """
+    gradients = jnp.asarray(gradients)
+    _check_inexact(gradients)
+    chex.assert_axis_dimension_gt(gradients, axis, 0)
+    size = jnp.abs(_arithmetic.widen(gradients))
+    finite = jnp.isfinite(size)
+    mean = jnp.mean(size, axis=axis, keepdims=True, where=finite)
+    score = size / jnp.where(mean > 0, mean, 1)
+    return jnp.where(finite, score, jnp.inf)
+
+
+def online_spike_score(
+    gradient: jax.typing.ArrayLike, nu: jax.typing.ArrayLike
+) -> jax.Array:
+    r"""Gradient spike score against the running second moment: the online form.
+
+    .. math::
+      \mathrm{score}_i = \frac{|g_i|^2}{v_i}
+
+    The surrogate that SPAM compares with its threshold: 5000 means a gradient of about
+    70.7 times its running root mean square.
+
+    Args:
+      gradient: The gradient of one step, any shape, floating or complex.
+      nu: Its second moment before this step, the same shape, floating.
+
+    Returns:
+      The scores, shaped like `gradient`, float32 (float64 for float64 input): 0 where
+      ``nu`` is 0, since without a history nothing is a spike, and ``inf`` where the
+      gradient is not finite.
+
+    Raises:
+      AssertionError: If the shapes differ or a dtype is not as said above.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> gradient, nu = jnp.array([1.0, 100.0, 7.0]), jnp.array([1.0, 1.0, 0.0])
+      >>> print(functional.online_spike_score(gradient, nu))
+      [1.e+00 1.e+04 0.e+00]
+
+    References:
+      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
+    """
+    gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
+    _check_gradient_and_nu(gradient, nu)
+    square = _arithmetic.abs_sq(gradient)
+    nu = nu.astype(square.dtype)
+    score = jnp.where(nu > 0, square / jnp.where(nu > 0, nu, 1), 0)
+    return jnp.where(jnp.isfinite(square), score, jnp.inf)
+
+
+def nonfinite_mask(gradient: jax.typing.ArrayLike) -> jax.Array:
+    """Which coordinates cannot enter a second moment: their square is not finite.
+
+    Args:
+      gradient: Any shape, floating or complex.
+
+    Returns:
+      Booleans shaped like `gradient`. Squares are taken in float32 (float64 for
+      float64 and complex128), so in float32 the limit is about 1.8e19.
+
+    Raises:
+      AssertionError: If `gradient` is neither floating nor complex.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> print(functional.nonfinite_mask(jnp.array([1.0, jnp.nan, -jnp.inf, 1e30])))
+      [False  True  True  True]
+    """
+    gradient = jnp.asarray(gradient)
+    _check_inexact(gradient)
+    return ~jnp.isfinite(_arithmetic.abs_sq(gradient))
+
+
+def zero_nonfinite(gradient: jax.typing.ArrayLike) -> jax.Array:
+    """Sets the coordinates of :func:`nonfinite_mask` to 0 and leaves the others alone.
+
+    Args:
+      gradient: Any shape, floating or complex.
+
+    Returns:
+      The gradient, same shape and dtype.
+
+    Raises:
+      AssertionError: If `gradient` is neither floating nor complex.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> print(functional.zero_nonfinite(jnp.array([1.0, jnp.nan, -jnp.inf])))
+      [1. 0. 0.]
+    """
+    gradient = jnp.asarray(gradient)
+    return jnp.where(nonfinite_mask(gradient), jnp.zeros_like(gradient), gradient)
+
+
+def spike_mask(
+    gradient: jax.typing.ArrayLike,
+    nu: jax.typing.ArrayLike,
+    threshold: jax.typing.ArrayLike = 5000.0,
+    *,
+    clip_unseen: bool = False,
+) -> jax.Array:
+    r"""Which coordinates are gradient spikes.
+
+    .. math::
+      S_i = [\, |g_i|^2 > \theta v_i \,]
+
+    with the threshold :math:`\theta`.
+
+    Args:
+      gradient: The gradient of one step, any shape, floating or complex.
+      nu: Its second moment before this step, the same shape, floating.
+      threshold: Spikes have an :func:`online_spike_score` above this; no unit.
+      clip_unseen: Whether a non-zero gradient where ``nu`` is 0 counts as a spike, as
+        in the reference implementation.
+
+    Returns:
+      Booleans shaped like `gradient`. A non-finite coordinate is not a spike: see
+      :func:`nonfinite_mask`.
+
+    Raises:
+      AssertionError: If the shapes differ or a dtype is not as said above.
+      ValueError: If `threshold` is a number that is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> gradient, nu = jnp.array([1.0, -100.0, 7.0]), jnp.array([1.0, 1.0, 0.0])
+      >>> print(functional.spike_mask(gradient, nu))
+      [False  True False]
+      >>> print(functional.spike_mask(gradient, nu, clip_unseen=True))
+      [False  True  True]
+
+    References:
+      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
+    """
+    _validate.check_number("spike_mask", "threshold", threshold, above=0)
+    gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
+    spikes = online_spike_score(gradient, nu) > threshold
+    if clip_unseen:
+        spikes |= (nu == 0) & (gradient != 0)
+    return spikes & ~nonfinite_mask(gradient)
+
+
+def clip_spikes(
+    gradient: jax.typing.ArrayLike,
+    nu: jax.typing.ArrayLike,
+    threshold: jax.typing.ArrayLike = 5000.0,
+    *,
+    clip_unseen: bool = False,
+) -> jax.Array:
+    r"""Limits gradient spikes to ``sqrt(threshold)`` times their running RMS.
+
+    .. math::
+      g_i \leftarrow \begin{cases}
+        \frac{g_i}{|g_i|} \sqrt{\theta v_i} & \text{if } |g_i|^2 > \theta v_i \
+        g_i & \text{else}
+      \end{cases}
+
+    The sign, or the phase of a complex number, is kept. An infinite coordinate, or one
+    whose square overflows, is limited in the same way (0 where ``nu`` is 0); NaN
+    becomes 0.
+
+    Args:
+      gradient: The gradient of one step, any shape, floating or complex.
+      nu: Its second moment before this step, the same shape, floating.
+      threshold: The spike threshold, see :func:`spike_mask`.
+      clip_unseen: Whether coordinates where ``nu`` is 0 are clipped, to 0.
+
+    Returns:
+      The clipped gradient, same shape and dtype, always finite, and with a finite
+      square in the dtype arithmetic is done in.
+
+    Raises:
+      AssertionError: If the shapes differ or a dtype is not as said above.
+      ValueError: If `threshold` is a number that is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> gradient = jnp.array([1.0, -1000.0, jnp.inf, jnp.nan])
+      >>> print(functional.clip_spikes(gradient, jnp.ones(4), 2500.0))
+      [  1. -50.  50.   0.]
+
+    References:
+      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
+    """
+    gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
+    spikes = spike_mask(gradient, nu, threshold, clip_unseen=clip_unseen)
+    dtype = _arithmetic.compute_dtype(gradient)
+    limit = jnp.sqrt(jnp.asarray(threshold, dtype)) * jnp.sqrt(nu.astype(dtype))
+    # The limit may exceed what was ever seen: it must fit the gradient's own dtype,
+    # and its square (halved for the sum of two rounded squares) the moments'.
+    largest = min(
+        float(jnp.finfo(gradient.dtype).max), 0.5 * float(jnp.finfo(dtype).max) ** 0.5
+    )
+    limited = _arithmetic.direction(gradient) * jnp.minimum(limit, largest)
+    clipped = jnp.where(
+        spikes | nonfinite_mask(gradient), limited, _arithmetic.widen(gradient)
+    )
+    clipped = jnp.where(jnp.isnan(gradient), 0, clipped)
+    return clipped.astype(gradient.dtype)
+
+
+def reset_position(
+    step: jax.typing.ArrayLike, interval: jax.typing.ArrayLike | None
+) -> jax.Array:
+    r"""Steps since the momentum was last reset: ``step mod interval``.
+
+    Args:
+      step: Number of the step, from 1; whole numbers of any shape.
+      interval: Steps between resets; the moments are zeroed in steps ``interval``,
+        ``2 * interval``, ..., before the gradient of that step enters them. None:
+        never.
+
+    Returns:
+      The position, int32, shaped like `step`: 0 in a reset step. Before the first
+      reset, and without an interval, the step itself.
+
+    Raises:
+      AssertionError: If `step` is not an integer.
+      ValueError: If `interval` is a number that is not whole or is < 1.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> print(functional.reset_position(jnp.array([1, 499, 500, 501]), 500))
+      [  1 499   0   1]
+
+    References:
+      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, algorithm 1.
+    """
+    step = jnp.asarray(step)
+    chex.assert_type(step, int)
+    step = step.astype(jnp.int32)
+    if interval is None:
+        return step
+    _validate.check_whole("reset_position", "interval", interval, low=1)
+    return step % jnp.asarray(interval, jnp.int32)
+
+
+def reset_ramp(
+    step: jax.typing.ArrayLike,
+    interval: jax.typing.ArrayLike | None,
+    warmup_steps: jax.typing.ArrayLike,
+) -> jax.Array:
+    r"""Factor on the step size that rises from 0.01 to 1 after each momentum reset.
+
+    .. math::
+      1 - \frac{0.99}{2} \left(1 + \cos\frac{\pi c}{N + 1}\right)
+      \quad\text{for } c < N, \text{ else } 1
+
+    with :math:`c` the :func:`reset_position` and :math:`N` the `warmup_steps`. Before
+    the first reset it is 1: there is no ramp at the start of training.
+
+    Args:
+      step: Number of the step, from 1; whole numbers of any shape.
+      interval: Steps between resets, or None for never.
+      warmup_steps: Length of the ramp in steps; 0 for none.
+
+    Returns:
+      The factor, shaped like `step`, float32 (float64 where JAX has it enabled).
+
+    Raises:
+      AssertionError: If `step` is not an integer.
+      ValueError: If `interval` is < 1 or `warmup_steps` < 0, or not whole.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> steps = jnp.array([1, 500, 575, 650])
+      >>> print(functional.reset_ramp(steps, 500, 150).round(3))
+      [1.   0.01 0.5  1.  ]
+
+    References:
+      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, algorithm 1.
+    """
+    _validate.check_whole("reset_ramp", "warmup_steps", warmup_steps, low=0)
+    position = reset_position(step, interval)
+    ramping = (position < warmup_steps) & (position < step)
+    angle = jnp.pi * position.astype(float) / (warmup_steps + 1)
+    ramp = 1 - 0.99 * (1 + jnp.cos(angle)) / 2
+    return jnp.where(ramping, ramp, 1.0)
+
+
+def bias_correction(
+    decay: jax.typing.ArrayLike, step: jax.typing.ArrayLike
+) -> jax.Array:
+    r"""Adam's bias correction :math:`1 - \beta^t`, without cancellation.
+
+    Written as ``-expm1(t * log(decay))``: in float32 ``1 - 0.999**1`` is off by 1e-5.
+
+    Args:
+      decay: The decay :math:`\beta` in [0, 1).
+      step: Number of the step, from 1; whole numbers of any shape.
+
+    Returns:
+      The correction, shaped like `step`, float32 (float64 where JAX has it enabled).
+
+    Raises:
+      ValueError: If `decay` is a number outside [0, 1).
+
+    Examples:
+      >>> from spam_optax import functional
+      >>> print(functional.bias_correction(0.9, 2).round(6))
+      0.19
+
+    References:
+      Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, algorithm 1.
+    """
+    _validate.check_decay("bias_correction", "decay", decay)
+    if isinstance(decay, jax.Array):
+        log_decay = jnp.log(_arithmetic.widen(decay))
+    else:
+        # In Python's float64: rounding 0.999 to float32 first would cost the digits.
+        log_decay = math.log(decay) if decay > 0 else -math.inf
+    return -jnp.expm1(jnp.asarray(step).astype(float) * log_decay)
+
+
+def spike_score(
+    values: jax.typing.ArrayLike,
+    *,
+    window: int = 1000,
+    deviations: jax.typing.ArrayLike = 10.0,
+) -> jax.Array:
+    r"""Share of spikes in the curve of a loss or a gradient norm, in percent.
+
+    A value is a spike when it lies at least `deviations` standard deviations above or
+    below the mean of the `window` values before it:
+
+    .. math::
+      |x_t - \mu_t| \ge k \sigma_t, \quad x_t \ne \mu_t
+
+    A non-finite value is a spike and enters no mean. Comparable runs need the same
+    window.
+
+    Args:
+      values: One value a step, shape ``(steps,)``, floating.
+      window: How many earlier values the mean and the (population) standard deviation
+        are taken over. The first `window` values are not judged.
+      deviations: How many standard deviations :math:`k` make a spike.
+
+    Returns:
+      Percent of the judged values, 0 to 100: a float32 scalar.
+
+    Raises:
+      AssertionError: If `values` is not a vector of floats.
+      ValueError: If `window` is < 2 or not less than the number of values, or
+        `deviations` is not > 0.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> loss = 2 + 0.01 * jax.random.normal(jax.random.key(0), (300,))
+      >>> print(functional.spike_score(loss.at[250].set(9.0), window=100))
+      0.5
+
+    References:
+      Wang et al., `AdaGC <https://arxiv.org/abs/2502.11034>`_, 2025.
+    """
+    values = jnp.asarray(values)
+    chex.assert_rank(values, 1)
+    chex.assert_type(values, float)
+    _validate.check_whole("spike_score", "window", window, low=2)
+    _validate.check_number("spike_score", "deviations", deviations, above=0)
+    judged = values.shape[0] - window
+    if judged < 1:
+        raise ValueError(
+            f"spike_score: window must be < the number of values "
+            f"({values.shape[0]}), got {window}."
+        )
+    values = _arithmetic.widen(values)
+    finite = jnp.isfinite(values)
+
+    def is_spike(start: jax.Array) -> jax.Array:
+        history = jax.lax.dynamic_slice_in_dim(values, start, window)
+        known = jax.lax.dynamic_slice_in_dim(finite, start, window)
+        distance = jnp.abs(values[start + window] - history.mean(where=known))
+        far = distance >= deviations * history.std(where=known)
+        return (far & (distance > 0)) | ~finite[start + window]
+
+    # Batched, so that a long curve does not need (steps, window) values at once.
+    spikes = jax.lax.map(is_spike, jnp.arange(judged), batch_size=min(judged, 256))
+    return 100 * spikes.astype(jnp.float32).mean()
+
+
+def ffn_jacobian_bound(
+    width: jax.typing.ArrayLike,
+    ffn_width: jax.typing.ArrayLike,
+    std_in: jax.typing.ArrayLike,
+    std_out: jax.typing.ArrayLike,
+    residual_std: jax.typing.ArrayLike,
+) -> jax.Array:
+    r"""Bound on the spectral norm of the Jacobian of a Pre-LN feed-forward sub-layer.
+
+    .. math::
+      \left\| \frac{\partial\, (x + \mathrm{FFN}(\mathrm{LN}(x)))}{\partial x}
+      \right\|_2 \le
+      1 + \frac{\sigma_1 \sigma_2}{\sigma_x} \left(\sqrt d + \sqrt{d_{ffn}}\right)^2
+
+    It holds for a plain feed-forward network of two matrices, not for a gated one.
+
+    Args:
+      width: Model width :math:`d`.
+      ffn_width: Hidden width :math:`d_{ffn}`.
+      std_in: Standard deviation :math:`\sigma_1` of the first matrix's entries.
+      std_out: Standard deviation :math:`\sigma_2` of the second matrix's entries.
+      residual_std: Standard deviation :math:`\sigma_x` of the residual stream
+        :math:`x` that enters the sub-layer.
+
+    Returns:
+      The bound, float32, no unit: a scalar for numbers, else the arguments' shape.
+
+    Raises:
+      ValueError: If an argument is a number that is not > 0.
+
+    Examples:
+      >>> from spam_optax import functional
+      >>> std = (0.4 / 1024) ** 0.5  # Spike No More: variance 2 / (5 * width)
+      >>> bound = functional.ffn_jacobian_bound(
+      ...     1024, 4096, std_in=std, std_out=std / 48**0.5, residual_std=0.4**0.5)
+      >>> print(f"{bound:.3f}")
+      1.822
+
+    References:
+      Takase et al., `Spike No More: Stabilizing the Pre-training of Large Language
+      Models <https://arxiv.org/abs/2312.16903>`_, 2025, section 3.
+    """
+    arguments = {
+        "width": width,
+        "ffn_width": ffn_width,
+        "std_in": std_in,
+        "std_out": std_out,
+        "residual_std": residual_std,
+    }
+    for name, value in arguments.items():
+        _validate.check_number("ffn_jacobian_bound", name, value, above=0)
+    matrices = (jnp.sqrt(width) + jnp.sqrt(ffn_width)) ** 2
+    return 1 + std_in * std_out / residual_std * matrices
+
+
+def attention_jacobian_bound(
+    width: jax.typing.ArrayLike,
+    std_out: jax.typing.ArrayLike,
+    residual_std: jax.typing.ArrayLike,
+    attention_norm: jax.typing.ArrayLike,
+) -> jax.Array:
+    r"""Bound on the spectral norm of the Jacobian of a Pre-LN attention sub-layer.
+
+    .. math::
+      \left\| \frac{\partial\, (x + \mathrm{Attn}(\mathrm{LN}(x)))}{\partial x}
+      \right\|_2 \le
+      1 + \frac{\sigma_O}{\sigma_x} \, 2 \sqrt d \, \|J_Z\|_2
+
+    Args:
+      width: Model width :math:`d`.
+      std_out: Standard deviation :math:`\sigma_O` of the output projection's entries.
+      residual_std: Standard deviation :math:`\sigma_x` of the residual stream
+        :math:`x` that enters the sub-layer.
+      attention_norm: Spectral norm of :math:`J_Z`, the Jacobian of the concatenated
+        heads with respect to the normalised input.
+
+    Returns:
+      The bound, float32, no unit: a scalar for numbers, else the arguments' shape.
+
+    Raises:
+      ValueError: If an argument is a number that is not > 0 (`attention_norm`: >= 0).
+
+    Examples:
+      >>> from spam_optax import functional
+      >>> bound = functional.attention_jacobian_bound(
+      ...     1024, std_out=0.003, residual_std=1.0, attention_norm=1.5)
+      >>> print(f"{bound:.3f}")
+      1.288
+
+    References:
+      Takase et al., `Spike No More <https://arxiv.org/abs/2312.16903>`_, 2025,
+      section 3.
+    """
+    function = "attention_jacobian_bound"
+    _validate.check_number(function, "width", width, above=0)
+    _validate.check_number(function, "std_out", std_out, above=0)
+    _validate.check_number(function, "residual_std", residual_std, above=0)
+    _validate.check_number(function, "attention_norm", attention_norm, at_least=0)
+    return 1 + std_out / residual_std * 2 * jnp.sqrt(width) * attention_norm

@@ -1,0 +1,140 @@
+"""Break a training run on purpose: reproducible corruption of gradients."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _arithmetic, _validate
+
+__all__ = ("InjectSpikesState", "inject_spikes")
+
+_KINDS = ("scale", "noise", "nan", "inf")
+
+
+class InjectSpikesState(NamedTuple):
+    """State of :func:`inject_spikes`.
+
+    Attributes:
+      injection_step: Steps taken.
+      injected_count: Coordinates corrupted in the last step.
+    """
+
+    injection_step: jax.Array  # shape=(), dtype=jnp.int32.
+    injected_count: jax.Array  # shape=(), dtype=jnp.int32.
+
+
+def inject_spikes(
+    key: jax.Array | int,
+    rate: jax.typing.ArrayLike = 1e-3,
+    scale: jax.typing.ArrayLike = 1000.0,
+    *,
+    kind: str = "scale",
+    steps: Sequence[int] | Callable[[jax.Array], jax.Array] | None = None,
+) -> optax.GradientTransformation:
+    """Corrupts a random part of the gradients, the same part whenever it is run.
+
+    What is hit depends on the key, the step, the tensor's place in the tree and its
+    shape alone. Put it first in a chain to see what an optimizer makes of a fault:
+    ``optax.chain(testing.inject_spikes(0, steps=[100]), optax.adam(1e-3))``.
+
+    Args:
+      key: A PRNG key, or a number to make one from.
+      rate: Probability that a coordinate is hit, in [0, 1].
+      scale: The factor of ``"scale"``, or the root mean square of ``"noise"`` in units
+        of that of the tensor's gradient.
+      kind: What becomes of the coordinates hit. ``"scale"``: multiplied by `scale`.
+        ``"noise"``: normal noise is added. ``"nan"``: NaN. ``"inf"``: infinite, of the
+        coordinate's sign, positive for 0.
+      steps: Steps in which gradients are corrupted: numbers, from 1, or a function from
+        the step, an int32 scalar, to a boolean. None: every step.
+
+    Returns:
+      The transformation. Its updates have the dtype of the gradients. The number of
+      coordinates hit in the last step is ``injected_count`` in the state.
+
+    Raises:
+      ValueError: If `rate` is outside [0, 1], `scale` is not finite, `kind` is unknown
+        or a step is < 1.
+      TypeError: If an argument is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import testing
+      >>> tx = testing.inject_spikes(0, rate=0.5, scale=10.0, steps=[2])
+      >>> state = tx.init(jnp.zeros(4))
+      >>> first, state = tx.update(jnp.ones(4), state)
+      >>> second, state = tx.update(jnp.ones(4), state)
+      >>> print(first, int((second == 10).sum()) == state.injected_count)
+      [1. 1. 1. 1.] True
+    """
+    _validate.check_number("inject_spikes", "rate", rate, at_least=0, at_most=1)
+    _validate.check_number("inject_spikes", "scale", scale)
+    _validate.check_choice("inject_spikes", "kind", kind, _KINDS)
+    is_hit_step = _step_test(steps)
+    if not isinstance(key, jax.Array):
+        _validate.check_whole("inject_spikes", "key", key, low=0)
+        key = jax.random.key(key)
+
+    def init_fn(params: optax.Params) -> InjectSpikesState:
+        del params
+        return InjectSpikesState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: InjectSpikesState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, InjectSpikesState]:
+        del params
+        step = optax.safe_increment(state.injection_step)
+
+        def corrupt(updates):
+            leaves, structure = jax.tree.flatten(updates)
+            count = jnp.zeros([], jnp.int32)
+            for i, g in enumerate(leaves):
+                leaf_key = jax.random.fold_in(jax.random.fold_in(key, step), i)
+                hit_key, value_key = jax.random.split(leaf_key)
+                hit = jax.random.bernoulli(hit_key, rate, g.shape)
+                leaves[i] = jnp.where(hit, _fault(value_key, g, scale, kind), g)
+                count = _arithmetic.saturating_add(count, _arithmetic.count_true(hit))
+            return jax.tree.unflatten(structure, leaves), count
+
+        def leave(updates):
+            return updates, jnp.zeros([], jnp.int32)
+
+        updates, count = jax.lax.cond(is_hit_step(step), corrupt, leave, updates)
+        return updates, InjectSpikesState(step, count)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _step_test(
+    steps: Sequence[int] | Callable[[jax.Array], jax.Array] | None,
+) -> Callable[[jax.Array], jax.Array]:
+    if steps is None:
+        return lambda step: jnp.ones([], bool)
+    if callable(steps):
+        return steps
+    for step in steps:
+        _validate.check_whole("inject_spikes", "steps", step, low=1)
+    return lambda step: jnp.isin(step, jnp.asarray(list(steps), jnp.int32))
+
+
+def _fault(
+    key: jax.Array, g: jax.Array, scale: jax.typing.ArrayLike, kind: str
+) -> jax.Array:
+    """What a hit coordinate of `g` becomes, in the dtype of `g`."""
+    match kind:
+        case "scale":
+            fault = _arithmetic.widen(g) * scale
+        case "noise":
+            wide = _arithmetic.widen(g)
+            rms = jnp.sqrt(jnp.mean(_arithmetic.abs_sq(g)))
+            fault = wide + scale * rms * jax.random.normal(key, g.shape, wide.dtype)
+        case "nan":
+            fault = jnp.full_like(g, jnp.nan)
+        case "inf":
+            fault = jnp.where(g == 0, 1, _arithmetic.direction(g)) * jnp.inf
+    return fault.astype(g.dtype)
