@@ -37,13 +37,12 @@ def direction(x: jax.Array) -> jax.Array:
         return jnp.sign(x)
     parts = jnp.stack([x.real, x.imag])
     infinite = jnp.isinf(parts)
-    parts = jnp.where(
-        infinite.any(axis=0), jnp.where(infinite, jnp.sign(parts), 0), parts
-    )
+    has_infinite = infinite.any(axis=0, keepdims=True)
+    parts = jnp.where(has_infinite, jnp.where(infinite, jnp.sign(parts), 0), parts)
     # Scaled before the norm is taken: squares of 1e20 would overflow.
-    largest = jnp.abs(parts).max(axis=0)
+    largest = jnp.abs(parts).max(axis=0, keepdims=True)
     parts = parts / jnp.where(largest > 0, largest, 1)
-    norm = jnp.sqrt((parts**2).sum(axis=0))
+    norm = jnp.sqrt((parts**2).sum(axis=0, keepdims=True))
     parts = parts / jnp.where(norm > 0, norm, 1)
     return jax.lax.complex(parts[0], parts[1])
 
@@ -57,7 +56,7 @@ def count_true(mask: jax.Array) -> jax.Array:
     rows = mask.astype(jnp.float32)
     if rows.ndim:
         rows = rows.sum(axis=-1)
-    total = rows.astype(jnp.int32).sum()
+    total = rows.astype(jnp.int32).sum(dtype=jnp.int32)
     return jnp.where(rows.sum() < _INT32_MAX, total, _INT32_MAX)
 
 

@@ -302,8 +302,8 @@ def spam_adam(
       As published, the bias correction is *not* restarted by a reset. The moments then
       start from 0 without correction, and since the root of :math:`v` grows more
       slowly than :math:`m`, the steps are about 1.9 times Adam's on average (at most
-      2.7 times, 136 steps after a reset, with the defaults). So compare it with Adam at
-      each one's own best learning rate. ``restart_bias_correction=True`` counts
+      2.7 times, in the 136th step after a reset, with the defaults). So compare it with
+      Adam at each one's own best learning rate. ``restart_bias_correction=True`` counts
       :math:`t` in the bias corrections from the reset, and the steps are Adam's.
 
     A coordinate that is not finite (NaN, infinite, or its square overflows) is taken as

@@ -96,7 +96,10 @@ def inject_spikes(
             for i, g in enumerate(leaves):
                 leaf_key = jax.random.fold_in(jax.random.fold_in(key, step), i)
                 hit_key, value_key = jax.random.split(leaf_key)
-                hit = jax.random.bernoulli(hit_key, rate, g.shape)
+                # A mask must be sharded as what it selects from on an explicit mesh.
+                hit = jax.random.bernoulli(
+                    hit_key, rate, g.shape, out_sharding=jax.typeof(g).sharding
+                )
                 leaves[i] = jnp.where(hit, _fault(value_key, g, scale, kind), g)
                 count = _arithmetic.saturating_add(count, _arithmetic.count_true(hit))
             return jax.tree.unflatten(structure, leaves), count

@@ -1,0 +1,250 @@
+r"""Initializers after Spike No More: small sub-layers, a large shortcut.
+
+The gradient norm of a Pre-LN transformer stays small when
+
+1. the sub-layers are small: queries, keys, values, FFN-in and gate are drawn with
+   :func:`stable_kernel`, attention-out and FFN-out with :func:`stable_residual`; and
+2. the shortcut is large: the residual stream leaves the embedding with a standard
+   deviation near 1. Draw the table with :func:`stable_embedding` and use it in a
+   ``ScaledEmbed`` or a ``NormedEmbed`` of :mod:`spam_optax.linen` or
+   :mod:`spam_optax.nnx`.
+
+The factories return plain JAX initializers, ``init(key, shape, dtype, out_sharding)``,
+for both flavours of Flax and for anything else that takes those of
+``jax.nn.initializers``. The standard deviation depends on the model alone, never on
+the shape drawn, so kernels that are flattened, scanned or stacked come out right.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+
+from spam_optax import _validate
+
+__all__ = (
+    "StableInitializers",
+    "stable",
+    "stable_embedding",
+    "stable_kernel",
+    "stable_residual",
+)
+
+
+class StableInitializers(NamedTuple):
+    """The initializers of one model, see :func:`stable`.
+
+    Attributes:
+      kernel: For queries, keys, values, FFN-in and gate.
+      residual: For attention-out and FFN-out, which write to the residual stream.
+      embedding: For the table of a ``ScaledEmbed`` or a ``NormedEmbed``.
+    """
+
+    kernel: Initializer
+    residual: Initializer
+    embedding: Initializer
+
+
+def stable(width: int, num_layers: int) -> StableInitializers:
+    r"""The initializers of Spike No More for a model of that width and depth.
+
+    .. math::
+      \mathrm{kernel}, \mathrm{embedding} \sim \mathcal{N}\left(0, \tfrac{2}{5 d}\right)
+      \qquad
+      \mathrm{residual} \sim
+      \mathcal{N}\left(0, \tfrac{2}{5 d} \cdot \tfrac{1}{2 N}\right)
+
+    with :math:`d` = `width` and :math:`N` = `num_layers`. The second argument of
+    :math:`\mathcal{N}` is the variance; the standard deviation is its square root.
+
+    Args:
+      width: Width of the residual stream, the same number for every matrix.
+      num_layers: Number of transformer layers, each with an attention and an FFN.
+
+    Returns:
+      ``kernel``, ``residual`` and ``embedding``, in a named tuple.
+
+    Raises:
+      ValueError: If an argument is not a whole number of at least 1.
+      TypeError: If an argument is not a number.
+
+    Examples:
+      >>> import jax
+      >>> from spam_optax import initializers
+      >>> init = initializers.stable(width=1024, num_layers=24)
+      >>> key = jax.random.key(42)
+      >>> for name, shape in [("kernel", (1024, 512)), ("residual", (512, 1024))]:
+      ...     print(f"{name} {getattr(init, name)(key, shape).std():.4f}")
+      kernel 0.0198
+      residual 0.0029
+
+      In a Flax module, Linen or NNX alike, these are the ``kernel_init`` and
+      ``out_kernel_init`` of multi-head attention, the ``kernel_init`` of the dense
+      layers and the ``embedding_init`` of the embedding.
+
+    References:
+      Takase et al., `Spike No More: Stabilizing the Pre-training of Large Language
+      Models <https://arxiv.org/abs/2312.16903>`_, COLM 2025.
+
+    .. warning::
+      Do not combine the factor ``1 / sqrt(2 * num_layers)`` with LayerNorm Scaling,
+      which divides a norm's output by the square root of its depth: both shrink the
+      same sub-layers. With LayerNorm Scaling, use ``kernel`` for the outputs too.
+    """
+    _validate.check_whole("stable", "width", width, low=1)
+    _validate.check_whole("stable", "num_layers", num_layers, low=1)
+    return StableInitializers(
+        kernel=stable_kernel(width),
+        residual=stable_residual(width, num_layers),
+        embedding=stable_embedding(width),
+    )
+
+
+def stable_kernel(width: int) -> Initializer:
+    r"""Initializer for queries, keys, values, FFN-in and gate.
+
+    .. math::
+      W \sim \mathcal{N}\left(0, \tfrac{2}{5 d}\right), \qquad
+      \mathrm{std} = \sqrt{\tfrac{2}{5 d}}
+
+    :math:`d` = `width` for every matrix, whatever its fan-in, so this is not a
+    ``variance_scaling``. Condition 1 of Spike No More, small sub-layers.
+
+    Args:
+      width: Width of the residual stream.
+
+    Returns:
+      ``init(key, shape, dtype=None, out_sharding=None)``, which draws any shape. None
+      is JAX's default floating dtype; bfloat16 and float16 are drawn in float32.
+
+    Raises:
+      ValueError: If `width` is not a whole number of at least 1.
+      TypeError: If `width` is not a number.
+
+    Examples:
+      >>> import jax
+      >>> from spam_optax import initializers
+      >>> init = initializers.stable_kernel(width=1024)
+      >>> kernel = init(jax.random.key(42), (1024, 512))
+      >>> print(kernel.shape, kernel.dtype, f"{kernel.std():.4f}")
+      (1024, 512) float32 0.0198
+
+    References:
+      Takase et al., `Spike No More <https://arxiv.org/abs/2312.16903>`_, COLM 2025.
+    """
+    _validate.check_whole("stable_kernel", "width", width, low=1)
+    return _normal(math.sqrt(2 / (5 * width)))
+
+
+def stable_residual(width: int, num_layers: int) -> Initializer:
+    r"""Initializer for attention-out and FFN-out, which write to the residual stream.
+
+    .. math::
+      W \sim \mathcal{N}\left(0, \tfrac{2}{5 d} \cdot \tfrac{1}{2 N}\right), \qquad
+      \mathrm{std} = \sqrt{\tfrac{2}{5 d}} \cdot \tfrac{1}{\sqrt{2 N}}
+
+    with :math:`d` = `width`, for FFN-out too although its fan-in is larger, and
+    :math:`N` = `num_layers`. Condition 1 of Spike No More, small sub-layers.
+
+    Args:
+      width: Width of the residual stream.
+      num_layers: Number of transformer layers, each with an attention and an FFN.
+
+    Returns:
+      ``init(key, shape, dtype=None, out_sharding=None)``, as of :func:`stable_kernel`.
+
+    Raises:
+      ValueError: If an argument is not a whole number of at least 1.
+      TypeError: If an argument is not a number.
+
+    Examples:
+      >>> import jax
+      >>> from spam_optax import initializers
+      >>> init = initializers.stable_residual(width=1024, num_layers=24)
+      >>> print(f"{init(jax.random.key(42), (4096, 256)).std():.4f}")
+      0.0029
+
+    References:
+      Takase et al., `Spike No More <https://arxiv.org/abs/2312.16903>`_, COLM 2025.
+
+    .. warning::
+      Not together with LayerNorm Scaling, see :func:`stable`.
+    """
+    _validate.check_whole("stable_residual", "width", width, low=1)
+    _validate.check_whole("stable_residual", "num_layers", num_layers, low=1)
+    return _normal(math.sqrt(2 / (5 * width)) / math.sqrt(2 * num_layers))
+
+
+def stable_embedding(width: int) -> Initializer:
+    r"""Initializer for the table of a ``ScaledEmbed`` or a ``NormedEmbed``.
+
+    .. math::
+      E \sim \mathcal{N}\left(0, \tfrac{2}{5 d}\right), \qquad
+      \mathrm{std} = \sqrt{\tfrac{2}{5 d}}
+
+    with :math:`d` = `width`. This small table alone does not meet condition 2 of Spike
+    No More, a large shortcut; what follows the lookup does:
+
+    - ``ScaledEmbed`` multiplies by :math:`\sqrt d`: std :math:`\sqrt{0.4}`, 0.632;
+    - ``NormedEmbed`` normalises: std 1.
+
+    Both leave the table small, so that a head tied to it (``attend``) gives logits of
+    order 1.
+
+    Args:
+      width: Width of the residual stream, the number of columns of the table.
+
+    Returns:
+      ``init(key, shape, dtype=None, out_sharding=None)``, as of :func:`stable_kernel`.
+
+    Raises:
+      ValueError: If `width` is not a whole number of at least 1.
+      TypeError: If `width` is not a number.
+
+    Examples:
+      >>> import jax
+      >>> from spam_optax import initializers
+      >>> init = initializers.stable_embedding(width=256)
+      >>> table = init(jax.random.key(42), (4096, 256))
+      >>> print(f"{table.std():.4f}, scaled {(table * 256**0.5).std():.2f}")
+      0.0395, scaled 0.63
+
+    References:
+      Takase et al., `Spike No More <https://arxiv.org/abs/2312.16903>`_, COLM 2025.
+
+    .. warning::
+      Three ways to miss condition 2. Flax's own default for an ``Embed`` has std
+      :math:`1 / \sqrt d`; times :math:`\sqrt d` that is 1, not 0.632. A plain ``Embed``
+      drawn with std 1 has a large shortcut, but needs an untied head (or logits divided
+      by :math:`\sqrt d`), and weight decay on it shrinks the shortcut again. Scaling
+      down only the gradient of the embedding leaves the shortcut small.
+    """
+    _validate.check_whole("stable_embedding", "width", width, low=1)
+    return _normal(math.sqrt(2 / (5 * width)))
+
+
+def embedding_table(
+    key: jax.Array,
+    shape: Sequence[int],
+    dtype: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """`stable_embedding` of the width in `shape`: a default that modules can share."""
+    return stable_embedding(shape[-1])(key, shape, dtype, out_sharding)
+
+
+def _normal(std: float) -> Initializer:
+    """JAX's `normal`, drawn in at least float32."""
+    draw = jax.nn.initializers.normal(std)
+
+    def init(key, shape, dtype=None, out_sharding=None):
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        # A bfloat16 normal takes 128 values with a mean of -0.012 std, and a common
+        # mean is one large singular value: of order width, the noise's only its root.
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return draw(key, shape, wide, out_sharding).astype(dtype)
+
+    return init
