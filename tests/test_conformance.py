@@ -1,0 +1,356 @@
+"""The rules every transformation keeps, written out, without Optax's own tests."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import spam_optax
+
+QUICK = dict(reset_interval=5, grace_steps=2)
+TRANSFORMATIONS = {
+    "spam_clip": lambda: spam_optax.spam_clip(**QUICK),
+    "scale_by_spam_adam": lambda: spam_optax.scale_by_spam_adam(reset_interval=5),
+    "spam_adam": lambda: spam_optax.spam_adam(0.1, reset_interval=5, weight_decay=0.1),
+    "scale_by_spam": lambda: spam_optax.scale_by_spam(**QUICK),
+    "spam": lambda: spam_optax.spam(0.1, **QUICK),
+    "spam_uncounted": lambda: spam_optax.spam(0.1, count_spikes=False, **QUICK),
+    "reset_moments": lambda: spam_optax.reset_moments(optax.adam(0.1), 5),
+    "track_spikes": lambda: spam_optax.track_spikes(spam_optax.spam(0.1, **QUICK)),
+    "inject_spikes": lambda: spam_optax.testing.inject_spikes(0, 0.5, 10.0, steps=[3]),
+}
+OPTIMIZERS = {
+    "spam_adam": functools.partial(spam_optax.spam_adam, reset_interval=5),
+    "spam": functools.partial(spam_optax.spam, **QUICK),
+}
+EVERY = pytest.mark.parametrize("name", TRANSFORMATIONS)
+DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64"]
+
+
+def make_params(dtype="float32"):
+    return {
+        "layer": {"kernel": jnp.ones((4, 8), dtype), "bias": jnp.zeros(8, dtype)},
+        "scale": jnp.ones((), dtype),
+        "absent": None,
+    }
+
+
+def make_gradients(params, step):
+    key = jax.random.key(step)
+    return optax.tree.random_like(key, params)
+
+
+def run(tx, params, steps=8, update=None):
+    state = tx.init(params)
+    update = update or jax.jit(tx.update)
+    for step in range(steps):
+        updates, state = update(make_gradients(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_same_bits(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def assert_close(ours, theirs, rtol=1e-6):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6),
+        ours,
+        theirs,
+    )
+
+
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_structure_shapes_and_dtypes_are_stable(name, dtype):
+    """Of the state before and after; updates are shaped and typed like parameters."""
+    with jax.enable_x64(dtype == "float64"):
+        tx = TRANSFORMATIONS[name]()
+        params = make_params(dtype)
+        state = tx.init(params)
+        gradients = make_gradients(params, 0)
+        updates, new_state = jax.eval_shape(tx.update, gradients, state, params)
+        assert jax.tree.structure(new_state) == jax.tree.structure(state)
+        assert types(new_state) == types(state)
+        assert types(updates) == types(params)
+
+
+@EVERY
+def test_jit_equals_eager(name):
+    tx = TRANSFORMATIONS[name]()
+    compiled = run(tx, make_params(), steps=3)
+    assert_close(compiled, run(tx, make_params(), steps=3, update=tx.update))
+
+
+@EVERY
+def test_scan_and_cond(name):
+    """A step inside `lax.cond` inside `lax.scan` is the step by itself."""
+    tx = TRANSFORMATIONS[name]()
+    params = make_params()
+    gradients = [make_gradients(params, step) for step in range(8)]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *gradients)
+
+    def step(carry, g):
+        def take(carry):
+            params, state = carry
+            updates, state = tx.update(g, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.cond(True, take, lambda carry: carry, carry), None
+
+    scanned, _ = jax.lax.scan(step, (params, tx.init(params)), stacked)
+    assert_close(scanned, run(tx, params))
+
+
+@EVERY
+def test_vmap(name):
+    """Two runs side by side are the two runs."""
+    tx = TRANSFORMATIONS[name]()
+    params = make_params()
+    pair = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+    batched, _ = run_vmapped(tx, pair)
+    for i in range(2):
+        alone = jax.tree.map(lambda x: x[i], pair)  # noqa: B023
+        state = tx.init(alone)
+        update = jax.jit(tx.update)
+        for step in range(8):
+            g = jax.tree.map(lambda x: x[i], make_gradients(pair, step))  # noqa: B023
+            updates, state = update(g, state, alone)
+            alone = optax.apply_updates(alone, updates)
+        assert_close(jax.tree.map(lambda x: x[i], batched), alone)  # noqa: B023
+
+
+def run_vmapped(tx, params):
+    state = jax.vmap(tx.init)(params)
+    update = jax.jit(jax.vmap(tx.update))
+    for step in range(8):
+        updates, state = update(make_gradients(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@EVERY
+def test_no_recompilation(name):
+    """One trace for every step: resets, ramps and faults are values, not branches."""
+    tx = TRANSFORMATIONS[name]()
+    traces = []
+
+    @jax.jit
+    def update(gradients, state, params):
+        traces.append(None)
+        return tx.update(gradients, state, params)
+
+    run(tx, make_params(), update=update)
+    assert len(traces) == 1
+
+
+@EVERY
+def test_init_state_can_be_donated(name):
+    """No two leaves of a new state share a buffer, compiled or not."""
+    tx = TRANSFORMATIONS[name]()
+    params = make_params()
+    for init in (tx.init, jax.jit(tx.init)):
+        state = init(params)
+        pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
+        assert len(set(pointers)) == len(pointers)
+        jax.jit(tx.update, donate_argnums=1)(make_gradients(params, 0), state, params)
+
+
+@EVERY
+def test_masked(name):
+    """Hidden leaves pass untouched, the others move as they would alone."""
+    tx = TRANSFORMATIONS[name]()
+    params = make_params()
+    mask = {"layer": {"kernel": True, "bias": False}, "scale": False, "absent": False}
+    masked = optax.masked(tx, mask)
+    alone = {"layer": {"kernel": params["layer"]["kernel"]}}
+    state, alone_state = masked.init(params), tx.init(alone)
+    update, alone_update = jax.jit(masked.update), jax.jit(tx.update)
+    for step in range(6):
+        g = make_gradients(params, step)
+        updates, state = update(g, state, params)
+        only = {"layer": {"kernel": g["layer"]["kernel"]}}
+        alone_updates, alone_state = alone_update(only, alone_state, alone)
+        assert_close(updates["layer"]["kernel"], alone_updates["layer"]["kernel"])
+        assert_same_bits(updates["layer"]["bias"], g["layer"]["bias"])
+
+
+@EVERY
+def test_partition(name):
+    tx = TRANSFORMATIONS[name]()
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    labels = {"a": "ours", "b": "sgd"}
+    both = optax.partition({"ours": tx, "sgd": optax.sgd(1.0)}, labels)
+    updates, _ = jax.jit(both.update)(
+        jax.tree.map(jnp.ones_like, params), both.init(params), params
+    )
+    np.testing.assert_array_equal(updates["b"], -jnp.ones(3))
+    alone, _ = jax.jit(tx.update)(
+        {"a": jnp.ones((2, 3))}, tx.init({"a": params["a"]}), {"a": params["a"]}
+    )
+    assert_close(updates["a"], alone["a"])
+
+
+@EVERY
+def test_multi_steps(name):
+    """Accumulating two equal gradients is one step with that gradient."""
+    tx = TRANSFORMATIONS[name]()
+    multi = optax.MultiSteps(tx, every_k_schedule=2)
+    params = accumulated = make_params()
+    state, multi_state = tx.init(params), multi.init(params)
+    update, multi_update = jax.jit(tx.update), jax.jit(multi.update)
+    for step in range(6):
+        g = make_gradients(params, step)
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        for _ in range(2):
+            updates, multi_state = multi_update(g, multi_state, accumulated)
+            accumulated = optax.apply_updates(accumulated, updates)
+    assert_close(accumulated, params, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_inject_hyperparams(name, dtype):
+    """Every number may be a traced hyper-parameter, and a learning rate a schedule."""
+    params = make_params(dtype)
+    inject = functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
+    make = {"spam": spam_optax.spam, "spam_adam": spam_optax.spam_adam}[name]
+    quick = QUICK if name == "spam" else dict(reset_interval=5)
+    injected = inject(make)(learning_rate=optax.constant_schedule(0.1), **quick)
+    ours, state = run(injected, params)
+    assert state.hyperparams["b2"].dtype == jnp.float32
+    # A bfloat16 learning rate is rounded by Optax when it is not injected.
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    plain, _ = run(OPTIMIZERS[name](0.1), params)
+    assert_close(
+        jax.tree.map(lambda x: x.astype(jnp.float32), ours),
+        jax.tree.map(lambda x: x.astype(jnp.float32), plain),
+        rtol=tolerance,
+    )
+    updates, _ = jax.jit(injected.update)(make_gradients(params, 0), state, params)
+    assert types(updates) == types(params)
+
+
+@EVERY
+def test_apply_if_finite(name):
+    tx = TRANSFORMATIONS[name]()
+    wrapped = optax.apply_if_finite(tx, max_consecutive_errors=3)
+    assert_close(run(wrapped, make_params())[0], run(tx, make_params())[0])
+
+
+@EVERY
+def test_extra_arguments_pass(name):
+    """Unknown ones are ignored in a chain; wrappers hand them to what they wrap."""
+    tx = optax.chain(TRANSFORMATIONS[name]())
+    params = make_params()
+    tx.update(make_gradients(params, 0), tx.init(params), params, value=1.0)
+
+
+@pytest.mark.parametrize("name", ["spam_clip", "spam_adam", "spam"])
+def test_a_parameter_without_a_gradient_stays_untouched(name):
+    """A None among the gradients alone: no update, moments as they were."""
+    tx = {
+        "spam_clip": spam_optax.spam_clip,
+        "spam_adam": spam_optax.spam_adam,
+        "spam": spam_optax.spam,
+    }[name]()
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    update = jax.jit(tx.update)
+    _, state = update({"a": jnp.ones(2), "b": jnp.ones(2)}, tx.init(params), params)
+    updates, new_state = update({"a": jnp.ones(2), "b": None}, state, params)
+    assert updates["b"] is None
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+    moment = "clip_nu" if name == "spam_clip" else "nu"
+    before, after = (optax.tree.get(s, moment) for s in (state, new_state))
+    assert_same_bits(before["b"], after["b"])
+    assert np.all(before["a"] != after["a"])
+
+
+@EVERY
+def test_map_params_makes_shardings(name):
+    """`optax.tree.map_params` finds the parameter-shaped parts and only those."""
+    tx = TRANSFORMATIONS[name]()
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    specs = {"a": P("x"), "b": P()}
+    state = tx.init(params)
+    mapped = optax.tree.map_params(
+        tx, lambda x, spec: spec, state, specs, transform_non_params=lambda _: "other"
+    )
+    is_spec = lambda x: isinstance(x, P)  # noqa: E731
+    for leaf, found in zip(
+        jax.tree.leaves(state), jax.tree.leaves(mapped, is_leaf=is_spec), strict=True
+    ):
+        expected = {(2, 3): P("x"), (3,): P()}.get(leaf.shape, "other")
+        assert found == expected
+
+
+@EVERY
+def test_explicit_mesh(name):
+    """On eight devices: the same numbers, and a state sharded like its parameters."""
+    tx = TRANSFORMATIONS[name]()
+    params = {"kernel": jnp.ones((4, 16)), "bias": jnp.ones(16)}
+    gradients = [
+        {
+            "kernel": jnp.cos(step + jnp.arange(64.0)).reshape(4, 16),
+            "bias": jnp.ones(16),
+        }
+        for step in range(6)
+    ]
+    specs = {"kernel": P(None, "x"), "bias": P("x")}
+
+    def steps(params, put=lambda tree: tree):
+        state = jax.jit(tx.init)(params)
+        update = jax.jit(tx.update)
+        for g in gradients:
+            updates, state = update(put(g), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    expected = steps(params)
+    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+        put = lambda tree: jax.tree.map(jax.device_put, tree, specs)  # noqa: E731
+        sharded_params, state = steps(put(params), put)
+        for leaf in jax.tree.leaves(state):
+            spec = {(4, 16): P(None, "x"), (16,): P("x")}.get(leaf.shape, P())
+            wanted = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
+            assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+        assert_close(jax.device_get((sharded_params, state)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["spam_clip", "spam_adam", "spam"])
+def test_update_on_a_mesh_adds_only_scalar_all_reduces(name):
+    tx = TRANSFORMATIONS[name]()
+    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+        params = jax.device_put(jnp.ones((16, 64)), P("x", None))
+        state = tx.init(params)
+        text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
+    collectives = ["all-gather", "all-to-all", "collective-permute", "reduce-scatter"]
+    assert not any(f" {op}(" in text or f" {op}-start(" in text for op in collectives)
+    for line in text.splitlines():
+        if " all-reduce(" in line or " all-reduce-start(" in line:
+            result = line.split(" = ")[1].split(" all-reduce")[0]
+            assert "[1" not in result and "[6" not in result, line
+
+
+@EVERY
+def test_pure_under_strict_modes(name):
+    """No leaked tracers, no implicit transfers."""
+    tx = TRANSFORMATIONS[name]()
+    params = make_params()
+    state, g = tx.init(params), make_gradients(params, 0)
+    update = jax.jit(tx.update)
+    update(g, state, params)
+    with jax.transfer_guard("disallow"):
+        update(g, state, params)
+    with jax.checking_leaks():
+        jax.jit(lambda *args: tx.update(*args))(g, state, params)

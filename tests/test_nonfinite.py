@@ -1,0 +1,138 @@
+"""Whatever is scattered into the gradients, wherever and whenever: nothing is lost."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import strategies as st
+
+import spam_optax
+
+STEPS, SHAPE = 30, (3, 4)
+# Resets in steps 12 and 24; clipping is active in steps 5 to 11, 17 to 23, 29 and 30.
+SETTINGS = dict(reset_interval=12, grace_steps=5)
+RAMP = dict(warmup_steps=3)
+MAKERS = {
+    "spam": lambda: spam_optax.spam(0.01, threshold=100.0, **SETTINGS, **RAMP),
+    "spam_unseen": lambda: spam_optax.spam(
+        0.01, threshold=100.0, clip_unseen=True, **SETTINGS, **RAMP
+    ),
+    "spam_bfloat16_moments": lambda: spam_optax.spam(
+        0.01, mu_dtype="bfloat16", nu_dtype="bfloat16", **SETTINGS, **RAMP
+    ),
+    "chain": lambda: optax.chain(
+        spam_optax.spam_clip(100.0, **SETTINGS),
+        spam_optax.spam_adam(0.01, reset_interval=12, **RAMP),
+    ),
+    "spam_adam": lambda: spam_optax.spam_adam(0.01, reset_interval=12, **RAMP),
+}
+FAULTS = st.sampled_from(
+    [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 2e19, -2e19, 1.84e19, 1e-45]
+)
+POSITIONS = st.tuples(
+    st.integers(0, STEPS - 1),
+    st.integers(0, SHAPE[0] - 1),
+    st.integers(0, SHAPE[1] - 1),
+)
+SCATTERED = st.dictionaries(POSITIONS, FAULTS, min_size=1, max_size=40)
+
+
+@functools.cache
+def runner(name):
+    tx = MAKERS[name]()
+
+    @jax.jit
+    def run(gradients):
+        def step(carry, g):
+            params, state = carry
+            updates, state = tx.update(g, state, params)
+            carry = optax.apply_updates(params, updates), state
+            return carry, carry
+
+        params = jnp.ones(SHAPE)
+        return jax.lax.scan(step, (params, tx.init(params)), gradients)[1]
+
+    return run
+
+
+def clean_gradients():
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((STEPS, *SHAPE)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(faults=SCATTERED)
+def test_scattered_faults(name, faults):
+    """Everything stays finite, untouched coordinates keep every bit, all is counted."""
+    gradients = clean_gradients()
+    touched = np.zeros(SHAPE, bool)
+    for position, fault in faults.items():
+        gradients[position] = fault
+        touched[position[1:]] = True
+    params, states = runner(name)(gradients)
+    clean_params, clean_states = runner(name)(clean_gradients())
+
+    for moment in ("mu", "nu"):
+        ours, clean = (
+            np.asarray(optax.tree.get(s, moment)).astype(np.float32)
+            for s in (states, clean_states)
+        )
+        assert np.isfinite(ours).all()
+        np.testing.assert_array_equal(ours[:, ~touched], clean[:, ~touched])
+    assert np.isfinite(params).all()
+    np.testing.assert_array_equal(
+        np.asarray(params)[:, ~touched], np.asarray(clean_params)[:, ~touched]
+    )
+
+    with np.errstate(over="ignore"):
+        expected = (~np.isfinite(np.square(gradients))).sum(axis=(1, 2))
+    prefix = "dropped" if name == "spam_adam" else "nonfinite"
+    np.testing.assert_array_equal(optax.tree.get(states, f"{prefix}_count"), expected)
+    np.testing.assert_array_equal(
+        optax.tree.get(states, f"{prefix}_total"), expected.cumsum()
+    )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf, 3e38])
+def test_whole_gradient_not_finite_for_ten_steps(name, fault):
+    """Over a reset step and its grace window; afterwards the run goes on."""
+    gradients = clean_gradients()
+    gradients[9:19] = fault
+    params, states = runner(name)(gradients)
+    assert np.isfinite(params).all()
+    assert np.isfinite(np.asarray(optax.tree.get(states, "nu"), np.float32)).all()
+    assert np.all(np.asarray(params[-1]) != np.asarray(params[18]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_gradients(dtype):
+    """An infinite float16 gradient leaves `spam_clip` finite in float16."""
+    tx = spam_optax.spam_clip(**SETTINGS)
+    state = tx.init(jnp.zeros(2, dtype))
+    update = jax.jit(tx.update)
+    largest = jnp.finfo(dtype).max if dtype == "float16" else jnp.asarray(1e19, dtype)
+    for t in range(8):
+        g = jnp.array([1.0 if t < 7 else jnp.inf, largest if t < 7 else -jnp.inf])
+        clipped, state = update(g.astype(dtype), state)
+    assert np.isfinite(np.asarray(clipped, np.float32)).all()
+    assert clipped[0] > 0 > clipped[1]
+    assert int(state.nonfinite_count) == 2
+
+
+def test_apply_if_finite_skips_the_whole_step():
+    """It looks at the gradients: one NaN, and the state stays as it was."""
+    tx = optax.apply_if_finite(spam_optax.spam(0.1), max_consecutive_errors=2)
+    params = jnp.ones(3)
+    update = jax.jit(tx.update)
+    _, state = update(jnp.ones(3), tx.init(params), params)
+    updates, new_state = update(jnp.array([1.0, jnp.nan, 1.0]), state, params)
+    np.testing.assert_array_equal(updates, jnp.zeros(3))
+    jax.tree.map(
+        np.testing.assert_array_equal, new_state.inner_state, state.inner_state
+    )

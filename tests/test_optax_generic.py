@@ -1,0 +1,145 @@
+"""Optax's own generic tests, unedited, on this package's transformations.
+
+The wheel of Optax ships its test modules. They read a table of optimizers while their
+classes are decorated and look the names up in `optax.contrib` and `optax._src.alias`
+while they run; so each class is imported with our table in place of Optax's and our
+functions put where it looks. This leans on private paths of Optax: should it fail with
+a new version of Optax, `test_conformance.py` states the same rules without them.
+"""
+
+import importlib
+import os
+import sys
+import warnings
+from unittest import mock
+
+import jax
+import optax
+import optax.contrib
+import pytest
+from absl.testing import parameterized
+from optax._src import alias
+
+import spam_optax
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def spam_chain(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(spam_optax.spam_clip(), spam_optax.spam_adam(learning_rate))
+
+
+FACTORIES = {
+    "spam": spam_optax.spam,
+    "spam_adam": spam_optax.spam_adam,
+    "spam_chain": spam_chain,
+    "reset_moments": spam_optax.reset_moments,
+    "track_spikes": spam_optax.track_spikes,
+}
+ALIASES = (
+    {"opt_name": "spam", "opt_kwargs": {"learning_rate": 1e-2}},
+    {
+        "opt_name": "spam",
+        "opt_kwargs": {"learning_rate": 1e-2, "restart_bias_correction": True},
+    },
+    {"opt_name": "spam_adam", "opt_kwargs": {"learning_rate": 1e-2}},
+    {"opt_name": "spam_chain", "opt_kwargs": {"learning_rate": 1e-2}},
+)
+CONTRIB = tuple(
+    {**row, "wrapper_name": None, "wrapper_kwargs": None} for row in ALIASES
+) + (
+    {
+        "opt_name": "adam",
+        "opt_kwargs": {"learning_rate": 1e-2},
+        "wrapper_name": "reset_moments",
+        "wrapper_kwargs": {"interval": 500},
+    },
+    {
+        "opt_name": "spam",
+        "opt_kwargs": {"learning_rate": 1e-2},
+        "wrapper_name": "track_spikes",
+        "wrapper_kwargs": {},
+    },
+)
+SHARDED = {
+    "spam_clip": spam_optax.spam_clip(),
+    "spam_adam": spam_optax.spam_adam(1.0),
+    "spam": spam_optax.spam(1.0),
+    "spam_decayed": spam_optax.spam(1.0, weight_decay=0.1),
+    "spam_chain": spam_chain(1.0),
+    "reset_moments": spam_optax.reset_moments(optax.adam(1.0), 500),
+    "track_spikes": spam_optax.track_spikes(spam_optax.spam(1.0)),
+}
+FLOAT64 = [
+    ("spam_clip", spam_optax.spam_clip, {}),
+    ("scale_by_spam_adam", spam_optax.scale_by_spam_adam, {}),
+    ("spam_adam", spam_optax.spam_adam, {}),
+    ("scale_by_spam", spam_optax.scale_by_spam, {}),
+    ("spam", spam_optax.spam, {"weight_decay": 0.1}),
+    (
+        "track_spikes",
+        lambda: spam_optax.track_spikes(spam_optax.spam()),
+        {},
+    ),
+    (
+        "inject_spikes",
+        lambda: spam_optax.testing.inject_spikes(0, kind="noise", rate=1.0),
+        {},
+    ),
+]
+
+
+def borrow(module: str, test_class: str, *, optimizers=(), named=()):
+    """Imports a test class of Optax with our tables in place of its own."""
+    product, named_parameters = parameterized.product, parameterized.named_parameters
+
+    def our_product(*rows, **kwargs):
+        is_table = [any("opt_name" in row for row in table) for table in rows]
+        rows = [
+            optimizers if ours else table
+            for ours, table in zip(is_table, rows, strict=True)
+        ]
+        return product(*rows, **kwargs)
+
+    def our_named_parameters(*tables):
+        is_table = len(tables) == 1 and len(list(tables[0])) > 10
+        return named_parameters(named) if is_table else named_parameters(*tables)
+
+    sys.modules.pop(module, None)
+    with (
+        mock.patch.object(parameterized, "product", our_product),
+        mock.patch.object(parameterized, "named_parameters", our_named_parameters),
+        mock.patch.dict(os.environ),  # One of the modules sets XLA_FLAGS.
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        return getattr(importlib.import_module(module), test_class)
+
+
+@pytest.fixture(autouse=True)
+def _names_where_optax_looks(monkeypatch):
+    for name, factory in FACTORIES.items():
+        monkeypatch.setattr(optax.contrib, name, factory, raising=False)
+        monkeypatch.setattr(alias, name, factory, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _optax_defaults():
+    # Optax's tests broadcast on purpose.
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _run_sharding_tests(monkeypatch):
+    # Optax 0.2.8 compares versions as strings, so that "0.10" < "0.7.2" skips the
+    # tests of sharding on every current JAX.
+    monkeypatch.setattr(jax, "__version__", "1.0.0")
+
+
+ContribTest = borrow("optax.contrib._common_test", "ContribTest", optimizers=CONTRIB)
+AliasTest = borrow("optax._src.alias_test", "AliasTest", optimizers=ALIASES)
+ShardingTest = borrow("optax._src.sharding_test", "ShardingTest", named=SHARDED.items())
+Float64Test = borrow("optax._src.float64_test", "Float64Test", named=FLOAT64)
