@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _INT32_MAX = np.iinfo(np.int32).max
+_LARGEST_COUNT = 2.0**31 - 128  # The largest float32 that is an int32.
 
 
 def compute_dtype(x: jax.typing.ArrayLike) -> np.dtype:
@@ -48,16 +49,14 @@ def direction(x: jax.Array) -> jax.Array:
 
 
 def count_true(mask: jax.Array) -> jax.Array:
-    """Number of true entries, int32, stopping at the largest int32.
+    """Number of true entries, int32: exact up to 2**24, above that at least 2**24.
 
-    Rows are summed in float32: exact up to 2**24 entries a row, and on TPU, where an
-    integer sum over booleans is a pass of its own, fused with what made the mask.
+    Summed in float32. On TPU that is fused with what made the mask, where an integer
+    sum reads it again; and on a mesh the only collective is that of a scalar, where
+    row sums would need one of a vector.
     """
-    rows = mask.astype(jnp.float32)
-    if rows.ndim:
-        rows = rows.sum(axis=-1)
-    total = rows.astype(jnp.int32).sum(dtype=jnp.int32)
-    return jnp.where(rows.sum() < _INT32_MAX, total, _INT32_MAX)
+    total = mask.astype(jnp.float32).sum()
+    return jnp.minimum(total, _LARGEST_COUNT).astype(jnp.int32)
 
 
 def saturating_add(total: jax.Array, count: jax.Array) -> jax.Array:

@@ -1,0 +1,89 @@
+"""What the TPU compiler makes of an optimizer step: exact bytes, with no TPU at hand.
+
+The floor of an elementwise optimizer is to read every tensor once and to write every
+new one once. Per float32 parameter that is 28 bytes for Adam: read the gradient, two
+moments and the parameter, write the last three.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import spam_optax
+
+libtpu = pytest.importorskip(
+    "libtpu", reason="the TPU compiler is in the libtpu wheel, which is not installed"
+)
+SHAPE = (2048, 2048)
+
+
+@pytest.fixture(scope="module")
+def devices():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_LIBRARY_PATH", libtpu.get_library_path())
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    return np.array(topology.devices)
+
+
+def compile_step(tx, mesh, spec):
+    """Compiles update and apply for one sharded matrix, its buffers donated."""
+
+    def shaped(x):
+        sharding = NamedSharding(mesh, spec if x.shape == SHAPE else P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = shaped(jax.ShapeDtypeStruct(SHAPE, jnp.float32))
+    state = jax.tree.map(shaped, jax.eval_shape(tx.init, params))
+    jitted = jax.jit(step, donate_argnums=(1, 2))
+    return jitted.lower(params, state, params).compile()
+
+
+BYTES = {
+    "adam": (lambda: optax.adam(1e-3), 28),
+    "spam": (lambda: spam_optax.spam(1e-3), 28),
+    "spam_adam": (lambda: spam_optax.spam_adam(1e-3), 28),
+    "spam_bfloat16_moments": (
+        lambda: spam_optax.spam(1e-3, mu_dtype="bfloat16", nu_dtype="bfloat16"),
+        20,
+    ),
+    "spam_decayed": (lambda: spam_optax.spam(1e-3, weight_decay=0.1), 28),
+    # One more moment to read and to write.
+    "spam_clip_then_adam": (
+        lambda: optax.chain(spam_optax.spam_clip(), optax.adam(1e-3)),
+        36,
+    ),
+    "reset_moments": (lambda: spam_optax.reset_moments(optax.adam(1e-3), 500), 28),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_accessed_are_at_the_floor(devices, name):
+    """Counting spikes, the resets and the ramp cost no pass over memory."""
+    make, floor = BYTES[name]
+    compiled = compile_step(make(), Mesh(devices[:1], ("x",)), P())
+    accessed = compiled.cost_analysis()["bytes accessed"] / np.prod(SHAPE)
+    assert floor <= accessed < floor + 0.05
+
+
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")], ids=str)
+def test_collectives_are_scalar_all_reduces(devices, spec):
+    mesh = Mesh(devices.reshape(2, 2), ("x", "y"))
+    text = compile_step(spam_optax.spam(1e-3), mesh, spec).as_text()
+    collective = r"= (.*?) (all-|reduce-scatter|collective-)[a-z-]*\("
+    lines = list(filter(re.compile(collective).search, text.splitlines()))
+    assert lines
+    for line in lines:
+        assert " all-reduce" in line, line
+        result = re.search(collective, line)[1]
+        assert set(re.findall(r"\w+\[(.*?)\]", result)) == {""}, line
