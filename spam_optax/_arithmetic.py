@@ -48,6 +48,28 @@ def direction(x: jax.Array) -> jax.Array:
     return jax.lax.complex(parts[0], parts[1])
 
 
+def shrink(x: jax.Array, limit: jax.Array) -> jax.Array:
+    """`x` with its size cut to `limit`, sign or phase kept, in the compute dtype."""
+    x = widen(x)
+    if not jnp.iscomplexobj(x):
+        return jnp.clip(x, -limit, limit)
+    return jnp.where(jnp.abs(x) > limit, direction(x) * limit, x)
+
+
+def largest_like(x: jax.Array) -> float:
+    """The largest number that fits the dtype of `x` and whose square does not overflow.
+
+    Half of it for complex numbers, whose square is a sum of two rounded ones.
+    """
+    real = compute_dtype(x).type
+    root = np.sqrt(np.finfo(real).max)
+    # Rounded up, its square is infinite; rounded down, no finite square lies above it.
+    with np.errstate(over="ignore"):
+        root = root if np.isfinite(root * root) else np.nextafter(root, real(0))
+    root = float(root) / 2 if jnp.iscomplexobj(x) else float(root)
+    return min(root, float(jnp.finfo(x.dtype).max))
+
+
 def count_true(mask: jax.Array) -> jax.Array:
     """Number of true entries, int32: exact up to 2**24, above that at least 2**24.
 

@@ -658,17 +658,10 @@ def _clip(
     clip_unseen: bool,
 ) -> tuple[optax.Updates, Any]:
     """Returns the gradients without spikes or non-finite entries, and the spikes."""
-
-    def clip(g, v):
-        clipped = functional.clip_spikes(g, v, threshold, clip_unseen=clip_unseen)
-        return jnp.where(is_active, clipped, functional.zero_nonfinite(g))
-
-    def spikes(g, v):
-        return is_active & functional.spike_mask(
-            g, v, threshold, clip_unseen=clip_unseen
-        )
-
-    return _map(clip, updates, nu), _map(spikes, updates, nu)
+    rule = dict(threshold=threshold, active=is_active, clip_unseen=clip_unseen)
+    clipped = _map(functools.partial(functional.clip_spikes, **rule), updates, nu)
+    spikes = _map(functools.partial(functional.spike_mask, **rule), updates, nu)
+    return clipped, spikes
 
 
 def _count_tree(masks: Any) -> jax.Array:

@@ -26,6 +26,7 @@ __all__ = (
     "online_spike_score",
     "reset_position",
     "reset_ramp",
+    "spike_limit",
     "spike_mask",
     "spike_score",
     "zero_nonfinite",
@@ -178,11 +179,59 @@ def zero_nonfinite(gradient: jax.typing.ArrayLike) -> jax.Array:
     return jnp.where(nonfinite_mask(gradient), jnp.zeros_like(gradient), gradient)
 
 
+def spike_limit(
+    nu: jax.typing.ArrayLike,
+    threshold: jax.typing.ArrayLike = 5000.0,
+    *,
+    active: jax.typing.ArrayLike = True,
+    clip_unseen: bool = False,
+) -> jax.Array:
+    r"""The size above which a gradient is a spike.
+
+    .. math::
+      \sqrt{\theta v_i}, \quad \infty \text{ where } v_i = 0
+
+    with the threshold :math:`\theta`: a coordinate without a history has no limit.
+
+    Args:
+      nu: Second moment before this step, any shape, floating.
+      threshold: Spikes have an :func:`online_spike_score` above this; no unit.
+      active: A boolean scalar: whether there are limits at all, or ``inf`` everywhere.
+      clip_unseen: Whether the limit is 0 where ``nu`` is 0, as in the reference
+        implementation.
+
+    Returns:
+      The limits, shaped like `nu`, float32 (float64 for float64 input), in units of
+      the gradient.
+
+    Raises:
+      AssertionError: If `nu` is not floating.
+      ValueError: If `threshold` is a number that is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> print(functional.spike_limit(jnp.array([1.0, 4.0, 0.0]), 2500.0))
+      [ 50. 100.  inf]
+
+    References:
+      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
+    """
+    _validate.check_number("spike_limit", "threshold", threshold, above=0)
+    nu = jnp.asarray(nu)
+    chex.assert_type(nu, float)
+    nu = _arithmetic.widen(nu)
+    limit = jnp.sqrt(jnp.asarray(threshold, nu.dtype)) * jnp.sqrt(nu)
+    has_limit = active if clip_unseen else active & (nu > 0)
+    return jnp.where(has_limit, limit, jnp.inf)
+
+
 def spike_mask(
     gradient: jax.typing.ArrayLike,
     nu: jax.typing.ArrayLike,
     threshold: jax.typing.ArrayLike = 5000.0,
     *,
+    active: jax.typing.ArrayLike = True,
     clip_unseen: bool = False,
 ) -> jax.Array:
     r"""Which coordinates are gradient spikes.
@@ -196,6 +245,7 @@ def spike_mask(
       gradient: The gradient of one step, any shape, floating or complex.
       nu: Its second moment before this step, the same shape, floating.
       threshold: Spikes have an :func:`online_spike_score` above this; no unit.
+      active: A boolean scalar: if false, nothing is a spike.
       clip_unseen: Whether a non-zero gradient where ``nu`` is 0 counts as a spike, as
         in the reference implementation.
 
@@ -219,12 +269,11 @@ def spike_mask(
     References:
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
-    _validate.check_number("spike_mask", "threshold", threshold, above=0)
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
-    spikes = online_spike_score(gradient, nu) > threshold
-    if clip_unseen:
-        spikes |= (nu == 0) & (gradient != 0)
-    return spikes & ~nonfinite_mask(gradient)
+    _check_gradient_and_nu(gradient, nu)
+    limit = spike_limit(nu, threshold, active=active, clip_unseen=clip_unseen)
+    is_large = jnp.abs(_arithmetic.widen(gradient)) > limit
+    return is_large & ~nonfinite_mask(gradient)
 
 
 def clip_spikes(
@@ -232,24 +281,26 @@ def clip_spikes(
     nu: jax.typing.ArrayLike,
     threshold: jax.typing.ArrayLike = 5000.0,
     *,
+    active: jax.typing.ArrayLike = True,
     clip_unseen: bool = False,
 ) -> jax.Array:
     r"""Limits gradient spikes to ``sqrt(threshold)`` times their running RMS.
 
     .. math::
       g_i \leftarrow \begin{cases}
-        \frac{g_i}{|g_i|} \sqrt{\theta v_i} & \text{if } |g_i|^2 > \theta v_i \
+        \frac{g_i}{|g_i|} \sqrt{\theta v_i} & \text{if } |g_i|^2 > \theta v_i \\
         g_i & \text{else}
       \end{cases}
 
     The sign, or the phase of a complex number, is kept. An infinite coordinate, or one
-    whose square overflows, is limited in the same way (0 where ``nu`` is 0); NaN
-    becomes 0.
+    whose square overflows, is limited in the same way where there is a limit and
+    becomes 0 where there is none; NaN becomes 0.
 
     Args:
       gradient: The gradient of one step, any shape, floating or complex.
       nu: Its second moment before this step, the same shape, floating.
       threshold: The spike threshold, see :func:`spike_mask`.
+      active: A boolean scalar: if false, there is no limit, as in the grace window.
       clip_unseen: Whether coordinates where ``nu`` is 0 are clipped, to 0.
 
     Returns:
@@ -271,19 +322,13 @@ def clip_spikes(
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
-    spikes = spike_mask(gradient, nu, threshold, clip_unseen=clip_unseen)
-    dtype = _arithmetic.compute_dtype(gradient)
-    limit = jnp.sqrt(jnp.asarray(threshold, dtype)) * jnp.sqrt(nu.astype(dtype))
-    # The limit may exceed what was ever seen: it must fit the gradient's own dtype,
-    # and its square (halved for the sum of two rounded squares) the moments'.
-    largest = min(
-        float(jnp.finfo(gradient.dtype).max), 0.5 * float(jnp.finfo(dtype).max) ** 0.5
+    _check_gradient_and_nu(gradient, nu)
+    limit = spike_limit(nu, threshold, active=active, clip_unseen=clip_unseen)
+    clipped = _arithmetic.shrink(
+        gradient, jnp.minimum(limit, _arithmetic.largest_like(gradient))
     )
-    limited = _arithmetic.direction(gradient) * jnp.minimum(limit, largest)
-    clipped = jnp.where(
-        spikes | nonfinite_mask(gradient), limited, _arithmetic.widen(gradient)
-    )
-    clipped = jnp.where(jnp.isnan(gradient), 0, clipped)
+    has_limit = jnp.isfinite(limit) & ~jnp.isnan(gradient)
+    clipped = jnp.where(has_limit | ~nonfinite_mask(gradient), clipped, 0)
     return clipped.astype(gradient.dtype)
 
 
