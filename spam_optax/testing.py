@@ -1,6 +1,6 @@
 """Break a training run on purpose: reproducible corruption of gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ def inject_spikes(
     scale: jax.typing.ArrayLike = 1000.0,
     *,
     kind: str = "scale",
-    steps: Sequence[int] | Callable[[jax.Array], jax.Array] | None = None,
+    steps: Iterable[int] | Callable[[jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformation:
     """Corrupts a random part of the gradients, the same part whenever it is run.
 
@@ -98,7 +98,10 @@ def inject_spikes(
                 hit_key, value_key = jax.random.split(leaf_key)
                 # A mask must be sharded as what it selects from on an explicit mesh.
                 hit = jax.random.bernoulli(
-                    hit_key, rate, g.shape, out_sharding=jax.typeof(g).sharding
+                    hit_key,
+                    jnp.asarray(rate, float),
+                    g.shape,
+                    out_sharding=jax.typeof(g).sharding,
                 )
                 leaves[i] = jnp.where(hit, _fault(value_key, g, scale, kind), g)
                 count = _arithmetic.saturating_add(count, _arithmetic.count_true(hit))
@@ -114,15 +117,21 @@ def inject_spikes(
 
 
 def _step_test(
-    steps: Sequence[int] | Callable[[jax.Array], jax.Array] | None,
+    steps: Iterable[int] | Callable[[jax.Array], jax.Array] | None,
 ) -> Callable[[jax.Array], jax.Array]:
     if steps is None:
         return lambda step: jnp.ones([], bool)
     if callable(steps):
         return steps
+    if isinstance(steps, str) or not isinstance(steps, Iterable):
+        raise TypeError(
+            "inject_spikes: steps must be None, a sequence of whole numbers >= 1 or a "
+            f"function of the step, got {steps!r}."
+        )
+    steps = tuple(steps)
     for step in steps:
         _validate.check_whole("inject_spikes", "steps", step, low=1)
-    return lambda step: jnp.isin(step, jnp.asarray(list(steps), jnp.int32))
+    return lambda step: jnp.isin(step, jnp.asarray(steps, jnp.int32))
 
 
 def _fault(

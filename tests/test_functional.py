@@ -1,0 +1,726 @@
+"""The functions of arrays: values against NumPy in float64, dtypes, edges, errors.
+
+Numbers out of range are in test_bad_arguments.py.
+"""
+
+import functools
+import math
+import types
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spam_optax import functional
+
+DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+REAL_DTYPES = DTYPES[:4]
+# Results that stay wide are float32; these are the roundings allowed to them.
+WIDE_RTOL = {"float64": 1e-13, "complex128": 1e-13}
+# One rounding to the gradient's own dtype, of which `eps` is twice.
+NARROW_RTOL = {"float16": 1e-3, "bfloat16": 8e-3, **WIDE_RTOL}
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+few_examples = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def enabled(dtype):
+    """A context with 64-bit types for a 64-bit `dtype`, without for the others."""
+    return jax.enable_x64(dtype in ("float64", "complex128"))
+
+
+def wide_dtype(dtype):
+    return "float64" if dtype in ("float64", "complex128") else "float32"
+
+
+def draw(dtype, shape, seed=0):
+    """Values over two decades of either sign, or any phase, in `dtype`."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape) * np.exp(rng.normal(size=shape))
+    if dtype.startswith("complex"):
+        x = x + 1j * rng.normal(size=shape)
+    return np.asarray(x).astype(jnp.dtype(dtype))
+
+
+def precise(x):
+    """`x` in NumPy's widest dtype."""
+    x = np.asarray(x)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def run(function, *arguments, **static):
+    """The function compiled as one: much faster than every operation by itself."""
+    return jax.jit(functools.partial(function, **static))(*arguments)
+
+
+def clip_by_hand(gradient, nu, threshold):
+    """The published clipping, in float64, for finite input with a history."""
+    gradient, nu = precise(gradient), precise(nu)
+    size = np.abs(gradient)
+    spikes = size**2 > threshold * nu
+    phase = gradient / np.where(size > 0, size, 1)
+    return np.where(spikes, phase * np.sqrt(threshold * nu), gradient), spikes
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def rule(gradient, nu, threshold, clip_unseen=False):
+    """One rule, said three ways."""
+    return (
+        functional.online_spike_score(gradient, nu),
+        functional.spike_mask(gradient, nu, threshold, clip_unseen=clip_unseen),
+        functional.clip_spikes(gradient, nu, threshold, clip_unseen=clip_unseen),
+    )
+
+
+# Detection.
+
+
+@each_dtype
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_offline_score_is_the_size_over_its_mean(dtype, axis):
+    gradients = draw(dtype, (6, 5, 4))
+    with enabled(dtype):
+        score = run(functional.gradient_spike_score, gradients, axis=axis)
+    size = np.abs(precise(gradients))
+    want = size / size.mean(axis=axis, keepdims=True)
+    assert (score.dtype, score.shape) == (wide_dtype(dtype), gradients.shape)
+    np.testing.assert_allclose(score, want, rtol=WIDE_RTOL.get(dtype, 1e-6))
+
+
+compiled_score = jax.jit(functional.gradient_spike_score)
+
+
+@given(
+    st.sampled_from([1, 2, 30]),  # Few shapes, each is compiled.
+    st.integers(0, 2**31),
+    st.sampled_from([1e-15, 1.0, 1e15]),
+)
+@few_examples
+def test_offline_scores_have_mean_one(steps, seed, unit):
+    """Guards the normalisation and that the unit of the gradient cancels."""
+    gradients = draw("float32", (steps, 3), seed) * np.float32(unit)
+    score = compiled_score(gradients)
+    np.testing.assert_allclose(precise(score).mean(axis=0), 1, rtol=1e-5)
+
+
+def test_offline_score_finds_a_planted_spike():
+    gradients = draw("float32", (400, 7))
+    gradients[123, 4] = -3000
+    score = functional.gradient_spike_score(gradients)
+    assert np.argwhere(score > 50).tolist() == [[123, 4]]
+
+
+def test_offline_score_of_zeros_is_zero_and_nonfinite_entries_enter_no_mean():
+    gradients = np.array(
+        [[0, 1, np.nan, np.nan], [0, np.nan, np.inf, 3], [0, 3, -np.inf, 1]], "f4"
+    )
+    inf = np.inf
+    want = [[0, 0.5, inf, inf], [0, inf, inf, 1.5], [0, 1.5, inf, 0.5]]
+    np.testing.assert_array_equal(functional.gradient_spike_score(gradients), want)
+
+
+def test_offline_score_where_the_sum_of_the_steps_overflows():
+    """Guards the score of the largest spikes there are against becoming 0."""
+    gradients = np.array([8e37] * 6 + [0.0] * 6, np.float32)
+    score = run(functional.gradient_spike_score, gradients)
+    np.testing.assert_allclose(score, [2.0] * 6 + [0.0] * 6, rtol=1e-6)
+
+
+@each_dtype
+def test_online_score_is_the_square_over_the_second_moment(dtype):
+    gradient, nu = draw(dtype, (5, 4)), np.abs(draw("float32", (5, 4), 1))
+    with enabled(dtype):
+        score = run(functional.online_spike_score, gradient, nu)
+    want = np.abs(precise(gradient)) ** 2 / precise(nu)
+    assert (score.dtype, score.shape) == (wide_dtype(dtype), (5, 4))
+    np.testing.assert_allclose(score, want, rtol=WIDE_RTOL.get(dtype, 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nu_dtype"),
+    [
+        ("float32", "float16"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("complex64", "bfloat16"),
+        ("bfloat16", "float64"),
+        ("float64", "float32"),
+        ("complex128", "bfloat16"),
+    ],
+)
+def test_second_moment_may_have_a_dtype_of_its_own(dtype, nu_dtype):
+    """Guards `nu_dtype`: the result keeps the gradient's dtypes, whatever nu's is."""
+    gradient = draw(dtype, (50,)) * np.asarray(30).astype(jnp.dtype(dtype))
+    nu = np.abs(draw("float32", (50,), 1)).astype(jnp.dtype(nu_dtype))
+    with jax.enable_x64("float64" in (dtype, nu_dtype) or dtype == "complex128"):
+        score, _, clipped = rule(gradient, nu, 9.0)
+    want, spikes = clip_by_hand(gradient, nu, 9.0)
+    assert spikes.any() and not spikes.all()
+    assert (score.dtype, clipped.dtype) == (wide_dtype(dtype), dtype)
+    rtol = max(NARROW_RTOL.get(dtype, 0), 1e-6)
+    np.testing.assert_allclose(precise(clipped), want, rtol=rtol)
+
+
+def test_online_score_without_history_and_of_nonfinite_gradients():
+    gradient = jnp.array([7.0, 0.0, jnp.nan, -jnp.inf, 3e19, jnp.nan, 0.0])
+    nu = jnp.array([0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    score = functional.online_spike_score(gradient, nu)
+    np.testing.assert_array_equal(score, [0, 0, *[np.inf] * 4, 0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradient", "want"),
+    [
+        # The square of float16's maximum is finite in float32.
+        ("float16", [65504, np.inf, -np.inf, np.nan, 0], [0, 1, 1, 1, 0]),
+        ("bfloat16", [1e19, 2e19, -1e30, np.nan, -0.0], [0, 1, 1, 1, 0]),
+        ("float32", [1.8e19, 1.9e19, -1e30, np.nan, 1e-45], [0, 1, 1, 1, 0]),
+        ("float64", [1e30, 1e154, -1e155, np.inf, np.nan], [0, 0, 1, 1, 1]),
+        # Each square is finite in the first one, their sum is not.
+        ("complex64", [1.5e19 + 1.5e19j, 1e19 + 1e19j, complex(0, np.inf)], [1, 0, 1]),
+        ("complex64", [complex(1, np.nan), complex(np.inf, np.nan), 0], [1, 1, 0]),
+        ("complex128", [1e20 + 1e20j, 1e154 + 1e154j, complex(np.nan, 0)], [0, 1, 1]),
+    ],
+)
+def test_nonfinite_coordinates_are_found_and_zeroed_the_others_kept(
+    dtype, gradient, want
+):
+    """Guards the dtype squares are taken in; coordinates that stay keep every bit."""
+    gradient = np.asarray(gradient).astype(jnp.dtype(dtype))
+    want = np.array(want, bool)
+    with enabled(dtype):
+        mask = run(functional.nonfinite_mask, gradient)
+        zeroed = run(functional.zero_nonfinite, gradient)
+    assert (mask.dtype, zeroed.dtype) == (bool, dtype)
+    np.testing.assert_array_equal(mask, want)
+    bits = np.where(want, np.zeros_like(gradient), gradient).tobytes()
+    assert np.asarray(zeroed).tobytes() == bits
+
+
+any_float = st.floats(width=32, allow_subnormal=False)
+some_nu = st.floats(0, 2.0**100, width=32, allow_subnormal=False)
+
+
+@given(
+    st.lists(st.tuples(any_float, some_nu), min_size=6, max_size=6),
+    st.sampled_from([0.5, 1.0, 5000.0]),
+    st.booleans(),
+)
+@few_examples
+def test_mask_and_clipping_agree_with_the_score(coordinates, threshold, clip_unseen):
+    """Any numbers, NaN and infinities among them."""
+    gradient, nu = (np.array(x, np.float32) for x in zip(*coordinates, strict=True))
+    score, mask, clipped = rule(gradient, nu, threshold, clip_unseen)
+    # At the limit itself, the two ways to write the rule may round differently.
+    hypothesis.assume((np.abs(np.asarray(score) / threshold - 1) > 1e-5).all())
+    with np.errstate(over="ignore", invalid="ignore"):
+        odd = ~np.isfinite(np.square(gradient))
+    want = np.asarray(score) > threshold
+    if clip_unseen:
+        want |= (nu == 0) & (gradient != 0)
+    np.testing.assert_array_equal(mask, want & ~odd)
+    kept = ~want & ~odd
+    np.testing.assert_array_equal(np.asarray(clipped)[kept], gradient[kept])
+    assert np.isfinite(np.square(clipped)).all()
+    limit = np.sqrt(threshold * precise(nu))[want | odd]
+    assert (np.abs(precise(clipped)[want | odd]) <= limit * (1 + 1e-6)).all()
+    assert (np.sign(clipped) * np.sign(np.nan_to_num(gradient)) >= 0).all()
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_a_score_of_just_the_threshold_is_no_spike(as_array):
+    """Guards > against >=, and that a threshold may be an array."""
+    gradient = jnp.array([4.0, -4.0, 4.0000005, -4.0000005])
+    threshold = jnp.asarray(4.0) if as_array else 4.0
+    mask = functional.spike_mask(gradient, jnp.full(4, 4.0), threshold)
+    assert mask.tolist() == [False, False, True, True]
+
+
+# Clipping.
+
+
+@each_dtype
+def test_clipped_gradient_is_the_published_formula(dtype):
+    gradient, nu = draw(dtype, (40, 5)), np.abs(draw(wide_dtype(dtype), (40, 5), 1))
+    with enabled(dtype):
+        _, mask, clipped = rule(gradient, nu, 2.0)
+    want, spikes = clip_by_hand(gradient, nu, 2.0)
+    assert 20 < spikes.sum() < 180
+    assert (clipped.dtype, clipped.shape) == (dtype, gradient.shape)
+    np.testing.assert_array_equal(mask, spikes)
+    rtol = NARROW_RTOL.get(dtype, 1e-6)
+    np.testing.assert_allclose(precise(clipped), want, rtol=rtol)
+    np.testing.assert_array_equal(np.asarray(clipped)[~spikes], gradient[~spikes])
+
+
+@pytest.mark.parametrize("clip_unseen", [False, True])
+def test_without_history_a_gradient_passes_unless_asked_otherwise(clip_unseen):
+    """A zero gradient is no spike in any case."""
+    gradient = jnp.array([3.0, -1e-3, 0.0, 1e18])
+    arguments = (gradient, jnp.zeros(4))
+    clipped = functional.clip_spikes(*arguments, clip_unseen=clip_unseen)
+    mask = functional.spike_mask(*arguments, clip_unseen=clip_unseen)
+    np.testing.assert_array_equal(clipped, jnp.zeros(4) if clip_unseen else gradient)
+    assert mask.tolist() == [clip_unseen, clip_unseen, False, clip_unseen]
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES)
+def test_nonfinite_real_gradients_become_the_limit_or_zero(dtype):
+    gradient = np.array([np.nan, np.inf, -np.inf, np.inf, np.nan])
+    nu = np.array([4.0, 4.0, 4.0, 0.0, 0.0])
+    with enabled(dtype):
+        clipped = rule(jnp.asarray(gradient, dtype), jnp.asarray(nu, dtype), 9.0)[2]
+    np.testing.assert_array_equal(precise(clipped), [0, 6, -6, 0, 0])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 2)])
+@pytest.mark.parametrize(
+    ("gradient", "phase"),
+    [
+        (30 + 40j, 0.6 + 0.8j),
+        (-50j, -1j),
+        (1e20 + 1e20j, (1 + 1j) / 2**0.5),
+        (3e38 - 3e38j, (1 - 1j) / 2**0.5),
+        (complex(np.inf, 5), 1),
+        (complex(-7, -np.inf), -1j),
+        (complex(np.inf, -np.inf), (1 - 1j) / 2**0.5),
+        (complex(np.nan, 1), 0),
+        (complex(np.inf, np.nan), 0),
+        (0, 0),
+    ],
+)
+def test_clipping_keeps_the_phase_of_complex_numbers(gradient, phase, shape):
+    """One infinite part outweighs the other; NaN in either part makes 0."""
+    gradient = np.full(shape, gradient, np.complex64)
+    clipped = rule(gradient, np.full(shape, 0.25, np.float32), 16.0)[2]
+    assert (clipped.dtype, clipped.shape) == (jnp.complex64, shape)
+    np.testing.assert_allclose(clipped, np.full(shape, 2 * phase), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("gradient", [np.inf, -np.inf, -65504.0])
+def test_limit_beyond_float16_is_its_maximum(gradient):
+    """The limit of 7e5 is finite in float32: cast alone it would become infinite."""
+    clipped = functional.clip_spikes(jnp.array([gradient], "float16"), jnp.array([1e8]))
+    assert clipped.dtype == jnp.float16
+    np.testing.assert_array_equal(clipped, np.sign([gradient]) * 65504)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("threshold", [1.0, 5000.0, 1e30])
+def test_limit_is_capped_so_that_its_square_stays_finite(dtype, threshold):
+    """With nu near its maximum sqrt(threshold * nu) squared would overflow."""
+    with enabled(dtype):
+        largest = jnp.finfo(wide_dtype(dtype)).max
+        phase = (1 - 1j) / 2**0.5 if dtype.startswith("complex") else 1
+        gradient = jnp.asarray([np.inf * (1 - 1j if phase != 1 else 1), 0.0], dtype)
+        clipped = rule(gradient, jnp.full(2, largest), threshold)[2]
+    clipped = precise(clipped)
+    assert clipped[1] == 0
+    wide = np.dtype(wide_dtype(dtype)).type
+    square = wide(clipped[0].real) ** 2 + wide(clipped[0].imag) ** 2
+    assert 0.2 * largest < square < np.inf
+    np.testing.assert_allclose(clipped[0] / np.abs(clipped[0]), phase, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "clip_unseen"),
+    [("bfloat16", False), ("float32", True), ("complex64", False)],
+)
+def test_when_not_active_only_nonfinite_coordinates_change(dtype, clip_unseen):
+    """The grace window, with a traced flag as in the transformations."""
+    gradient = jnp.asarray([1e6, -1e18, jnp.inf, jnp.nan, 2e19, 0.0], dtype)
+    nu = jnp.array([1.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+
+    @jax.jit
+    def both(active):
+        rule = dict(active=active, clip_unseen=clip_unseen)
+        clipped = functional.clip_spikes(gradient, nu, 4.0, **rule)
+        return clipped, functional.spike_mask(gradient, nu, 4.0, **rule)
+
+    clipped, mask = both(False)
+    np.testing.assert_array_equal(clipped, functional.zero_nonfinite(gradient))
+    assert not mask.any()
+    clipped, mask = both(True)
+    np.testing.assert_array_equal(
+        clipped, functional.clip_spikes(gradient, nu, 4.0, clip_unseen=clip_unseen)
+    )
+    assert mask.tolist() == [True, clip_unseen, False, False, False, False]
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES)
+def test_limit_is_the_root_and_infinite_without_history(dtype):
+    nu = np.array([0, 1, 4e-4, 60000]).astype(jnp.dtype(dtype))
+    with enabled(dtype):
+        limit = functional.spike_limit(jnp.asarray(nu), 5000.0)
+        unseen = functional.spike_limit(jnp.asarray(nu), 5000.0, clip_unseen=True)
+        inactive = functional.spike_limit(jnp.asarray(nu), active=False)
+    want = np.sqrt(5000 * precise(nu))
+    assert limit.dtype == unseen.dtype == wide_dtype(dtype)
+    np.testing.assert_allclose(unseen, want, rtol=WIDE_RTOL.get(dtype, 1e-6))
+    np.testing.assert_allclose(limit[1:], unseen[1:], rtol=0)
+    assert np.isinf(limit[0]) and np.isinf(inactive).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_the_largest_gradients_with_a_finite_square_pass_without_history(dtype):
+    """Guards the cap on the limit: it must not cut what is no spike."""
+    with enabled(dtype):
+        root = np.sqrt(np.finfo(wide_dtype(dtype)).max)
+        gradient = jnp.asarray(root, dtype)
+        while functional.nonfinite_mask(gradient):
+            gradient = jnp.nextafter(gradient, jnp.zeros_like(gradient))
+        assert gradient > 0.99 * root
+        clipped = functional.clip_spikes(gradient, jnp.zeros((), dtype))
+    assert clipped == gradient
+
+
+def test_denormal_second_moments_of_float16_are_a_history():
+    """Denormal in float16, normal in float32, where the arithmetic is done."""
+    nu = jnp.full(3, 6e-8, "float16")
+    clipped = functional.clip_spikes(jnp.array([1.0, -jnp.inf, 1e-3], "float16"), nu)
+    limit = math.sqrt(5000 * float(nu[0]))
+    np.testing.assert_allclose(precise(clipped), [limit, -limit, 1e-3], rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_denormal_second_moments_clip_or_pass_but_break_nothing(dtype):
+    """XLA may flush them to 0, which is no history: either way one consistent rule."""
+    gradient = jnp.array([1.0, 1e-12, -jnp.inf, 0.0, jnp.nan], dtype)
+    nu = jnp.full(5, 1e-39, dtype)
+    _, mask, clipped = rule(gradient, nu, 5000.0)
+    mask = np.asarray(mask)
+    assert np.isfinite(precise(clipped)).all()
+    np.testing.assert_array_equal(
+        np.asarray(clipped[:2] != gradient[:2]), mask[:2], strict=True
+    )
+    assert not mask[2:].any() and (clipped[3:] == 0).all()
+    assert -1e-17 < clipped[2] <= 0
+
+
+# The reset clock and the corrections.
+
+
+@pytest.mark.parametrize("interval", [1, 3, 500, 2**31 - 1])
+def test_reset_position_is_the_remainder(interval):
+    steps = np.array([[1, 2, 3], [200, 251, 255]], np.uint8)
+    for given_as in (interval, jnp.asarray(interval), float(interval)):
+        position = functional.reset_position(steps, given_as)
+        assert position.dtype == jnp.int32
+        np.testing.assert_array_equal(position, steps.astype(int) % interval)
+
+
+def test_without_interval_the_position_is_the_step_and_there_is_no_ramp():
+    steps = jnp.array([1, 7, 10_000])
+    np.testing.assert_array_equal(functional.reset_position(steps, None), steps)
+    np.testing.assert_array_equal(functional.reset_ramp(steps, None, 150), np.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("interval", "warmup_steps", "x64"),
+    [
+        (500, 150, False),
+        (500, 150, True),
+        (500, 0, False),
+        (40, 150, False),
+        (7, 1, False),
+        (1, 3, False),
+    ],
+)
+def test_ramp_at_every_step(interval, warmup_steps, x64):
+    """The formula at 1300 steps: two resets of the defaults, and none before."""
+    want = []
+    for t in range(1, 1301):
+        c, ramp = t % interval, 1.0
+        if t >= interval and c < warmup_steps:
+            ramp = 1 - 0.99 * (1 + math.cos(math.pi * c / (warmup_steps + 1))) / 2
+        want.append(ramp)
+    with jax.enable_x64(x64):
+        steps = jnp.arange(1, 1301)
+        ramp = run(lambda t: functional.reset_ramp(t, interval, warmup_steps), steps)
+        traced = run(functional.reset_ramp, steps, interval, warmup_steps)
+    assert ramp.dtype == traced.dtype == ("float64" if x64 else "float32")
+    np.testing.assert_allclose(ramp, want, rtol=0, atol=1e-14 if x64 else 2e-7)
+    np.testing.assert_allclose(traced, want, rtol=0, atol=1e-14 if x64 else 2e-7)
+
+
+@pytest.mark.parametrize("decay", [0, 0.0, 0.5, 0.9, 0.999, 0.99999])
+@pytest.mark.parametrize("as_array", [False, True])
+def test_bias_correction_has_no_cancellation(decay, as_array):
+    """Against float64 at 10 000 steps, where ``1 - decay**step`` is off by 1e-3."""
+    steps = np.arange(1, 10_001)
+    if as_array:
+        correction = jax.jit(functional.bias_correction)(jnp.float32(decay), steps)
+        decay = float(np.float32(decay))
+    else:
+        correction = functional.bias_correction(decay, steps)
+    want = -np.expm1(steps * np.log(decay)) if decay else np.ones(10_000)
+    assert correction.dtype == jnp.float32
+    np.testing.assert_allclose(correction, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0, np.float32(0.9), np.float64(0.9)])
+def test_bias_correction_takes_numbers_and_arrays_of_any_kind(decay):
+    """Guards whole numbers, which `inject_hyperparams` turns into integer arrays."""
+    want = 1 - float(decay) ** 3
+    for given_as in (decay, np.asarray(decay), jnp.asarray(decay), np.full(2, decay)):
+        correction = functional.bias_correction(
+            given_as, np.full(np.shape(given_as), 3)
+        )
+        np.testing.assert_allclose(correction, np.full(np.shape(given_as), want), 1e-6)
+
+
+def test_bias_correction_in_float64():
+    with jax.enable_x64(True):
+        correction = functional.bias_correction(0.999, jnp.arange(1, 100))
+        traced = jax.jit(functional.bias_correction)(0.999, jnp.arange(1, 100))
+    want = -np.expm1(np.arange(1, 100) * np.log(0.999))
+    assert correction.dtype == traced.dtype == jnp.float64
+    np.testing.assert_allclose(correction, want, rtol=1e-13)
+    np.testing.assert_allclose(traced, want, rtol=1e-13)
+
+
+# The spike score of a curve.
+
+
+def spike_score_by_hand(values, window, deviations):
+    """A plain double loop over Python's floats."""
+    spikes = 0
+    for t in range(window, len(values)):
+        known = [values[s] for s in range(t - window, t) if math.isfinite(values[s])]
+        if not math.isfinite(values[t]):
+            spikes += 1
+            continue
+        if not known:
+            continue
+        mean = math.fsum(known) / len(known)
+        std = math.sqrt(math.fsum((x - mean) ** 2 for x in known) / len(known))
+        distance = abs(values[t] - mean)
+        spikes += distance >= deviations * std and distance > 0
+    return 100 * spikes / (len(values) - window)
+
+
+@pytest.mark.parametrize(
+    ("window", "dtype"),
+    [
+        (2, "float32"),
+        (64, "bfloat16"),
+        (64, "float64"),
+        (300, "float32"),
+        (639, "float32"),
+    ],
+)
+def test_spike_score_equals_the_double_loop(window, dtype):
+    """A noisy curve with jumps both ways, NaN, infinities and a run of NaN."""
+    rng = np.random.default_rng(window)
+    values = 3 + 0.1 * rng.normal(size=640)
+    values[rng.integers(0, 640, 12)] += rng.choice([-40, 40], 12)
+    values[[100, 310, 639]] = np.nan, np.inf, -np.inf
+    values[200:215] = np.nan
+    values = values.astype(jnp.dtype(dtype))
+    with enabled(dtype):
+        score = run(functional.spike_score, values, window=window)
+    want = spike_score_by_hand(precise(values).tolist(), window, 10.0)
+    assert (score.dtype, score.shape) == (jnp.float32, ())
+    assert want > 0
+    np.testing.assert_allclose(score, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [50, 150])
+def test_spike_score_counts_planted_spikes_exactly(window):
+    rng = np.random.default_rng(0)
+    values = (2 + 0.01 * rng.normal(size=1000)).astype(np.float32)
+    planted = np.arange(400, 1000, 60)
+    values[planted] += np.where(np.arange(10) % 2, 30.0, -30.0) ** np.arange(1, 11)
+    # Each dwarfs the ones before, so no window hides it.
+    score = run(functional.spike_score, values, window=window)
+    np.testing.assert_allclose(score, 100 * 10 / (1000 - window), rtol=1e-6)
+
+
+def test_spike_score_of_a_constant_curve_is_zero_and_of_a_step_up_is_not():
+    """Guards the rounding of the mean: a std of 0 makes no spike of the same value."""
+    assert functional.spike_score(jnp.full(300, 0.1), window=100) == 0
+    values = jnp.full(300, 0.1).at[200].set(0.2)
+    np.testing.assert_allclose(functional.spike_score(values, window=100), 0.5)
+
+
+def test_spike_score_deviations_are_a_threshold_that_counts_itself():
+    """The last value lies exactly 2 standard deviations off the mean."""
+    values = jnp.array([-1.0, 1.0, -1.0, 1.0, 2.0])
+    assert functional.spike_score(values, window=4, deviations=2.0) == 100
+    assert functional.spike_score(values, window=4, deviations=2.001) == 0
+    assert functional.spike_score(values, window=4, deviations=jnp.float32(2.0)) == 100
+
+
+@pytest.mark.parametrize("window", [5, 6, 1000])
+def test_spike_score_needs_more_values_than_the_window(window):
+    with pytest.raises(ValueError, match=rf"window must be < .* \(5\), got {window}\."):
+        functional.spike_score(jnp.ones(5), window=window)
+
+
+# The bounds.
+
+
+@pytest.mark.parametrize(
+    ("width", "num_layers", "vanilla", "scaled", "normed"),
+    [
+        (1024, 24, 27.29, 1.822, 1.520),
+        (2304, 24, 40.44, 1.822, 1.520),
+        (5120, 40, 46.54, 1.636, 1.402),
+    ],
+)
+def test_ffn_bound_at_the_first_layer_is_the_papers(
+    width, num_layers, vanilla, scaled, normed
+):
+    """Table rows of Takase et al.; the residual is the embedding, scaled or not."""
+    std = math.sqrt(0.4 / width)
+    std_out = std / math.sqrt(2 * num_layers)
+    for residual_std, want in ((std, vanilla), (0.4**0.5, scaled), (1.0, normed)):
+        bound = functional.ffn_jacobian_bound(
+            width, 4 * width, std, std_out, residual_std
+        )
+        assert (bound.dtype, bound.shape) == (jnp.float32, ())
+        assert abs(float(bound) - want) < (0.005 if want > 20 else 0.0005)
+
+
+def test_ffn_bound_takes_arrays():
+    widths, stds = np.array([64, 256]), np.array([0.1, 0.2])
+    bound = functional.ffn_jacobian_bound(widths, 4 * widths, stds, 0.5, stds)
+    want = 1 + stds * 0.5 / stds * (np.sqrt(widths) + np.sqrt(4 * widths)) ** 2
+    np.testing.assert_allclose(bound, want, rtol=1e-6)
+
+
+def test_attention_bound_holds_for_a_random_output_projection():
+    """I + W J / std has a norm between a third of the excess and the bound."""
+    d, std_out, residual_std = 128, 0.05, 0.7
+    rng = np.random.default_rng(0)
+    jacobian = rng.normal(size=(d, d)) / math.sqrt(d)
+    projection = std_out * rng.normal(size=(d, d))
+    norm = np.linalg.norm(np.eye(d) + projection @ jacobian / residual_std, 2)
+    bound = functional.attention_jacobian_bound(
+        d, std_out, residual_std, np.linalg.norm(jacobian, 2)
+    )
+    assert (bound.dtype, bound.shape) == (jnp.float32, ())
+    assert 1 + (float(bound) - 1) / 3 < norm < bound
+
+
+def test_attention_bound_is_the_formula():
+    norms = np.array([0.0, 0.5, 3.0])
+    bound = functional.attention_jacobian_bound(900, 0.01, 0.4, norms)
+    np.testing.assert_allclose(bound, 1 + 0.01 / 0.4 * 2 * 30 * norms, rtol=1e-6)
+
+
+# What all have in common.
+
+RNG = np.random.default_rng(3)
+GRADIENT = RNG.normal(size=(4, 6, 3)).astype(np.float32)
+GRADIENT[0, 0] = np.nan, np.inf, 1e30
+NU = np.abs(RNG.normal(size=(4, 6, 3))).astype(np.float32)
+STEPS = np.arange(60, dtype=np.int32).reshape(4, 15)
+POSITIVE = RNG.uniform(0.5, 2, (5, 4)).astype(np.float32)
+CALLS = {
+    "gradient_spike_score": (functional.gradient_spike_score, [GRADIENT]),
+    "online_spike_score": (functional.online_spike_score, [GRADIENT, NU]),
+    "nonfinite_mask": (functional.nonfinite_mask, [GRADIENT]),
+    "zero_nonfinite": (functional.zero_nonfinite, [GRADIENT]),
+    "spike_limit": (lambda v: functional.spike_limit(v, 2.0), [NU]),
+    "spike_mask": (lambda g, v: functional.spike_mask(g, v, 2.0), [GRADIENT, NU]),
+    "clip_spikes": (lambda g, v: functional.clip_spikes(g, v, 2.0), [GRADIENT, NU]),
+    "clip_spikes complex": (
+        lambda g, v: functional.clip_spikes(g, v, 2.0),
+        [jax.lax.complex(GRADIENT, GRADIENT[::-1].copy()), NU],
+    ),
+    "reset_position": (lambda t: functional.reset_position(t, 7), [STEPS]),
+    "reset_ramp": (lambda t: functional.reset_ramp(t, 20, 9), [STEPS]),
+    "bias_correction": (lambda t: functional.bias_correction(0.9, t), [STEPS]),
+    "bias_correction decays": (
+        functional.bias_correction,
+        [POSITIVE[0] / 3, STEPS[0, 1:5]],
+    ),
+    "spike_score": (
+        lambda x: functional.spike_score(x, window=5, deviations=2.0),
+        [GRADIENT.reshape(4, 18)],
+    ),
+    "ffn_jacobian_bound": (functional.ffn_jacobian_bound, list(POSITIVE)),
+    "attention_jacobian_bound": (
+        functional.attention_jacobian_bound,
+        list(POSITIVE[:4]),
+    ),
+}
+
+
+def test_every_public_function_is_in_the_table_of_calls():
+    functions = {
+        name
+        for name, value in vars(functional).items()
+        if isinstance(value, types.FunctionType) and not name.startswith("_")
+    }
+    assert functions == set(functional.__all__)
+    assert functions == {name.split()[0] for name in CALLS}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_jit_and_vmap_equal_eager(name):
+    """Each row by itself against all at once, compiled."""
+    function, arguments = CALLS[name]
+    rows = [function(*row) for row in zip(*arguments, strict=True)]
+    want = np.stack(rows)
+    batched = run(jax.vmap(function), *arguments)
+    assert (batched.dtype, batched.shape) == (want.dtype, want.shape)
+    np.testing.assert_allclose(batched, want, rtol=2e-6, atol=1e-7)
+
+
+F = functional
+VECTOR, WHOLE = np.ones(3, np.float32), np.ones(3, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (F.gradient_spike_score, [WHOLE]),
+        (F.gradient_spike_score, [WHOLE.astype(bool)]),
+        (F.gradient_spike_score, [np.ones((0, 3), np.float32)]),
+        (F.gradient_spike_score, [np.float32(1)]),
+        (F.nonfinite_mask, [WHOLE]),
+        (F.zero_nonfinite, [WHOLE]),
+        *(
+            (f, arguments)
+            for f in (F.online_spike_score, F.spike_mask, F.clip_spikes)
+            for arguments in (
+                [VECTOR, VECTOR[:2]],
+                [VECTOR, VECTOR[0]],
+                [VECTOR[0], VECTOR],
+                [VECTOR, VECTOR[None]],
+                [WHOLE, VECTOR],
+                [VECTOR, WHOLE],
+                [VECTOR, VECTOR.astype(np.complex64)],
+            )
+        ),
+        (F.spike_limit, [WHOLE]),
+        (F.spike_limit, [VECTOR.astype(np.complex64)]),
+        (F.reset_position, [VECTOR, 3]),
+        (F.reset_position, [True, 3]),
+        (F.reset_ramp, [VECTOR, 3, 2]),
+        (F.spike_score, [VECTOR[:, None]]),
+        (F.spike_score, [VECTOR[0]]),
+        (F.spike_score, [WHOLE]),
+        (F.spike_score, [VECTOR.astype(np.complex64)]),
+    ],
+)
+@pytest.mark.parametrize("jitted", [False, True])
+def test_wrong_shapes_and_dtypes_are_assertion_errors(function, arguments, jitted):
+    """Checked by chex while tracing, so compiled code is checked too."""
+    if jitted:
+        with pytest.raises(AssertionError):
+            jax.eval_shape(function, *arguments[:2], *arguments[2:])
+    else:
+        with pytest.raises(AssertionError):
+            function(*arguments)
+
+
+def test_the_axis_must_exist():
+    with pytest.raises(AssertionError, match="axis '2'"):
+        functional.gradient_spike_score(VECTOR, axis=2)

@@ -1,0 +1,112 @@
+"""The notebooks run, draw what they promise, and are committed clean."""
+
+import json
+import pathlib
+import re
+
+import ipykernel.kernelspec
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+CELL_TIMEOUT = 300  # seconds
+MAX_BYTES = 600_000
+# Absolute paths of POSIX and Windows homes, temporary folders and environments.
+MACHINE_PATH = re.compile(
+    r"/(home|Users|root|tmp|work|mnt|opt|usr|var|private)/|[A-Z]:\\|site-packages"
+    r"|\.venv|ipykernel_\d"
+)
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def has_image(cell):
+    return any("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+def assert_sound(notebook):
+    """Every code cell ran, none raised or warned, and every figure was drawn."""
+    for number, cell in enumerate(code_cells(notebook), start=1):
+        where = f"code cell {number}: {cell.source.splitlines()[0]}"
+        assert cell.execution_count == number, where
+        for output in cell.outputs:
+            assert output.output_type != "error", where
+            assert output.get("name") != "stderr", f"{where}\n{output.get('text')}"
+        assert has_image(cell) == ("plt.show()" in cell.source), where
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch):
+    """A kernel "python3" of the running interpreter, away from the user's settings.
+
+    A python3 kernel that the user registered may belong to another environment.
+    """
+    ipykernel.kernelspec.write_kernel_spec(str(tmp_path / "kernels" / "python3"))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    # With this set jupyter_core does not warn of its change of folders.
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+
+
+def execute(notebook, folder):
+    nbclient.NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()
+
+
+def test_there_is_a_notebook():
+    assert NOTEBOOKS
+
+
+@each_notebook
+def test_runs_in_its_own_folder(path, kernel):
+    notebook = read(path)
+    execute(notebook, path.parent)
+    assert_sound(notebook)
+
+
+@each_notebook
+def test_finds_the_examples_from_the_root(path, kernel):
+    """The rest does not depend on the folder: up to the imports will do."""
+    notebook = read(path)
+    last = max(
+        i
+        for i, cell in enumerate(notebook.cells)
+        if re.search("^from lm", cell.source, re.M)
+    )
+    notebook.cells = notebook.cells[: last + 1]
+    execute(notebook, ROOT)
+
+
+@each_notebook
+def test_committed_outputs(path):
+    """Executed from top to bottom, with every figure, and not too large."""
+    assert_sound(read(path))
+    assert path.stat().st_size < MAX_BYTES
+
+
+@each_notebook
+def test_committed_file_says_nothing_of_a_machine(path):
+    notebook = read(path)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        assert not cell.metadata  # times of execution would be here
+        for output in cell.get("outputs", ()):
+            output.get("data", {}).pop("image/png", None)
+            assert not MACHINE_PATH.search(json.dumps(output)), output
+    assert not MACHINE_PATH.search(json.dumps(notebook.metadata))
+    assert str(ROOT) not in json.dumps(notebook)
