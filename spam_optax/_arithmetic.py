@@ -40,7 +40,9 @@ def direction(x: jax.Array) -> jax.Array:
     infinite = jnp.isinf(parts)
     has_infinite = infinite.any(axis=0, keepdims=True)
     parts = jnp.where(has_infinite, jnp.where(infinite, jnp.sign(parts), 0), parts)
-    # Scaled before the norm is taken: squares of 1e20 would overflow.
+    # Scaled before the norm is taken: squares of 1e20 would overflow. Twice, since the
+    # reciprocal of 1e38, which XLA multiplies by, would be a denormal and flushed to 0.
+    parts = jnp.where(jnp.abs(parts).max(axis=0, keepdims=True) > 1, parts / 16, parts)
     largest = jnp.abs(parts).max(axis=0, keepdims=True)
     parts = parts / jnp.where(largest > 0, largest, 1)
     norm = jnp.sqrt((parts**2).sum(axis=0, keepdims=True))
@@ -57,17 +59,22 @@ def shrink(x: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 def largest_like(x: jax.Array) -> float:
-    """The largest number that fits the dtype of `x` and whose square does not overflow.
+    """The largest number of the dtype of `x` whose square does not overflow.
 
-    Half of it for complex numbers, whose square is a sum of two rounded ones.
+    A little less for complex numbers, whose squared size is a sum of rounded squares.
     """
-    real = compute_dtype(x).type
-    root = np.sqrt(np.finfo(real).max)
-    # Rounded up, its square is infinite; rounded down, no finite square lies above it.
-    with np.errstate(over="ignore"):
-        root = root if np.isfinite(root * root) else np.nextafter(root, real(0))
-    root = float(root) / 2 if jnp.iscomplexobj(x) else float(root)
-    return min(root, float(jnp.finfo(x.dtype).max))
+    narrow, wide = jnp.finfo(x.dtype), jnp.finfo(compute_dtype(x))
+    steps_below = 8 if jnp.iscomplexobj(x) else 1
+    root = 2.0 ** (wide.maxexp // 2) * (1 - steps_below * float(narrow.eps) / 2)
+    return min(root, float(narrow.max))
+
+
+def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`x` in another dtype; what is too large for it becomes its largest number."""
+    if jnp.iscomplexobj(x) or jnp.finfo(dtype).max >= jnp.finfo(x.dtype).max:
+        return x.astype(dtype)
+    largest = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -largest, largest).astype(dtype)
 
 
 def count_true(mask: jax.Array) -> jax.Array:

@@ -128,6 +128,8 @@ def track_spikes(
         steps = state.tensor_steps + valid
         limited = jnp.where(mean > 0, jnp.minimum(norm, threshold * mean), norm)
         rate = 1 / jnp.minimum(jnp.maximum(steps, 1), 1 / (1 - decay))
+        # Steps without any gradient are no history: the first norm is the mean.
+        rate = jnp.where(mean > 0, rate, 1)
         new_mean = (mean + rate * (limited - mean)).astype(jnp.float32)
         return new_updates, TrackSpikesState(
             tensor_grad_norm=norm,

@@ -77,7 +77,7 @@ def reset_moments(
 
     def init_fn(params: optax.Params) -> ResetMomentsState:
         inner_state = inner.init(params)
-        if not any(optax.tree.get_all_with_path(inner_state, f) for f in fields):
+        if not any(_has_field(inner_state, field) for field in fields):
             raise ValueError(
                 f"reset_moments: fields must name at least one field of the inner "
                 f"state, got {tuple(fields)!r}."
@@ -91,18 +91,20 @@ def reset_moments(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ResetMomentsState]:
         step = optax.safe_increment(state.reset_step)
-        is_reset = functional.reset_position(step, interval) == 0
-        # Made anew rather than stored: initial moments are constants to the compiler.
-        initial = inner.init(updates if params is None else params)
-        inner_state = jax.tree_util.tree_map_with_path(
-            lambda path, old, new: (
-                jnp.where(is_reset, new.astype(old.dtype), old)
-                if _names_any(path, fields)
-                else old
-            ),
-            state.inner_state,
-            initial,
-        )
+        inner_state = state.inner_state
+        if interval is not None:
+            is_reset = functional.reset_position(step, interval) == 0
+            # Made anew, not stored: initial moments are constants to the compiler.
+            initial = inner.init(updates if params is None else params)
+            inner_state = jax.tree_util.tree_map_with_path(
+                lambda path, old, new: (
+                    jnp.where(is_reset, new.astype(old.dtype), old)
+                    if _names_any(path, fields)
+                    else old
+                ),
+                inner_state,
+                initial,
+            )
         updates, inner_state = inner.update(updates, inner_state, params, **extra_args)
         return updates, ResetMomentsState(step, inner_state)
 
@@ -115,6 +117,14 @@ def _check_fields(fields: Sequence[str]) -> None:
         raise TypeError(f"reset_moments: fields must be {allowed}, got {fields!r}.")
     if not fields:
         raise ValueError(f"reset_moments: fields must be {allowed}, got {fields!r}.")
+
+
+def _has_field(state: optax.OptState, name: str) -> bool:
+    """Whether a named tuple, not a dictionary, in `state` has the field `name`."""
+    return any(
+        path[-1:] and getattr(path[-1], "name", None) == name
+        for path, _ in optax.tree.get_all_with_path(state, name)
+    )
 
 
 def _names_any(path: tuple, fields: Sequence[str]) -> bool:

@@ -727,7 +727,7 @@ def _direction(
 
 
 def _cast_like(tree: Any, like: Any) -> Any:
-    return _map(lambda x, y: x.astype(jnp.asarray(y).dtype), tree, like)
+    return _map(lambda x, y: _arithmetic.cast(x, jnp.asarray(y).dtype), tree, like)
 
 
 def _cast_updates(
@@ -736,7 +736,10 @@ def _cast_updates(
     """Casts to the parameters' dtype, or the gradients'; None where no gradient was."""
     like = updates if params is None else params
     return _map(
-        lambda g, d, y: d.astype(jnp.asarray(y).dtype), updates, direction, like
+        lambda g, d, y: _arithmetic.cast(d, jnp.asarray(y).dtype),
+        updates,
+        direction,
+        like,
     )
 
 

@@ -53,19 +53,28 @@ def check_number(
         if bound is not None
     ]
     kind = "a whole number" if whole else "a finite number"
-    limits = " and ".join(f"{sign} {bound:g}" for sign, bound, _ in bounds)
+    limits = " and ".join(f"{sign} {bound}" for sign, bound, _ in bounds)
     message = f"{function}: {name} must be {kind} {limits}".rstrip()
     message = f"{message}, got {value!r}."
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(message)
-    fits = math.isfinite(value) and all(holds(value, b) for _, b, holds in bounds)
+    fits = _is_finite(value) and all(holds(value, b) for _, b, holds in bounds)
     if not fits or (whole and value != int(value)):
         raise ValueError(message)
 
 
-def check_whole(function: str, name: str, value: Any, *, low: int) -> None:
-    """Raises unless `value` is an array or a whole number >= `low`."""
-    check_number(function, name, value, at_least=low, whole=True)
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # A Python integer beyond the largest float.
+        return False
+
+
+def check_whole(
+    function: str, name: str, value: Any, *, low: int, high: int = 2**31 - 1
+) -> None:
+    """Raises unless `value` is an array or a whole number from `low` to `high`."""
+    check_number(function, name, value, at_least=low, at_most=high, whole=True)
 
 
 def check_decay(function: str, name: str, value: Any) -> None:

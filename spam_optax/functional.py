@@ -9,10 +9,12 @@ of ``|g|**2``, not bias corrected) and steps are counted from 1.
 """
 
 import math
+import operator
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spam_optax import _arithmetic, _validate
 
@@ -87,7 +89,9 @@ def gradient_spike_score(
     chex.assert_axis_dimension_gt(gradients, axis, 0)
     size = jnp.abs(_arithmetic.widen(gradients))
     finite = jnp.isfinite(size)
-    mean = jnp.mean(size, axis=axis, keepdims=True, where=finite)
+    # Divided before they are added: the sum of the largest spikes would overflow.
+    steps = jnp.maximum(finite.sum(axis=axis, keepdims=True), 1).astype(size.dtype)
+    mean = jnp.sum(size / steps, axis=axis, keepdims=True, where=finite)
     score = size / jnp.where(mean > 0, mean, 1)
     return jnp.where(finite, score, jnp.inf)
 
@@ -244,7 +248,8 @@ def spike_mask(
     Args:
       gradient: The gradient of one step, any shape, floating or complex.
       nu: Its second moment before this step, the same shape, floating.
-      threshold: Spikes have an :func:`online_spike_score` above this; no unit.
+      threshold: Spikes have an :func:`online_spike_score` above this, to rounding:
+        what is compared is the size with :func:`spike_limit`.
       active: A boolean scalar: if false, nothing is a spike.
       clip_unseen: Whether a non-zero gradient where ``nu`` is 0 counts as a spike, as
         in the reference implementation.
@@ -324,6 +329,10 @@ def clip_spikes(
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
     _check_gradient_and_nu(gradient, nu)
     limit = spike_limit(nu, threshold, active=active, clip_unseen=clip_unseen)
+    # Wide enough for the largest float64 gradient beside a float32 second moment.
+    limit = limit.astype(
+        jnp.promote_types(limit.dtype, _arithmetic.compute_dtype(gradient))
+    )
     clipped = _arithmetic.shrink(
         gradient, jnp.minimum(limit, _arithmetic.largest_like(gradient))
     )
@@ -439,8 +448,8 @@ def bias_correction(
       Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, algorithm 1.
     """
     _validate.check_decay("bias_correction", "decay", decay)
-    if isinstance(decay, jax.Array):
-        log_decay = jnp.log(_arithmetic.widen(decay))
+    if isinstance(decay, (jax.Array, np.ndarray)):
+        log_decay = jnp.log(jnp.asarray(decay).astype(float))
     else:
         # In Python's float64: rounding 0.999 to float32 first would cost the digits.
         log_decay = math.log(decay) if decay > 0 else -math.inf
@@ -493,6 +502,13 @@ def spike_score(
     chex.assert_rank(values, 1)
     chex.assert_type(values, float)
     _validate.check_whole("spike_score", "window", window, low=2)
+    try:
+        window = operator.index(window)
+    except TypeError:
+        raise TypeError(
+            "spike_score: window must be a Python whole number >= 2, under jit a "
+            f"static one, got {window!r}."
+        ) from None
     _validate.check_number("spike_score", "deviations", deviations, above=0)
     judged = values.shape[0] - window
     if judged < 1:
@@ -506,7 +522,10 @@ def spike_score(
     def is_spike(start: jax.Array) -> jax.Array:
         history = jax.lax.dynamic_slice_in_dim(values, start, window)
         known = jax.lax.dynamic_slice_in_dim(finite, start, window)
-        distance = jnp.abs(values[start + window] - history.mean(where=known))
+        # In units of the largest value: the variance of a norm of 1e25 overflows.
+        unit = jnp.abs(history).max(where=known, initial=jnp.finfo(values.dtype).tiny)
+        history = history / unit
+        distance = jnp.abs(values[start + window] / unit - history.mean(where=known))
         far = distance >= deviations * history.std(where=known)
         return (far & (distance > 0)) | ~finite[start + window]
 
@@ -540,7 +559,7 @@ def ffn_jacobian_bound(
         :math:`x` that enters the sub-layer.
 
     Returns:
-      The bound, float32, no unit: a scalar for numbers, else the arguments' shape.
+      The bound, no unit: a float32 scalar for numbers, else an array like them.
 
     Raises:
       ValueError: If an argument is a number that is not > 0.
@@ -592,7 +611,7 @@ def attention_jacobian_bound(
         heads with respect to the normalised input.
 
     Returns:
-      The bound, float32, no unit: a scalar for numbers, else the arguments' shape.
+      The bound, no unit: a float32 scalar for numbers, else an array like them.
 
     Raises:
       ValueError: If an argument is a number that is not > 0 (`attention_norm`: >= 0).

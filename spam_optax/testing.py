@@ -75,7 +75,7 @@ def inject_spikes(
     _validate.check_choice("inject_spikes", "kind", kind, _KINDS)
     is_hit_step = _step_test(steps)
     if not isinstance(key, jax.Array):
-        _validate.check_whole("inject_spikes", "key", key, low=0)
+        _validate.check_whole("inject_spikes", "key", key, low=0, high=2**32 - 1)
         key = jax.random.key(key)
 
     def init_fn(params: optax.Params) -> InjectSpikesState:
@@ -96,10 +96,11 @@ def inject_spikes(
             for i, g in enumerate(leaves):
                 leaf_key = jax.random.fold_in(jax.random.fold_in(key, step), i)
                 hit_key, value_key = jax.random.split(leaf_key)
+                # The rate in float32: with float64 enabled other bits would be drawn.
                 # A mask must be sharded as what it selects from on an explicit mesh.
                 hit = jax.random.bernoulli(
                     hit_key,
-                    jnp.asarray(rate, float),
+                    jnp.asarray(rate, jnp.float32),
                     g.shape,
                     out_sharding=jax.typeof(g).sharding,
                 )
@@ -148,5 +149,15 @@ def _fault(
         case "nan":
             fault = jnp.full_like(g, jnp.nan)
         case "inf":
-            fault = jnp.where(g == 0, 1, _arithmetic.direction(g)) * jnp.inf
+            fault = jnp.where(g == 0, 1, _arithmetic.direction(g))
+            if jnp.iscomplexobj(g):  # A part of 0 times infinity would be NaN.
+                parts = (_infinite(fault.real), _infinite(fault.imag))
+                fault = jax.lax.complex(*parts)
+            else:
+                fault = _infinite(fault)
     return fault.astype(g.dtype)
+
+
+def _infinite(x: jax.Array) -> jax.Array:
+    """Infinity of the sign of `x`, 0 where it is 0."""
+    return jnp.where(x == 0, 0, jnp.sign(x) * jnp.inf)

@@ -37,7 +37,8 @@ class Sort(NamedTuple):
 
 SORTS = {
     "positive": Sort(
-        "a finite number > 0", outside(0, 0.0, -1, -1e-9) + ODD + WRONG_TYPES + NONE
+        "a finite number > 0",
+        outside(0, 0.0, -1, -1e-9, 10**400) + ODD + WRONG_TYPES + NONE,
     ),
     "not negative": Sort(
         "a finite number >= 0", outside(-1, -1e-9) + ODD + WRONG_TYPES + NONE
@@ -54,7 +55,8 @@ SORTS = {
         "a finite number >= 0 and <= 1", outside(-0.1, 1.1) + ODD + WRONG_TYPES + NONE
     ),
     "interval": Sort(
-        "a whole number >= 1", outside(0, -1, 2.5, np.int32(0)) + ODD + WRONG_TYPES
+        "a whole number >= 1 and <= 2147483647",
+        outside(0, -1, 2.5, np.int32(0), 10**10) + ODD + WRONG_TYPES,
     ),
     "window": Sort(
         "a whole number >= 2", outside(1, 0, 2.5) + ODD + WRONG_TYPES + NONE
@@ -307,6 +309,26 @@ def other_cases():
                 error,
             ),
         )
+    yield (
+        "spike_score-window 3.0",
+        Case(
+            functools.partial(functional.spike_score, jnp.ones(9), window=3.0),
+            "window",
+            "3.0",
+            "a Python whole number >= 2",
+            TypeError,
+        ),
+    )
+    yield (
+        "spike_score-traced window",
+        Case(
+            lambda: jax.jit(functional.spike_score)(jnp.ones(9), window=3),
+            "window",
+            "Tracer",
+            "under jit a static one",
+            TypeError,
+        ),
+    )
     yield (
         "spike_score-window of all values",
         Case(

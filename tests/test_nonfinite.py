@@ -125,6 +125,19 @@ def test_narrow_gradients(dtype):
     assert int(state.nonfinite_count) == 2
 
 
+@pytest.mark.parametrize("moment", ["mu_dtype", "nu_dtype"])
+def test_moments_stored_narrowly_saturate(moment):
+    """A gradient that float32 holds must not become an infinite float16 moment."""
+    tx = spam_optax.spam(0.1, **{moment: "float16"})
+    params = jnp.ones(2)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(4):
+        updates, state = update(jnp.array([1.0, 1e7]), state, params)
+        assert np.isfinite(np.asarray(updates)).all()
+    stored = optax.tree.get(state, moment.removesuffix("_dtype"))
+    assert stored[1] == jnp.finfo(jnp.float16).max
+
+
 def test_apply_if_finite_skips_the_whole_step():
     """It looks at the gradients: one NaN, and the state stays as it was."""
     tx = optax.apply_if_finite(spam_optax.spam(0.1), max_consecutive_errors=2)
