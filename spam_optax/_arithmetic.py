@@ -31,6 +31,14 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return x * x
 
 
+def narrow_like(x: jax.Array, nu: jax.Array) -> jax.Array:
+    """`x` no wider than arithmetic with `nu`: what does not fit becomes infinite."""
+    real = compute_dtype(nu)
+    if jnp.finfo(x.dtype).max <= jnp.finfo(real).max:
+        return x
+    return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else real)
+
+
 def direction(x: jax.Array) -> jax.Array:
     """``x / |x|``, 0 for 0, in the compute dtype; infinite parts outweigh the rest."""
     x = widen(x)
@@ -71,8 +79,11 @@ def largest_like(x: jax.Array) -> float:
 
 def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`x` in another dtype; what is too large for it becomes its largest number."""
-    if jnp.iscomplexobj(x) or jnp.finfo(dtype).max >= jnp.finfo(x.dtype).max:
+    if jnp.finfo(dtype).max >= jnp.finfo(x.dtype).max:
         return x.astype(dtype)
+    if jnp.iscomplexobj(x):
+        real = jnp.finfo(dtype).dtype
+        return jax.lax.complex(cast(x.real, real), cast(x.imag, real))
     largest = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -largest, largest).astype(dtype)
 

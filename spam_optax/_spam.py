@@ -46,16 +46,16 @@ class ScaleBySpamAdamState(NamedTuple):
       mu: First moment.
       nu: Second moment.
       dropped_count: Coordinates of the last step that were not finite and so were
-        taken as 0. The name differs from :class:`SpamClipState`'s, for a chain has
-        both states.
+        taken as 0; None when they are not counted. The name differs from
+        :class:`SpamClipState`'s, for a chain has both states.
       dropped_total: The same, of all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
-    dropped_count: jax.Array  # shape=(), dtype=jnp.int32.
-    dropped_total: jax.Array  # shape=(), dtype=jnp.int32.
+    dropped_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    dropped_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 class ScaleBySpamState(NamedTuple):
@@ -119,9 +119,10 @@ def spam_clip(
       clip_unseen: Whether a coordinate whose second moment is 0 is clipped, to 0, as in
         the reference implementation. Such a coordinate, an embedding row first seen
         after the grace window for one, then stays frozen until the next reset.
-      count_spikes: Whether clipped and non-finite coordinates are counted in the state.
-      nu_dtype: Storage dtype of the second moment. None: float32, float64 for float64
-        and complex128 parameters.
+      count_spikes: Whether clipped and non-finite coordinates are counted in the state,
+        over the whole array: turn it off inside ``jax.shard_map``.
+      nu_dtype: Storage dtype of the second moment, with the range of float32. None:
+        float32, float64 for float64 and complex128 parameters.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.
@@ -148,13 +149,15 @@ def spam_clip(
       <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
     _check_clip("spam_clip", threshold, b2, reset_interval, grace_steps)
+    _validate.check_flag("spam_clip", "clip_unseen", clip_unseen)
+    _validate.check_flag("spam_clip", "count_spikes", count_spikes)
     nu_dtype = _validate.check_moment_dtype("spam_clip", "nu_dtype", nu_dtype)
 
     def init_fn(params: optax.Params) -> SpamClipState:
         return SpamClipState(
             jnp.zeros([], jnp.int32),
             _init_nu("spam_clip", params, nu_dtype),
-            *_init_counters(count_spikes),
+            *_init_counters(count_spikes, 4),
         )
 
     def update_fn(
@@ -167,13 +170,14 @@ def spam_clip(
         step = optax.safe_increment(state.clip_step)
         position = functional.reset_position(step, reset_interval)
         nu = _zero_at_reset(state.clip_nu, position)
+        gradients = _map(_arithmetic.narrow_like, updates, nu)
         clipped, spikes = _clip(
-            updates, nu, position >= grace_steps, threshold, clip_unseen
+            gradients, nu, position >= grace_steps, threshold, clip_unseen
         )
-        counters = _count(state, updates, spikes) if count_spikes else (None,) * 4
+        counters = _count(state, gradients, spikes) if count_spikes else (None,) * 4
         nu = _moment(nu, clipped, b2, _arithmetic.abs_sq)
         nu = _cast_like(nu, state.clip_nu)
-        return clipped, SpamClipState(step, nu, *counters)
+        return _cast_like(clipped, updates), SpamClipState(step, nu, *counters)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -186,6 +190,7 @@ def scale_by_spam_adam(
     reset_interval: jax.typing.ArrayLike | None = 500,
     warmup_steps: jax.typing.ArrayLike = 150,
     restart_bias_correction: bool = False,
+    count_dropped: bool = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
@@ -200,9 +205,13 @@ def scale_by_spam_adam(
       reset_interval: Steps between resets. None: never.
       warmup_steps: Length of the ramp after each reset, in steps.
       restart_bias_correction: Whether the bias corrections restart with the moments.
+      count_dropped: Whether non-finite coordinates are counted in the state. Turn it
+        off behind :func:`spam_clip`, which counts them and lets none through: on TPU
+        the second count costs the chain more than all the rest.
       mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
         parameters. Complex parameters keep a complex first moment.
-      nu_dtype: Storage dtype of the second moment. None: real, as for `mu_dtype`.
+      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
+        for the first, but real.
 
     Returns:
       The transformation. Its updates have the dtype of the parameters, or without
@@ -223,6 +232,11 @@ def scale_by_spam_adam(
       [ 1. -1.]
     """
     _check_adam("scale_by_spam_adam", b1, b2, eps, reset_interval, warmup_steps)
+    for name, flag in (
+        ("restart_bias_correction", restart_bias_correction),
+        ("count_dropped", count_dropped),
+    ):
+        _validate.check_flag("scale_by_spam_adam", name, flag)
     mu_dtype = _validate.check_moment_dtype("scale_by_spam_adam", "mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype("scale_by_spam_adam", "nu_dtype", nu_dtype)
     step_scale = functools.partial(
@@ -239,8 +253,7 @@ def scale_by_spam_adam(
             jnp.zeros([], jnp.int32),
             _init_mu("scale_by_spam_adam", params, mu_dtype),
             _init_nu("scale_by_spam_adam", params, nu_dtype),
-            jnp.zeros([], jnp.int32),
-            jnp.zeros([], jnp.int32),
+            *_init_counters(count_dropped, 2),
         )
 
     def update_fn(
@@ -249,10 +262,16 @@ def scale_by_spam_adam(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySpamAdamState]:
         _validate.check_same_tree("scale_by_spam_adam", updates, state.mu)
+        _validate.check_not_complex("scale_by_spam_adam", updates, state.mu)
         step = optax.safe_increment(state.count)
         position = functional.reset_position(step, reset_interval)
-        finite = _map(functional.zero_nonfinite, updates)
-        dropped = _count_tree(_map(functional.nonfinite_mask, updates))
+        gradients = _map(_arithmetic.narrow_like, updates, state.nu)
+        finite = _map(functional.zero_nonfinite, gradients)
+        counters = (None, None)
+        if count_dropped:
+            dropped = _count_tree(_map(functional.nonfinite_mask, gradients))
+            total = _arithmetic.saturating_add(state.dropped_total, dropped)
+            counters = dropped, total
         mu = _moment(_zero_at_reset(state.mu, position), finite, b1, _arithmetic.widen)
         nu = _moment(_zero_at_reset(state.nu, position), finite, b2, _arithmetic.abs_sq)
         direction = _direction(mu, nu, step_scale(step), eps)
@@ -260,8 +279,7 @@ def scale_by_spam_adam(
             step,
             _cast_like(mu, state.mu),
             _cast_like(nu, state.nu),
-            dropped,
-            _arithmetic.saturating_add(state.dropped_total, dropped),
+            *counters,
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -278,6 +296,7 @@ def spam_adam(
     reset_interval: jax.typing.ArrayLike | None = 500,
     warmup_steps: jax.typing.ArrayLike = 150,
     restart_bias_correction: bool = False,
+    count_dropped: bool = True,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -287,9 +306,9 @@ def spam_adam(
     :math:`g`, learning rate :math:`\alpha` and weight decay :math:`\lambda`:
 
     .. math::
-      m, v &\leftarrow 0 \quad \text{if } t \bmod D = 0 \
-      m &\leftarrow \beta_1 m + (1 - \beta_1) g \
-      v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \
+      m, v &\leftarrow 0 \quad \text{if } t \bmod D = 0 \\
+      m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+      v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
       p &\leftarrow p - \alpha \left( w \,
         \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \,
         \frac{m}{\sqrt v + \varepsilon} + \lambda p \right)
@@ -322,13 +341,17 @@ def spam_adam(
       reset_interval: Steps between resets. None: never.
       warmup_steps: Length of the ramp after each reset, in steps.
       restart_bias_correction: Whether the bias corrections restart with the moments.
+      count_dropped: Whether non-finite coordinates are counted in the state. Turn it
+        off behind :func:`spam_clip`, which counts them and lets none through: on TPU
+        the second count costs the chain more than all the rest.
       mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
         parameters. Complex parameters keep a complex first moment.
-      nu_dtype: Storage dtype of the second moment. None: real, as for `mu_dtype`.
+      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
+        for the first, but real.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or without these of
-      the gradients.
+      the gradients, and, as Optax's do, before weight decay and learning rate too.
 
     Raises:
       ValueError: If an argument is out of range; by ``update``, if the tree of updates
@@ -366,6 +389,7 @@ def spam_adam(
             reset_interval=reset_interval,
             warmup_steps=warmup_steps,
             restart_bias_correction=restart_bias_correction,
+            count_dropped=count_dropped,
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
@@ -409,6 +433,12 @@ def scale_by_spam(
     """
     _check_clip("scale_by_spam", threshold, b2, reset_interval, grace_steps)
     _check_adam("scale_by_spam", b1, b2, eps, reset_interval, warmup_steps)
+    for name, flag in (
+        ("clip_unseen", clip_unseen),
+        ("count_spikes", count_spikes),
+        ("restart_bias_correction", restart_bias_correction),
+    ):
+        _validate.check_flag("scale_by_spam", name, flag)
     mu_dtype = _validate.check_moment_dtype("scale_by_spam", "mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype("scale_by_spam", "nu_dtype", nu_dtype)
     step_scale = functools.partial(
@@ -425,7 +455,7 @@ def scale_by_spam(
             jnp.zeros([], jnp.int32),
             _init_mu("scale_by_spam", params, mu_dtype),
             _init_nu("scale_by_spam", params, nu_dtype),
-            *_init_counters(count_spikes),
+            *_init_counters(count_spikes, 4),
         )
 
     def update_fn(
@@ -434,19 +464,18 @@ def scale_by_spam(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySpamState]:
         _validate.check_same_tree("scale_by_spam", updates, state.mu)
+        _validate.check_not_complex("scale_by_spam", updates, state.mu)
         step = optax.safe_increment(state.count)
         position = functional.reset_position(step, reset_interval)
         mu = _zero_at_reset(state.mu, position)
         nu = _zero_at_reset(state.nu, position)
+        gradients = _map(_arithmetic.narrow_like, updates, nu)
         # Widened first: nothing forces a clipped bfloat16 gradient back to bfloat16.
+        gradients = _map(_arithmetic.widen, gradients)
         clipped, spikes = _clip(
-            _map(_arithmetic.widen, updates),
-            nu,
-            position >= grace_steps,
-            threshold,
-            clip_unseen,
+            gradients, nu, position >= grace_steps, threshold, clip_unseen
         )
-        counters = _count(state, updates, spikes) if count_spikes else (None,) * 4
+        counters = _count(state, gradients, spikes) if count_spikes else (None,) * 4
         mu = _moment(mu, clipped, b1, _arithmetic.widen)
         nu = _moment(nu, clipped, b2, _arithmetic.abs_sq)
         direction = _direction(mu, nu, step_scale(step), eps)
@@ -519,7 +548,8 @@ def spam(
         square, so a burst of 40 times the usual gradient passes.
       grace_steps: Steps without clipping at the start and after each reset.
       clip_unseen: Whether a coordinate whose second moment is 0 is clipped, to 0.
-      count_spikes: Whether clipped and non-finite coordinates are counted in the state.
+      count_spikes: Whether clipped and non-finite coordinates are counted in the state,
+        over the whole array: turn it off inside ``jax.shard_map``.
       weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate and
         not by the ramp. 0 adds nothing and needs no parameters.
       mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
@@ -530,11 +560,12 @@ def spam(
         see the note in :func:`spam_adam` on the effective learning rate.
       mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
         parameters. Complex parameters keep a complex first moment.
-      nu_dtype: Storage dtype of the second moment. None: real, as for `mu_dtype`.
+      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
+        for the first, but real.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or without these of
-      the gradients.
+      the gradients, and, as Optax's do, before weight decay and learning rate too.
 
     Raises:
       ValueError: If an argument is out of range; by ``update``, if the tree of updates
@@ -605,7 +636,7 @@ def _check_adam(function, b1, b2, eps, reset_interval, warmup_steps) -> None:
     _validate.check_decay(function, "b2", b2)
     _validate.check_number(function, "eps", eps, above=0)
     _validate.check_reset(function, reset_interval)
-    _validate.check_whole(function, "warmup_steps", warmup_steps, low=0)
+    _validate.check_steps(function, "warmup_steps", warmup_steps, low=0)
 
 
 def _check_optimizer(function, learning_rate, weight_decay) -> None:
@@ -640,8 +671,8 @@ def _init_nu(function: str, params: optax.Params, dtype: Any) -> optax.Updates:
     return jax.tree_util.tree_map_with_path(zeros, params)
 
 
-def _init_counters(count_spikes: bool) -> tuple[jax.Array | None, ...]:
-    return tuple(jnp.zeros([], jnp.int32) if count_spikes else None for _ in range(4))
+def _init_counters(is_counted: bool, n: int) -> tuple[jax.Array | None, ...]:
+    return tuple(jnp.zeros([], jnp.int32) if is_counted else None for _ in range(n))
 
 
 def _zero_at_reset(moments: optax.Updates, position: jax.Array) -> optax.Updates:

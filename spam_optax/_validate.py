@@ -5,7 +5,6 @@ Only Python and NumPy numbers are checked. Arrays and tracers pass, since
 """
 
 import math
-import numbers
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ def check_number(
       TypeError: If `value` is neither a real number nor an array.
       ValueError: If it is a number out of bounds.
     """
-    if isinstance(value, (jax.Array, np.ndarray)):
+    if _is_array(value):
         return
     bounds = [
         (sign, bound, holds)
@@ -56,25 +55,55 @@ def check_number(
     limits = " and ".join(f"{sign} {bound}" for sign, bound, _ in bounds)
     message = f"{function}: {name} must be {kind} {limits}".rstrip()
     message = f"{message}, got {value!r}."
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise TypeError(message)
-    fits = _is_finite(value) and all(holds(value, b) for _, b, holds in bounds)
-    if not fits or (whole and value != int(value)):
+    fits = all(holds(value, bound) for _, bound, holds in bounds)
+    if not fits or not math.isfinite(_as_float32(value)):
+        raise ValueError(message)
+    if above is not None and _as_float32(value) <= above:
+        raise ValueError(f"{message[:-1]}, which is {above} in float32.")
+    if whole and value != int(value):
         raise ValueError(message)
 
 
-def _is_finite(value: numbers.Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # A Python integer beyond the largest float.
-        return False
+def _is_array(value: Any) -> bool:
+    """Whether `value` is an array, perhaps traced, of numbers."""
+    is_array = isinstance(value, (jax.Array, np.ndarray))
+    return is_array and jnp.issubdtype(value.dtype, jnp.number)
+
+
+def _as_float32(value: int | float | np.number) -> float:
+    """`value` as arithmetic sees it: large is infinite, subnormal is 0."""
+    info = np.finfo(np.float32)
+    if not abs(value) <= float(info.max):
+        return math.inf
+    return 0.0 if abs(value) < float(info.tiny) else float(value)
+
+
+def check_flag(function: str, name: str, value: Any) -> None:
+    """Raises unless `value` is a boolean."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{function}: {name} must be True or False, got {value!r}.")
+
+
+def check_transformation(function: str, value: Any) -> None:
+    """Raises unless `value` is a gradient transformation, and not what makes one."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(
+            f"{function}: inner must be a gradient transformation, got {value!r}."
+        )
 
 
 def check_whole(
-    function: str, name: str, value: Any, *, low: int, high: int = 2**31 - 1
+    function: str, name: str, value: Any, *, low: int, high: int | None = None
 ) -> None:
     """Raises unless `value` is an array or a whole number from `low` to `high`."""
     check_number(function, name, value, at_least=low, at_most=high, whole=True)
+
+
+def check_steps(function: str, name: str, value: Any, *, low: int) -> None:
+    """Raises unless `value` is an array or a whole number >= `low` that fits int32."""
+    check_whole(function, name, value, low=low, high=np.iinfo(np.int32).max)
 
 
 def check_decay(function: str, name: str, value: Any) -> None:
@@ -91,17 +120,17 @@ def check_choice(function: str, name: str, value: Any, choices: tuple) -> None:
 
 def check_learning_rate(function: str, value: Any) -> None:
     """Raises unless `value` is a schedule, an array or a number >= 0."""
-    if not callable(value):
+    if isinstance(value, type) or not callable(value):
         check_number(function, "learning_rate", value, at_least=0)
 
 
 def check_reset(function: str, reset_interval: Any, grace_steps: Any = 0) -> None:
     """Raises unless the interval is None, or leaves steps outside the grace window."""
-    check_whole(function, "grace_steps", grace_steps, low=0)
+    check_steps(function, "grace_steps", grace_steps, low=0)
     if reset_interval is None:
         return
-    check_whole(function, "reset_interval", reset_interval, low=1)
-    known = all(isinstance(x, numbers.Real) for x in (reset_interval, grace_steps))
+    check_steps(function, "reset_interval", reset_interval, low=1)
+    known = not (_is_array(reset_interval) or _is_array(grace_steps))
     if known and grace_steps and reset_interval <= grace_steps:
         raise ValueError(
             f"{function}: reset_interval must be None or > grace_steps "
@@ -111,7 +140,10 @@ def check_reset(function: str, reset_interval: Any, grace_steps: Any = 0) -> Non
 
 
 def check_moment_dtype(function: str, name: str, dtype: Any) -> np.dtype | None:
-    """Returns `dtype` canonicalised; raises unless it is None or a real float type."""
+    """Returns `dtype` canonicalised; raises unless it is None or a real float type.
+
+    Of 16 bits at least; for squares, which ``nu`` holds, with the range of float32.
+    """
     if dtype is None:
         return None
     try:
@@ -122,18 +154,40 @@ def check_moment_dtype(function: str, name: str, dtype: Any) -> np.dtype | None:
         raise ValueError(
             f"{function}: {name} must be None or a floating dtype, got {dtype!r}."
         )
+    info = jnp.finfo(canonical)
+    if info.bits < 16 or (name == "nu_dtype" and info.maxexp < 128):
+        needed = "the range of float32" if name == "nu_dtype" else "16 bits or more"
+        raise ValueError(
+            f"{function}: {name} must be None or a floating dtype with {needed}, "
+            f"got {dtype!r}."
+        )
     return canonical
 
 
-def check_inexact(function: str, path: tuple, leaf: Any) -> np.dtype:
+def check_inexact(
+    function: str, path: tuple, leaf: Any, what: str = "parameter"
+) -> np.dtype:
     """Returns the dtype arithmetic on `leaf` is done in; raises if it is no float."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    if not jnp.issubdtype(dtype, jnp.inexact):
+    if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16:
         raise TypeError(
-            f"{function}: the parameter at {jax.tree_util.keystr(path) or 'the root'} "
-            f"must have a floating or complex dtype, got {dtype}."
+            f"{function}: the {what} at {jax.tree_util.keystr(path) or 'the root'} "
+            "must have a floating or complex dtype of 16 bits or more, "
+            f"got {dtype}."
         )
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def check_not_complex(function: str, updates: Any, mu: Any) -> None:
+    """Raises if an update is complex where its parameter, so the moment, is not."""
+    is_none = lambda x: x is None  # noqa: E731
+    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
+    for (path, g), m in zip(leaves, jax.tree.leaves(mu, is_leaf=is_none), strict=True):
+        if g is not None and jnp.iscomplexobj(g) and not jnp.iscomplexobj(m):
+            raise TypeError(
+                f"{function}: the update at {jax.tree_util.keystr(path) or 'the root'} "
+                f"must have a floating dtype like its parameter, got {g.dtype}."
+            )
 
 
 def check_same_tree(function: str, updates: Any, moments: Any) -> None:
@@ -164,6 +218,7 @@ def check_same_tree(function: str, updates: Any, moments: Any) -> None:
         got_leaf = got_paths[path]
         if got_leaf is None or want_leaf is None:
             continue
+        check_inexact(function, path, got_leaf, "update")
         if jnp.shape(got_leaf) != jnp.shape(want_leaf):
             raise ValueError(
                 f"{function}: the update at {jax.tree_util.keystr(path) or 'the root'} "

@@ -92,7 +92,9 @@ def gradient_spike_score(
     # Divided before they are added: the sum of the largest spikes would overflow.
     steps = jnp.maximum(finite.sum(axis=axis, keepdims=True), 1).astype(size.dtype)
     mean = jnp.sum(size / steps, axis=axis, keepdims=True, where=finite)
-    score = size / jnp.where(mean > 0, mean, 1)
+    # XLA multiplies by the reciprocal, which for 1e38 would be subnormal and flushed.
+    unit = jnp.where(mean > 1, 16, 1)
+    score = (size / unit) / jnp.where(mean > 0, mean / unit, 1)
     return jnp.where(finite, score, jnp.inf)
 
 
@@ -226,6 +228,7 @@ def spike_limit(
     chex.assert_type(nu, float)
     nu = _arithmetic.widen(nu)
     limit = jnp.sqrt(jnp.asarray(threshold, nu.dtype)) * jnp.sqrt(nu)
+    limit = jnp.where(nu > 0, limit, 0)  # Even if an injected threshold is infinite.
     has_limit = active if clip_unseen else active & (nu > 0)
     return jnp.where(has_limit, limit, jnp.inf)
 
@@ -374,7 +377,7 @@ def reset_position(
     step = step.astype(jnp.int32)
     if interval is None:
         return step
-    _validate.check_whole("reset_position", "interval", interval, low=1)
+    _validate.check_steps("reset_position", "interval", interval, low=1)
     return step % jnp.asarray(interval, jnp.int32)
 
 
@@ -414,7 +417,7 @@ def reset_ramp(
     References:
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, algorithm 1.
     """
-    _validate.check_whole("reset_ramp", "warmup_steps", warmup_steps, low=0)
+    _validate.check_steps("reset_ramp", "warmup_steps", warmup_steps, low=0)
     position = reset_position(step, interval)
     ramping = (position < warmup_steps) & (position < step)
     angle = jnp.pi * position.astype(float) / (warmup_steps + 1)
@@ -470,7 +473,8 @@ def spike_score(
     .. math::
       |x_t - \mu_t| \ge k \sigma_t, \quad x_t \ne \mu_t
 
-    A non-finite value is a spike and enters no mean. Comparable runs need the same
+    A value that is not finite, or within a factor of 16 of the dtype's largest number,
+    is a spike and enters no mean. Comparable runs need the same
     window.
 
     Args:
@@ -517,7 +521,7 @@ def spike_score(
             f"({values.shape[0]}), got {window}."
         )
     values = _arithmetic.widen(values)
-    finite = jnp.isfinite(values)
+    finite = jnp.abs(values) < jnp.finfo(values.dtype).max / 16
 
     def is_spike(start: jax.Array) -> jax.Array:
         history = jax.lax.dynamic_slice_in_dim(values, start, window)

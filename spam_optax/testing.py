@@ -36,9 +36,10 @@ def inject_spikes(
 ) -> optax.GradientTransformation:
     """Corrupts a random part of the gradients, the same part whenever it is run.
 
-    What is hit depends on the key, the step, the tensor's place in the tree and its
-    shape alone. Put it first in a chain to see what an optimizer makes of a fault:
-    ``optax.chain(testing.inject_spikes(0, steps=[100]), optax.adam(1e-3))``.
+    What is hit depends on the key, the rate, the step, the tensor's place in the tree
+    and its shape alone. Put it first in a chain to see what an optimizer makes of a
+    fault: ``optax.chain(testing.inject_spikes(0, steps=[100]), optax.adam(1e-3))``.
+    With ``optax.inject_hyperparams`` name ``key`` in ``static_args``.
 
     Args:
       key: A PRNG key, or a number to make one from.
@@ -74,7 +75,7 @@ def inject_spikes(
     _validate.check_number("inject_spikes", "scale", scale)
     _validate.check_choice("inject_spikes", "kind", kind, _KINDS)
     is_hit_step = _step_test(steps)
-    if not isinstance(key, jax.Array):
+    if not _is_key(key):
         _validate.check_whole("inject_spikes", "key", key, low=0, high=2**32 - 1)
         key = jax.random.key(key)
 
@@ -117,6 +118,13 @@ def inject_spikes(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def _is_key(key: jax.Array | int) -> bool:
+    """Whether `key` is a PRNG key, typed or raw, rather than a seed for one."""
+    return isinstance(key, jax.Array) and (
+        jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 0
+    )
+
+
 def _step_test(
     steps: Iterable[int] | Callable[[jax.Array], jax.Array] | None,
 ) -> Callable[[jax.Array], jax.Array]:
@@ -131,7 +139,7 @@ def _step_test(
         )
     steps = tuple(steps)
     for step in steps:
-        _validate.check_whole("inject_spikes", "steps", step, low=1)
+        _validate.check_steps("inject_spikes", "steps", step, low=1)
     return lambda step: jnp.isin(step, jnp.asarray(steps, jnp.int32))
 
 
@@ -145,7 +153,10 @@ def _fault(
         case "noise":
             wide = _arithmetic.widen(g)
             rms = jnp.sqrt(jnp.mean(_arithmetic.abs_sq(g)))
-            fault = wide + scale * rms * jax.random.normal(key, g.shape, wide.dtype)
+            noise = jax.random.normal(
+                key, g.shape, wide.dtype, out_sharding=jax.typeof(g).sharding
+            )
+            fault = wide + scale * rms * noise
         case "nan":
             fault = jnp.full_like(g, jnp.nan)
         case "inf":

@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,10 @@ import pytest
 import spam_optax
 from spam_optax import functional, testing
 
-WRONG_TYPES = (("high", TypeError), (True, TypeError), ([1.0], TypeError))
+WRONG_TYPES = tuple(
+    (value, TypeError)
+    for value in ("high", True, [1.0], Fraction(1, 2), np.array("x"), float)
+)
 NONE = ((None, TypeError),)
 ODD = ((math.nan, ValueError), (math.inf, ValueError), (-math.inf, ValueError))
 
@@ -38,7 +42,7 @@ class Sort(NamedTuple):
 SORTS = {
     "positive": Sort(
         "a finite number > 0",
-        outside(0, 0.0, -1, -1e-9, 10**400) + ODD + WRONG_TYPES + NONE,
+        outside(0, 0.0, -1, -1e-9, 10**400, 1e39, 1e-40) + ODD + WRONG_TYPES + NONE,
     ),
     "not negative": Sort(
         "a finite number >= 0", outside(-1, -1e-9) + ODD + WRONG_TYPES + NONE
@@ -62,9 +66,18 @@ SORTS = {
         "a whole number >= 2", outside(1, 0, 2.5) + ODD + WRONG_TYPES + NONE
     ),
     "count": Sort("a whole number >= 0", outside(-1, 2.5) + ODD + WRONG_TYPES + NONE),
-    "moment dtype": Sort(
+    "mu dtype": Sort(
         "None or a floating dtype",
-        outside("int32", jnp.int32, "nonsense", "complex64", bool, 3.5),
+        outside(
+            "int32", jnp.int32, "nonsense", "complex64", bool, 3.5, "float8_e4m3fn"
+        ),
+    ),
+    "nu dtype": Sort(
+        "None or a floating dtype",
+        outside("int32", "nonsense", "complex64", 3.5, "float8_e4m3fn", "float16"),
+    ),
+    "flag": Sort(
+        "True or False", tuple((value, TypeError) for value in ("no", None, 0, 1.0))
     ),
 }
 
@@ -73,7 +86,9 @@ CLIP = {
     "b2": "decay",
     "reset_interval": "interval",
     "grace_steps": "count",
-    "nu_dtype": "moment dtype",
+    "nu_dtype": "nu dtype",
+    "clip_unseen": "flag",
+    "count_spikes": "flag",
 }
 ADAM = {
     "b1": "decay",
@@ -81,17 +96,19 @@ ADAM = {
     "eps": "positive",
     "reset_interval": "interval",
     "warmup_steps": "count",
-    "mu_dtype": "moment dtype",
-    "nu_dtype": "moment dtype",
+    "restart_bias_correction": "flag",
+    "mu_dtype": "mu dtype",
+    "nu_dtype": "nu dtype",
 }
+COUNT = {"count_dropped": "flag"}
 OPTIMIZER = {"learning_rate": "not negative", "weight_decay": "not negative"}
 SPIKES = (jnp.ones(3), jnp.ones(3))
 
 # The function, its other arguments, and the sort of each argument that is checked.
 FUNCTIONS = (
     (spam_optax.spam_clip, (), CLIP),
-    (spam_optax.scale_by_spam_adam, (), ADAM),
-    (spam_optax.spam_adam, (), ADAM | OPTIMIZER),
+    (spam_optax.scale_by_spam_adam, (), ADAM | COUNT),
+    (spam_optax.spam_adam, (), ADAM | COUNT | OPTIMIZER),
     (spam_optax.scale_by_spam, (), CLIP | ADAM),
     (spam_optax.spam, (), CLIP | ADAM | OPTIMIZER),
     (spam_optax.reset_moments, (optax.trace(0.9),), {"interval": "interval"}),
@@ -229,7 +246,28 @@ def other_cases():
                 f"{name}-{key}",
                 Case(update(tx, updates, PARAMS), "update", where, allowed),
             )
-        for dtype in ("int32", "bool"):
+        yield (
+            f"{name}-integer gradients",
+            Case(
+                update(tx, PARAMS | {"a": jnp.ones(3, jnp.int32)}, PARAMS),
+                "update at ['a']",
+                "int32",
+                "a floating or complex dtype",
+                TypeError,
+            ),
+        )
+        if function is not spam_optax.spam_clip:
+            yield (
+                f"{name}-complex gradients of real parameters",
+                Case(
+                    update(tx, PARAMS | {"a": jnp.ones(3, jnp.complex64)}, PARAMS),
+                    "update at ['a']",
+                    "complex64",
+                    "a floating dtype like its parameter",
+                    TypeError,
+                ),
+            )
+        for dtype in ("int32", "bool", "float8_e4m3fn"):
             yield (
                 f"{name}-{dtype} parameters",
                 Case(
@@ -260,8 +298,23 @@ def other_cases():
             "the 3 leaves of init's parameters",
         ),
     )
+    for wrap in (
+        lambda inner: spam_optax.reset_moments(inner, 3),
+        spam_optax.track_spikes,
+    ):
+        for key, value in (("1.0", 1.0), ("None", None), ("a factory", optax.adam)):
+            yield (
+                f"{wrap.__name__}-inner-{key}",
+                Case(
+                    functools.partial(wrap, value),
+                    "inner",
+                    repr(value),
+                    "a gradient transformation",
+                    TypeError,
+                ),
+            )
     reset = functools.partial(spam_optax.reset_moments, optax.trace(0.9), 3)
-    for value, error in (("mu", TypeError), ((), ValueError), (None, ValueError)):
+    for value, error in (("mu", TypeError), ((), ValueError), (5, TypeError)):
         yield (
             f"reset_moments-fields-{value!r}",
             Case(
@@ -355,14 +408,11 @@ def test_bad_arguments_are_named_with_their_value_and_what_is_allowed(name):
         assert part in message
 
 
-NOT_NUMBERS = {"mask", "clip_unseen", "count_spikes", "restart_bias_correction"}
-
-
 @pytest.mark.parametrize("function", MOMENTS, ids=lambda f: f.__name__)
 def test_every_argument_of_the_transformations_is_in_the_table(function):
     """Guards the table: an argument added later must be listed or be a flag."""
     (sorts,) = (sorts for f, _, sorts in FUNCTIONS if f is function)
-    assert set(inspect.signature(function).parameters) - NOT_NUMBERS == set(sorts)
+    assert set(inspect.signature(function).parameters) - {"mask"} == set(sorts)
 
 
 NUMBERS = {
@@ -419,7 +469,11 @@ def test_arrays_pass_unchecked(value):
     for array in (jnp.asarray(value), np.asarray(value)):
         for function, arguments, sorts in FUNCTIONS:
             if inspect.isfunction(function) and function in MOMENTS:
-                numbers = [n for n, sort in sorts.items() if sort != "moment dtype"]
+                numbers = [
+                    n
+                    for n, sort in sorts.items()
+                    if not sort.endswith((" dtype", "flag"))
+                ]
                 function(*arguments, **dict.fromkeys(numbers, array))
 
 

@@ -63,6 +63,12 @@ BYTES = {
         lambda: optax.chain(spam_optax.spam_clip(), optax.adam(1e-3)),
         36,
     ),
+    "spam_clip_then_spam_adam": (
+        lambda: optax.chain(
+            spam_optax.spam_clip(), spam_optax.spam_adam(count_dropped=False)
+        ),
+        36,
+    ),
     "reset_moments": (lambda: spam_optax.reset_moments(optax.adam(1e-3), 500), 28),
 }
 

@@ -337,10 +337,48 @@ def test_update_on_a_mesh_adds_only_scalar_all_reduces(name, spec):
         state = tx.init(params)
         text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
     collective = r"= (.*?) (all-|reduce-scatter|collective-)[a-z-]*\("
-    for line in filter(re.compile(collective).search, text.splitlines()):
+    lines = list(filter(re.compile(collective).search, text.splitlines()))
+    assert lines
+    for line in lines:
         result, kind = re.search(collective, line).groups()
         assert kind == "all-" and " all-reduce" in line, line
         assert set(re.findall(r"\w+\[(.*?)\]", result)) == {""}, line
+
+
+@pytest.mark.parametrize("name", ["spam_adam", "spam", "reset_moments"])
+def test_moments_sharded_unlike_the_parameters(name):
+    """Replicated parameters with sharded moments, as in ZeRO's first stage."""
+    tx = TRANSFORMATIONS[name]()
+    params, gradients = jnp.ones(16), jnp.linspace(-1.0, 1.0, 16)
+    expected, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
+    with jax.set_mesh(jax.make_mesh((8,), ("x",))):
+        params, gradients = (jax.device_put(x, P()) for x in (params, gradients))
+        state = jax.tree.map(
+            lambda x: jax.device_put(x, P("x") if x.ndim else P()), tx.init(params)
+        )
+        gradients = jax.device_put(gradients, P("x"))
+        updates, state = jax.jit(tx.update)(gradients, state)
+    assert_close(np.asarray(updates), np.asarray(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["spam", "spam_adam"])
+def test_shard_map(name):
+    """Elementwise, so it runs on each device's part, where nothing is counted."""
+    tx = {
+        "spam": spam_optax.spam(0.1, count_spikes=False),
+        "spam_adam": spam_optax.spam_adam(0.1, count_dropped=False),
+    }[name]
+    params = jnp.linspace(-1.0, 1.0, 16)
+    state = tx.init(params)
+    specs = jax.tree.map(lambda x: P("x") if x.ndim else P(), state)
+    mapped = jax.shard_map(
+        tx.update,
+        mesh=jax.make_mesh((8,), ("x",)),
+        in_specs=(P("x"), specs, P("x")),
+        out_specs=(P("x"), specs),
+    )
+    ours = jax.jit(mapped)(params, state, params)
+    assert_close(jax.device_get(ours), tx.update(params, state, params))
 
 
 @EVERY

@@ -121,21 +121,54 @@ def test_narrow_gradients(dtype):
         g = jnp.array([1.0 if t < 7 else jnp.inf, largest if t < 7 else -jnp.inf])
         clipped, state = update(g.astype(dtype), state)
     assert np.isfinite(np.asarray(clipped, np.float32)).all()
+    assert np.isfinite(np.asarray(state.clip_nu)).all()
     assert clipped[0] > 0 > clipped[1]
     assert int(state.nonfinite_count) == 2
 
 
-@pytest.mark.parametrize("moment", ["mu_dtype", "nu_dtype"])
-def test_moments_stored_narrowly_saturate(moment):
+def test_a_moment_stored_narrowly_saturates():
     """A gradient that float32 holds must not become an infinite float16 moment."""
-    tx = spam_optax.spam(0.1, **{moment: "float16"})
+    tx = spam_optax.spam(0.1, mu_dtype="float16")
     params = jnp.ones(2)
     state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(4):
         updates, state = update(jnp.array([1.0, 1e7]), state, params)
         assert np.isfinite(np.asarray(updates)).all()
-    stored = optax.tree.get(state, moment.removesuffix("_dtype"))
-    assert stored[1] == jnp.finfo(jnp.float16).max
+    assert optax.tree.get(state, "mu")[1] == jnp.finfo(jnp.float16).max
+
+
+@pytest.mark.parametrize("name", ["spam", "chain", "spam_adam"])
+def test_what_the_state_cannot_hold_counts_as_infinite(name):
+    """A float64 gradient beside float32 parameters."""
+    with jax.enable_x64(True):
+        tx = MAKERS[name]()
+        params = jnp.ones(2, jnp.float32)
+        state, update = tx.init(params), jax.jit(tx.update)
+        for _ in range(3):
+            updates, state = update(jnp.array([1.0, 1e100]), state, params)
+        assert np.isfinite(updates).all()
+        assert np.isfinite(optax.tree.get(state, "nu")).all()
+        prefix = "dropped" if name == "spam_adam" else "nonfinite"
+        assert int(optax.tree.get(state, f"{prefix}_total")) == 3
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scattered_faults_in_narrow_gradients(name, dtype):
+    rng = np.random.default_rng(1)
+    gradients = clean_gradients()
+    hit = rng.random(gradients.shape) < 0.1
+    gradients[hit] = rng.choice([np.nan, np.inf, -np.inf, 1.8e19, 6e4], hit.sum())
+    with np.errstate(over="ignore"):
+        narrow = gradients.astype(jnp.dtype(dtype))
+        expected = (~np.isfinite(np.square(narrow.astype(np.float32)))).sum()
+    params, states = runner(name)(jnp.asarray(narrow))
+    assert np.isfinite(params).all()
+    for moment in ("mu", "nu"):
+        values = np.asarray(optax.tree.get(states, moment)).astype(np.float32)
+        assert np.isfinite(values).all()
+    prefix = "dropped" if name == "spam_adam" else "nonfinite"
+    assert int(optax.tree.get(states, f"{prefix}_total")[-1]) == expected
 
 
 def test_apply_if_finite_skips_the_whole_step():

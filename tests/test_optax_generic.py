@@ -95,8 +95,11 @@ def borrow(module: str, test_class: str, *, optimizers=(), named=()):
     """Imports a test class of Optax with our tables in place of its own."""
     product, named_parameters = parameterized.product, parameterized.named_parameters
 
+    used = []
+
     def our_product(*rows, **kwargs):
         is_table = [any("opt_name" in row for row in table) for table in rows]
+        used.extend(filter(None, is_table))
         rows = [
             optimizers if ours else table
             for ours, table in zip(is_table, rows, strict=True)
@@ -105,6 +108,7 @@ def borrow(module: str, test_class: str, *, optimizers=(), named=()):
 
     def our_named_parameters(*tables):
         is_table = len(tables) == 1 and len(list(tables[0])) > 10
+        used.extend(filter(None, [is_table]))
         return named_parameters(named) if is_table else named_parameters(*tables)
 
     sys.modules.pop(module, None)
@@ -115,7 +119,10 @@ def borrow(module: str, test_class: str, *, optimizers=(), named=()):
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        return getattr(importlib.import_module(module), test_class)
+        cls = getattr(importlib.import_module(module), test_class)
+    # Should Optax reshape its tables, its own optimizers must not stand in for ours.
+    assert used, f"{module} no longer reads a table of optimizers"
+    return cls
 
 
 @pytest.fixture(autouse=True)

@@ -82,7 +82,8 @@ def check_against_golden(name, step, params, expected):
             np.abs(ours - theirs[step]) / np.maximum(1, np.abs(theirs[step]))
         )
         hint = GOLDEN_HINT.format(name=name, error=error, step=step + 1)
-        assert error <= 2e-6, hint
+        # The parity asked for is 2e-6; a change that costs two digits is no accident.
+        assert error <= 3e-8, hint
 
 
 @GOLDEN_CASES
