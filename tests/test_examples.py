@@ -20,10 +20,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-
-import pretrain  # noqa: E402
-from lm import (  # noqa: E402
+import pretrain
+from lm import (
     analysis,
     corpus,
     model,
@@ -32,8 +30,9 @@ from lm import (  # noqa: E402
     run_folder,
     training,
 )
-from lm.config import OPTIMIZERS, RunConfig  # noqa: E402
+from lm.config import OPTIMIZERS, RunConfig
 
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 SMALL = {"model": "nano", "steps": 24, "batch_size": 4, "sequence_length": 16}
 SMALL_FLAGS = [
     "--model=nano",

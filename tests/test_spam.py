@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from numpy_reference import Spam
 
 import spam_optax
+from numpy_reference import Spam
 from spam_optax._arithmetic import count_true
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
