@@ -149,8 +149,9 @@ def spam_clip(
       <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
     _check_clip("spam_clip", threshold, b2, reset_interval, grace_steps)
-    _validate.check_flag("spam_clip", "clip_unseen", clip_unseen)
-    _validate.check_flag("spam_clip", "count_spikes", count_spikes)
+    _validate.check_flags(
+        "spam_clip", clip_unseen=clip_unseen, count_spikes=count_spikes
+    )
     nu_dtype = _validate.check_moment_dtype("spam_clip", "nu_dtype", nu_dtype)
 
     def init_fn(params: optax.Params) -> SpamClipState:
@@ -232,11 +233,11 @@ def scale_by_spam_adam(
       [ 1. -1.]
     """
     _check_adam("scale_by_spam_adam", b1, b2, eps, reset_interval, warmup_steps)
-    for name, flag in (
-        ("restart_bias_correction", restart_bias_correction),
-        ("count_dropped", count_dropped),
-    ):
-        _validate.check_flag("scale_by_spam_adam", name, flag)
+    _validate.check_flags(
+        "scale_by_spam_adam",
+        restart_bias_correction=restart_bias_correction,
+        count_dropped=count_dropped,
+    )
     mu_dtype = _validate.check_moment_dtype("scale_by_spam_adam", "mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype("scale_by_spam_adam", "nu_dtype", nu_dtype)
     step_scale = functools.partial(
@@ -433,12 +434,12 @@ def scale_by_spam(
     """
     _check_clip("scale_by_spam", threshold, b2, reset_interval, grace_steps)
     _check_adam("scale_by_spam", b1, b2, eps, reset_interval, warmup_steps)
-    for name, flag in (
-        ("clip_unseen", clip_unseen),
-        ("count_spikes", count_spikes),
-        ("restart_bias_correction", restart_bias_correction),
-    ):
-        _validate.check_flag("scale_by_spam", name, flag)
+    _validate.check_flags(
+        "scale_by_spam",
+        clip_unseen=clip_unseen,
+        count_spikes=count_spikes,
+        restart_bias_correction=restart_bias_correction,
+    )
     mu_dtype = _validate.check_moment_dtype("scale_by_spam", "mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype("scale_by_spam", "nu_dtype", nu_dtype)
     step_scale = functools.partial(

@@ -80,10 +80,11 @@ def _as_float32(value: int | float | np.number) -> float:
     return 0.0 if abs(value) < float(info.tiny) else float(value)
 
 
-def check_flag(function: str, name: str, value: Any) -> None:
-    """Raises unless `value` is a boolean."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{function}: {name} must be True or False, got {value!r}.")
+def check_flags(function: str, **flags: Any) -> None:
+    """Raises unless every flag is a boolean."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{function}: {name} must be True or False, got {value!r}.")
 
 
 def check_transformation(function: str, value: Any) -> None:
