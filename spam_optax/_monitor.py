@@ -154,17 +154,19 @@ def tensor_names(params: optax.Params) -> tuple[str, ...]:
       params: The tree of parameters that ``init`` was called with.
 
     Returns:
-      The path of each tensor, its parts joined by ``/``.
+      The path of each tensor, its parts joined by ``/``, without the ``value`` that
+      ends the paths of an NNX state.
 
     Examples:
       >>> import spam_optax
       >>> spam_optax.tensor_names({"layer": {"kernel": 1.0, "bias": 0.0}})
       ('layer/bias', 'layer/kernel')
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return tuple(
-        jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves
+    names = (
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
     )
+    return tuple(name.removesuffix("/value") for name in names)
 
 
 def _stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -87,8 +87,9 @@ def reset_moments(
         inner_state = inner.init(params)
         if not any(_has_field(inner_state, field) for field in fields):
             raise ValueError(
-                f"reset_moments: fields must name at least one field of the inner "
-                f"state, got {tuple(fields)!r}."
+                "reset_moments: fields must name at least one field of the inner "
+                f"state, got {tuple(fields)!r}; an inner transformation without "
+                "momentum, as plain SGD, has none."
             )
         return ResetMomentsState(jnp.zeros([], jnp.int32), inner_state)
 

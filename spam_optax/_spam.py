@@ -204,7 +204,8 @@ def scale_by_spam_adam(
       b2: Decay of the second moment, in [0, 1).
       eps: Term added to the root of the uncorrected second moment, > 0.
       reset_interval: Steps between resets. None: never.
-      warmup_steps: Length of the ramp after each reset, in steps.
+      warmup_steps: Steps over which the step size rises from 0.01 to 1 after each
+        reset, and not at the start; no part of the learning rate's own warm-up.
       restart_bias_correction: Whether the bias corrections restart with the moments.
       count_dropped: Whether non-finite coordinates are counted in the state. Turn it
         off behind :func:`spam_clip`, which counts them and lets none through: on TPU
@@ -340,7 +341,8 @@ def spam_adam(
       mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
         of them, or a function from parameters to such a tree. None: everything.
       reset_interval: Steps between resets. None: never.
-      warmup_steps: Length of the ramp after each reset, in steps.
+      warmup_steps: Steps over which the step size rises from 0.01 to 1 after each
+        reset, and not at the start; no part of the learning rate's own warm-up.
       restart_bias_correction: Whether the bias corrections restart with the moments.
       count_dropped: Whether non-finite coordinates are counted in the state. Turn it
         off behind :func:`spam_clip`, which counts them and lets none through: on TPU
@@ -351,8 +353,9 @@ def spam_adam(
         for the first, but real.
 
     Returns:
-      The optimizer. Its updates have the dtype of the parameters, or without these of
-      the gradients, and, as Optax's do, before weight decay and learning rate too.
+      The optimizer. Its updates have the dtype of the parameters, or of the gradients
+      if `params` is not passed, and are rounded to it before weight decay and learning
+      rate are applied, as Optax's are.
 
     Raises:
       ValueError: If an argument is out of range; by ``update``, if the tree of updates
@@ -537,8 +540,8 @@ def spam(
     * ``reset_interval=None`` and intervals of any length work.
 
     With ``optax.inject_hyperparams`` pass ``hyperparam_dtype=jnp.float32``, or bfloat16
-    parameters turn ``b2 = 0.999`` into 1, and name ``mask``, ``mu_dtype`` and
-    ``nu_dtype`` in ``static_args`` when they are given.
+    parameters turn ``b2 = 0.999`` into 1; and ``static_args=("mask", "mu_dtype",
+    "nu_dtype")``, or a mask function is taken for a schedule and nothing is decayed.
 
     Args:
       learning_rate: The learning rate, a number >= 0 or a schedule.
@@ -556,7 +559,8 @@ def spam(
       mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
         of them, or a function from parameters to such a tree. None: everything.
       reset_interval: Steps between resets, larger than `grace_steps`. None: never.
-      warmup_steps: Length of the ramp after each reset, in steps.
+      warmup_steps: Steps over which the step size rises from 0.01 to 1 after each
+        reset, and not at the start; no part of the learning rate's own warm-up.
       restart_bias_correction: Whether the bias corrections restart with the moments;
         see the note in :func:`spam_adam` on the effective learning rate.
       mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
@@ -565,8 +569,9 @@ def spam(
         for the first, but real.
 
     Returns:
-      The optimizer. Its updates have the dtype of the parameters, or without these of
-      the gradients, and, as Optax's do, before weight decay and learning rate too.
+      The optimizer. Its updates have the dtype of the parameters, or of the gradients
+      if `params` is not passed, and are rounded to it before weight decay and learning
+      rate are applied, as Optax's are.
 
     Raises:
       ValueError: If an argument is out of range; by ``update``, if the tree of updates

@@ -357,7 +357,7 @@ def test_moments_sharded_unlike_the_parameters(name):
             lambda x: jax.device_put(x, P("x") if x.ndim else P()), tx.init(params)
         )
         gradients = jax.device_put(gradients, P("x"))
-        updates, state = jax.jit(tx.update)(gradients, state)
+        updates, state = jax.jit(tx.update)(gradients, state, params)
     assert_close(np.asarray(updates), np.asarray(expected), rtol=1e-5)
 
 
@@ -373,7 +373,7 @@ def test_shard_map(name):
     specs = jax.tree.map(lambda x: P("x") if x.ndim else P(), state)
     mapped = jax.shard_map(
         tx.update,
-        mesh=jax.make_mesh((8,), ("x",)),
+        mesh=jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)),
         in_specs=(P("x"), specs, P("x")),
         out_specs=(P("x"), specs),
     )

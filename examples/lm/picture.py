@@ -38,7 +38,7 @@ def draw(
     for name, panel in zip(names, norm_panels, strict=True):
         draw_norms(panel, name, steps[name])
     share_norm_axis(norm_panels)
-    draw_spikes(panels["spikes"], steps)
+    draw_spikes(panels["spikes"], steps, config)
     for panel in panels.values():
         finish(panel, config)
     figure.savefig(path)
@@ -152,10 +152,18 @@ def share_norm_axis(panels: list[matplotlib.axes.Axes]) -> None:
     panels[0].set_ylabel("global gradient norm")
 
 
-def draw_spikes(panel, steps: dict[str, list[Row]]) -> None:
+def draw_spikes(panel, steps: dict[str, list[Row]], config: RunConfig) -> None:
     """Coordinates that SPAM clipped, step by step."""
     panel.set_ylabel("coordinates")
-    panel.set_title("Coordinates that SPAM clipped", loc="left")
+    grace = config.spam_intervals["grace_steps"]
+    panel.set_title(
+        "Coordinates that SPAM clipped. Dotted: its momentum resets;"
+        f" nothing is clipped in the {grace} steps after one.",
+        loc="left",
+    )
+    interval = config.spam_intervals["reset_interval"]
+    for reset in range(interval, config.steps, interval):
+        panel.axvline(reset, color=BEFORE, linestyle=":", linewidth=1.2)
     shown = {
         name: column(rows, "spikes_clipped")
         for name, rows in steps.items()
