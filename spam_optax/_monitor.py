@@ -58,7 +58,7 @@ def track_spikes(
     The statistics are read by name, and :func:`tensor_names` tells the tensor behind an
     index. One vector for all tensors, rather than a scalar for each, keeps them apart
     from the parameters when a state is sharded. On TPU the norm of the update is a pass
-    of its own over memory: about half as much again as :func:`spam_optax.spam` alone.
+    of its own over memory: half as much again as :func:`spam_optax.spam`, or more.
 
     Args:
       inner: The transformation to watch, for example ``spam(1e-3)``.

@@ -347,3 +347,14 @@ def test_map_params_reaches_the_inner_moments_alone():
     mapped = optax.tree.map_params(tx, lambda x: "moment", tx.init(params))
     assert set(jax.tree.leaves(mapped.inner_state[1:])) == {"moment"}
     assert mapped.reset_step == 0 and mapped.inner_state.count == 0
+
+
+def test_adams_step_after_a_reset():
+    """What the docstring and the README warn of: 2.6 times on average, 6.6 at most."""
+    tx = spam_optax.reset_moments(optax.adam(1.0), 500)
+    update = lambda state, g: tx.update(g, state)[::-1]  # noqa: E731
+    _, updates = jax.lax.scan(update, tx.init(jnp.zeros(())), jnp.ones(9999))
+    late = -np.asarray(updates)[-500:]
+    assert abs(late.mean() - 2.6) < 0.05
+    assert abs(late.max() - 6.57) < 0.05
+    assert late.argmax() == 11
