@@ -20,5 +20,11 @@ from spam_optax._spam import scale_by_spam_adam as scale_by_spam_adam
 from spam_optax._spam import spam as spam
 from spam_optax._spam import spam_adam as spam_adam
 from spam_optax._spam import spam_clip as spam_clip
+from spam_optax._sparse import ScaleBySparseSpamState as ScaleBySparseSpamState
+from spam_optax._sparse import matrices_only as matrices_only
+from spam_optax._sparse import momentum_density as momentum_density
+from spam_optax._sparse import momentum_mask as momentum_mask
+from spam_optax._sparse import scale_by_sparse_spam as scale_by_sparse_spam
+from spam_optax._sparse import sparse_spam as sparse_spam
 
 __version__ = "0.1.0"

@@ -119,7 +119,7 @@ def track_spikes(
         )
         norm = _norms([functional.zero_nonfinite(g) for g in gradients])
         nonfinite = _stack(
-            [_arithmetic.count_true(functional.nonfinite_mask(g)) for g in gradients],
+            [_arithmetic.totals(functional.nonfinite_mask(g))[0] for g in gradients],
             jnp.int32,
         )
         mean = state.tensor_mean_norm
@@ -162,11 +162,15 @@ def tensor_names(params: optax.Params) -> tuple[str, ...]:
       >>> spam_optax.tensor_names({"layer": {"kernel": 1.0, "bias": 0.0}})
       ('layer/bias', 'layer/kernel')
     """
-    names = (
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    return tuple(
+        tensor_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
     )
-    return tuple(name.removesuffix("/value") for name in names)
+
+
+def tensor_name(path: tuple) -> str:
+    """The parts of a path joined by ``/``, without the ``value`` of an NNX variable."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return name.removesuffix("/value")
 
 
 def _stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:

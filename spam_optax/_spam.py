@@ -171,12 +171,13 @@ def spam_clip(
         step = optax.safe_increment(state.clip_step)
         position = functional.reset_position(step, reset_interval)
         nu = _zero_at_reset(state.clip_nu, position)
-        gradients = _map(_arithmetic.narrow_like, updates, nu)
-        clipped, spikes = _clip(
-            gradients, nu, position >= grace_steps, threshold, clip_unseen
-        )
-        counters = _count(state, gradients, spikes) if count_spikes else (None,) * 4
-        nu = _moment(nu, clipped, b2, _arithmetic.abs_sq)
+        gradients = map_leaves(_arithmetic.narrow_like, updates, nu)
+        rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
+        counters = (None,) * 4
+        if count_spikes:
+            nonfinite = map_leaves(functional.nonfinite_mask, gradients)
+            nu, counters = _count(gradients, nonfinite, nu, state, rule)
+        clipped, nu = _clip(gradients, nu, b2, rule)
         nu = _cast_like(nu, state.clip_nu)
         return _cast_like(clipped, updates), SpamClipState(step, nu, *counters)
 
@@ -267,17 +268,19 @@ def scale_by_spam_adam(
         _validate.check_not_complex("scale_by_spam_adam", updates, state.mu)
         step = optax.safe_increment(state.count)
         position = functional.reset_position(step, reset_interval)
-        gradients = _map(_arithmetic.narrow_like, updates, state.nu)
-        finite = _map(functional.zero_nonfinite, gradients)
+        gradients = map_leaves(_arithmetic.narrow_like, updates, state.nu)
+        finite = map_leaves(functional.zero_nonfinite, gradients)
         counters = (None, None)
         if count_dropped:
-            dropped = _count_tree(_map(functional.nonfinite_mask, gradients))
+            nonfinite = map_leaves(functional.nonfinite_mask, gradients)
+            each = map(_arithmetic.totals, jax.tree.leaves(nonfinite))
+            dropped = _total([count for (count,) in each])
             total = _arithmetic.saturating_add(state.dropped_total, dropped)
             counters = dropped, total
         mu = _moment(_zero_at_reset(state.mu, position), finite, b1, _arithmetic.widen)
         nu = _moment(_zero_at_reset(state.nu, position), finite, b2, _arithmetic.abs_sq)
         direction = _direction(mu, nu, step_scale(step), eps)
-        return _cast_updates(direction, updates, params), ScaleBySpamAdamState(
+        return cast_updates(direction, updates, params), ScaleBySpamAdamState(
             step,
             _cast_like(mu, state.mu),
             _cast_like(nu, state.nu),
@@ -384,7 +387,7 @@ def spam_adam(
 
     .. seealso:: :func:`spam`, :func:`reset_moments`
     """
-    _check_optimizer("spam_adam", learning_rate, weight_decay)
+    check_optimizer("spam_adam", learning_rate, weight_decay)
     return optax.chain(
         scale_by_spam_adam(
             b1,
@@ -397,9 +400,9 @@ def spam_adam(
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
-        _decay_weights(weight_decay, mask),
+        decay_weights(weight_decay, mask) or optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
-        optax.stateless(_cast_to_params),
+        optax.stateless(cast_to_params),
     )
 
 
@@ -435,32 +438,23 @@ def scale_by_spam(
       >>> print(updates.round(3))
       [ 1. -1.]
     """
-    _check_clip("scale_by_spam", threshold, b2, reset_interval, grace_steps)
-    _check_adam("scale_by_spam", b1, b2, eps, reset_interval, warmup_steps)
-    _validate.check_flags(
-        "scale_by_spam",
-        clip_unseen=clip_unseen,
-        count_spikes=count_spikes,
-        restart_bias_correction=restart_bias_correction,
-    )
-    mu_dtype = _validate.check_moment_dtype("scale_by_spam", "mu_dtype", mu_dtype)
-    nu_dtype = _validate.check_moment_dtype("scale_by_spam", "nu_dtype", nu_dtype)
-    step_scale = functools.partial(
-        _step_scale,
+    settings = SpamSettings(
         b1=b1,
         b2=b2,
+        eps=eps,
+        threshold=threshold,
+        grace_steps=grace_steps,
+        clip_unseen=clip_unseen,
+        count_spikes=count_spikes,
         reset_interval=reset_interval,
         warmup_steps=warmup_steps,
         restart_bias_correction=restart_bias_correction,
-    )
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+    ).checked("scale_by_spam")
 
     def init_fn(params: optax.Params) -> ScaleBySpamState:
-        return ScaleBySpamState(
-            jnp.zeros([], jnp.int32),
-            _init_mu("scale_by_spam", params, mu_dtype),
-            _init_nu("scale_by_spam", params, nu_dtype),
-            *_init_counters(count_spikes, 4),
-        )
+        return init_spam("scale_by_spam", params, settings)
 
     def update_fn(
         updates: optax.Updates,
@@ -469,25 +463,10 @@ def scale_by_spam(
     ) -> tuple[optax.Updates, ScaleBySpamState]:
         _validate.check_same_tree("scale_by_spam", updates, state.mu)
         _validate.check_not_complex("scale_by_spam", updates, state.mu)
-        step = optax.safe_increment(state.count)
-        position = functional.reset_position(step, reset_interval)
-        mu = _zero_at_reset(state.mu, position)
-        nu = _zero_at_reset(state.nu, position)
-        gradients = _map(_arithmetic.narrow_like, updates, nu)
-        # Widened first: nothing forces a clipped bfloat16 gradient back to bfloat16.
-        gradients = _map(_arithmetic.widen, gradients)
-        clipped, spikes = _clip(
-            gradients, nu, position >= grace_steps, threshold, clip_unseen
-        )
-        counters = _count(state, gradients, spikes) if count_spikes else (None,) * 4
-        mu = _moment(mu, clipped, b1, _arithmetic.widen)
-        nu = _moment(nu, clipped, b2, _arithmetic.abs_sq)
-        direction = _direction(mu, nu, step_scale(step), eps)
-        mu, nu = _cast_like(mu, state.mu), _cast_like(nu, state.nu)
-        return (
-            _cast_updates(direction, updates, params),
-            ScaleBySpamState(step, mu, nu, *counters),
-        )
+        gradients = map_leaves(_arithmetic.narrow_like, updates, state.nu)
+        nonfinite = map_leaves(functional.nonfinite_mask, gradients)
+        direction, state = spam_step(gradients, nonfinite, state, settings)
+        return cast_updates(direction, updates, params), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -606,7 +585,7 @@ def spam(
 
     .. seealso:: :func:`spam_clip`, :func:`spam_adam`
     """
-    _check_optimizer("spam", learning_rate, weight_decay)
+    check_optimizer("spam", learning_rate, weight_decay)
     return optax.chain(
         scale_by_spam(
             b1,
@@ -622,9 +601,9 @@ def spam(
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
-        _decay_weights(weight_decay, mask),
+        decay_weights(weight_decay, mask) or optax.identity(),
         optax.scale_by_learning_rate(learning_rate),
-        optax.stateless(_cast_to_params),
+        optax.stateless(cast_to_params),
     )
 
 
@@ -645,12 +624,107 @@ def _check_adam(function, b1, b2, eps, reset_interval, warmup_steps) -> None:
     _validate.check_steps(function, "warmup_steps", warmup_steps, low=0)
 
 
-def _check_optimizer(function, learning_rate, weight_decay) -> None:
+def check_optimizer(function, learning_rate, weight_decay) -> None:
     _validate.check_learning_rate(function, learning_rate)
     _validate.check_number(function, "weight_decay", weight_decay, at_least=0)
 
 
-def _map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+class SpamSettings(NamedTuple):
+    """The arguments of :func:`scale_by_spam`, shared with its sparse sibling."""
+
+    b1: jax.typing.ArrayLike
+    b2: jax.typing.ArrayLike
+    eps: jax.typing.ArrayLike
+    threshold: jax.typing.ArrayLike
+    grace_steps: jax.typing.ArrayLike
+    clip_unseen: bool
+    count_spikes: bool
+    reset_interval: jax.typing.ArrayLike | None
+    warmup_steps: jax.typing.ArrayLike
+    restart_bias_correction: bool
+    mu_dtype: jax.typing.DTypeLike | None
+    nu_dtype: jax.typing.DTypeLike | None
+
+    def checked(self, function: str) -> "SpamSettings":
+        """These, with canonical dtypes; raises if one is out of range."""
+        _check_clip(
+            function, self.threshold, self.b2, self.reset_interval, self.grace_steps
+        )
+        _check_adam(
+            function,
+            self.b1,
+            self.b2,
+            self.eps,
+            self.reset_interval,
+            self.warmup_steps,
+        )
+        flags = ("clip_unseen", "count_spikes", "restart_bias_correction")
+        _validate.check_flags(function, **{name: getattr(self, name) for name in flags})
+        dtypes = {
+            name: _validate.check_moment_dtype(function, name, getattr(self, name))
+            for name in ("mu_dtype", "nu_dtype")
+        }
+        return self._replace(**dtypes)
+
+
+def init_spam(
+    function: str, params: optax.Params, settings: SpamSettings
+) -> ScaleBySpamState:
+    """The state of :func:`scale_by_spam` for moments shaped like `params`."""
+    return ScaleBySpamState(
+        jnp.zeros([], jnp.int32),
+        _init_mu(function, params, settings.mu_dtype),
+        _init_nu(function, params, settings.nu_dtype),
+        *_init_counters(settings.count_spikes, 4),
+    )
+
+
+def spam_step(
+    gradients: optax.Updates,
+    nonfinite: Any,
+    state: ScaleBySpamState,
+    settings: SpamSettings,
+) -> tuple[optax.Updates, ScaleBySpamState]:
+    """One step of SPAM on trees shaped like the moments.
+
+    Args:
+      gradients: The gradients.
+      nonfinite: How many non-finite coordinates each moment stands for: booleans, or
+        small whole numbers.
+      state: The state before the step.
+      settings: The hyper-parameters.
+
+    Returns:
+      The direction, in the dtype of arithmetic, and the state after the step.
+    """
+    b1, b2, eps, threshold, grace_steps, clip_unseen, count_spikes, interval, *_ = (
+        settings
+    )
+    step = optax.safe_increment(state.count)
+    position = functional.reset_position(step, interval)
+    mu, nu = (_zero_at_reset(x, position) for x in (state.mu, state.nu))
+    # Widened first: nothing forces a clipped bfloat16 gradient back to bfloat16.
+    gradients = map_leaves(_arithmetic.widen, gradients)
+    rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
+    counters = (None,) * 4
+    if count_spikes:
+        nu, counters = _count(gradients, nonfinite, nu, state, rule)
+    clipped, nu = _clip(gradients, nu, b2, rule)
+    mu = _moment(mu, clipped, b1, _arithmetic.widen)
+    scale = _step_scale(
+        step,
+        b1=b1,
+        b2=b2,
+        reset_interval=interval,
+        warmup_steps=settings.warmup_steps,
+        restart_bias_correction=settings.restart_bias_correction,
+    )
+    direction = _direction(mu, nu, scale, eps)
+    mu, nu = _cast_like(mu, state.mu), _cast_like(nu, state.nu)
+    return direction, ScaleBySpamState(step, mu, nu, *counters)
+
+
+def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Maps `f` over the leaves; None, a parameter without a gradient, stays None."""
     return jax.tree.map(
         lambda x, *xs: None if x is None else f(x, *xs),
@@ -687,39 +761,109 @@ def _zero_at_reset(moments: optax.Updates, position: jax.Array) -> optax.Updates
     )
 
 
+class SpikeRule(NamedTuple):
+    """What a spike is in this step."""
+
+    threshold: jax.typing.ArrayLike
+    is_active: jax.Array
+    clip_unseen: bool
+
+    def arguments(self, **others: Any) -> dict[str, Any]:
+        """Of the functions of :mod:`spam_optax.functional`."""
+        threshold, active, clip_unseen = self
+        rule = dict(threshold=threshold, active=active, clip_unseen=clip_unseen)
+        return rule | others
+
+
 def _clip(
-    updates: optax.Updates,
-    nu: optax.Updates,
-    is_active: jax.Array,
-    threshold: jax.typing.ArrayLike,
-    clip_unseen: bool,
-) -> tuple[optax.Updates, Any]:
-    """Returns the gradients without spikes or non-finite entries, and the spikes."""
-    rule = dict(threshold=threshold, active=is_active, clip_unseen=clip_unseen)
-    clipped = _map(functools.partial(functional.clip_spikes, **rule), updates, nu)
-    spikes = _map(functools.partial(functional.spike_mask, **rule), updates, nu)
-    return clipped, spikes
+    gradients: optax.Updates, nu: optax.Updates, b2: jax.Array, rule: SpikeRule
+) -> tuple[optax.Updates, optax.Updates]:
+    r"""Clips spikes and moves the second moment; returns both.
 
+    The moment is moved first, and the limit of the gradient read off the new one, so
+    that the old one can be overwritten in place, as XLA:CPU would not do otherwise. For
+    a spike, :math:`v' = (\beta_2 + (1 - \beta_2) \theta) v`, so its limit is
 
-def _count_tree(masks: Any) -> jax.Array:
-    return functools.reduce(
-        _arithmetic.saturating_add,
-        map(_arithmetic.count_true, jax.tree.leaves(masks)),
-        jnp.zeros([], jnp.int32),
-    )
+    .. math::
+      \sqrt{\theta v} = \sqrt{c v'}, \quad
+      c = \frac{\theta}{\beta_2 + (1 - \beta_2) \theta}
+
+    and a gradient within its limit is within this one. Only where there was no history
+    it may not be; there :math:`v'` is exactly what it would be for :math:`v = 0`.
+    """
+
+    def move(v, g):
+        return _move(v, functional.clipped_square(g, v, **rule.arguments()), b2)
+
+    def clip(g, v):
+        seen = v != _move(jnp.zeros_like(v), _arithmetic.abs_sq(g), b2)
+        # The margin is rounding's: what is within the limit must pass bit for bit.
+        margin = 1 + 16 * float(jnp.finfo(v.dtype).eps)
+        threshold = rule.threshold / (b2 + (1 - b2) * rule.threshold) * margin
+        active = rule.is_active & seen
+        return functional.clip_spikes(
+            g, v, **rule.arguments(threshold=threshold, active=active)
+        )
+
+    nu = _map_moments(move, nu, gradients)
+    return map_leaves(clip, gradients, nu), nu
 
 
 def _count(
-    state: SpamClipState | ScaleBySpamState, updates: optax.Updates, spikes: Any
-) -> tuple[jax.Array, ...]:
-    spike_count = _count_tree(spikes)
-    nonfinite_count = _count_tree(_map(functional.nonfinite_mask, updates))
-    return (
+    gradients: optax.Updates,
+    nonfinite: Any,
+    nu: optax.Updates,
+    state: SpamClipState | ScaleBySpamState,
+    rule: SpikeRule,
+) -> tuple[optax.Updates, tuple[jax.Array, ...]]:
+    """Counts; returns the second moment, to be used from here on, and the counters."""
+
+    def of_leaf(g, bad, v):
+        spikes = functional.spike_mask(g, v, **rule.arguments())
+        return _arithmetic.totals(spikes, bad)
+
+    counts = map_leaves(of_leaf, gradients, nonfinite, nu)
+    nu = _map_moments(lambda v, n: _arithmetic.read_first(v, n[0]), nu, counts)
+    each = jax.tree.leaves(counts)
+    spike_count, nonfinite_count = _total(each[::2]), _total(each[1::2])
+    return nu, (
         spike_count,
         _arithmetic.saturating_add(state.spike_total, spike_count),
         nonfinite_count,
         _arithmetic.saturating_add(state.nonfinite_total, nonfinite_count),
     )
+
+
+def _total(counts: list[jax.Array]) -> jax.Array:
+    return functools.reduce(
+        _arithmetic.saturating_add, counts, jnp.zeros([], jnp.int32)
+    )
+
+
+def _map_moments(
+    f: Callable[..., jax.Array], moments: optax.Updates, gradients: Any
+) -> optax.Updates:
+    """Maps `f` over moments and gradients; without a gradient a moment stays."""
+    leaves, structure = jax.tree.flatten(moments)
+    return jax.tree.unflatten(
+        structure,
+        [
+            moment if g is None else f(moment, g)
+            for moment, g in zip(
+                leaves, structure.flatten_up_to(gradients), strict=True
+            )
+        ],
+    )
+
+
+def _move(
+    moment: jax.Array, target: jax.Array, decay: jax.typing.ArrayLike
+) -> jax.Array:
+    """Moves a moment towards `target`, in the wide dtype."""
+    moment = _arithmetic.widen(moment)
+    dtype = jnp.promote_types(moment.dtype, target.dtype)
+    # Cast: an injected float64 decay must not widen a float32 moment.
+    return (decay * moment + (1 - decay) * target).astype(dtype)
 
 
 def _moment(
@@ -728,20 +872,7 @@ def _moment(
     decay: jax.typing.ArrayLike,
     power: Callable[[jax.Array], jax.Array],
 ) -> optax.Updates:
-    """Moves the moments towards `power` of the gradients, in the wide dtype."""
-
-    def move(moment, g):
-        moment, target = _arithmetic.widen(moment), power(g)
-        dtype = jnp.promote_types(moment.dtype, target.dtype)
-        # Cast: an injected float64 decay must not widen a float32 moment.
-        return (decay * moment + (1 - decay) * target).astype(dtype)
-
-    return jax.tree.map(
-        lambda g, moment: moment if g is None else move(moment, g),
-        gradients,
-        moments,
-        is_leaf=lambda x: x is None,
-    )
+    return _map_moments(lambda m, g: _move(m, power(g), decay), moments, gradients)
 
 
 def _step_scale(
@@ -760,19 +891,23 @@ def _step_scale(
 def _direction(
     mu: optax.Updates, nu: optax.Updates, scale: jax.Array, eps: jax.typing.ArrayLike
 ) -> optax.Updates:
-    return _map(lambda m, v: (scale * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
+    return map_leaves(
+        lambda m, v: (scale * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu
+    )
 
 
 def _cast_like(tree: Any, like: Any) -> Any:
-    return _map(lambda x, y: _arithmetic.cast(x, jnp.asarray(y).dtype), tree, like)
+    return map_leaves(
+        lambda x, y: _arithmetic.cast(x, jnp.asarray(y).dtype), tree, like
+    )
 
 
-def _cast_updates(
+def cast_updates(
     direction: optax.Updates, updates: optax.Updates, params: optax.Params | None
 ) -> optax.Updates:
     """Casts to the parameters' dtype, or the gradients'; None where no gradient was."""
     like = updates if params is None else params
-    return _map(
+    return map_leaves(
         lambda g, d, y: _arithmetic.cast(d, jnp.asarray(y).dtype),
         updates,
         direction,
@@ -780,16 +915,17 @@ def _cast_updates(
     )
 
 
-def _cast_to_params(
+def cast_to_params(
     updates: optax.Updates, params: optax.Params | None
 ) -> optax.Updates:
     """Undoes the widening by an injected learning rate or weight decay."""
     return updates if params is None else _cast_like(updates, params)
 
 
-def _decay_weights(
+def decay_weights(
     weight_decay: jax.typing.ArrayLike, mask: Mask | None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformation | None:
+    """Decoupled weight decay; None if there is nothing to decay."""
     if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
-        return optax.identity()
+        return None
     return optax.add_decayed_weights(weight_decay, mask)

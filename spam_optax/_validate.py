@@ -107,9 +107,29 @@ def check_steps(function: str, name: str, value: Any, *, low: int) -> None:
     check_whole(function, name, value, low=low, high=np.iinfo(np.int32).max)
 
 
+def check_static(function: str, name: str, value: Any) -> None:
+    """Raises if `value`, which decides shapes, is an array or a tracer."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(
+            f"{function}: {name} must be a Python number, for it decides shapes (with "
+            f'optax.inject_hyperparams: static_args=("{name}", ...)), got {value!r}.'
+        )
+
+
 def check_decay(function: str, name: str, value: Any) -> None:
     """Raises unless `value` is an array or a number in [0, 1)."""
     check_number(function, name, value, at_least=0, below=1)
+
+
+def check_key(function: str, key: Any) -> jax.Array:
+    """Returns a PRNG key, made from `key` if that is a number from 0 to 2**32 - 1."""
+    is_key = isinstance(key, jax.Array) and (
+        jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 0
+    )
+    if is_key:
+        return key
+    check_whole(function, "key", key, low=0, high=2**32 - 1)
+    return jax.random.key(key)
 
 
 def check_choice(function: str, name: str, value: Any, choices: tuple) -> None:
@@ -191,8 +211,8 @@ def check_not_complex(function: str, updates: Any, mu: Any) -> None:
             )
 
 
-def check_same_tree(function: str, updates: Any, moments: Any) -> None:
-    """Raises unless `updates` has the leaves and shapes of the state's `moments`.
+def check_same_structure(function: str, updates: Any, moments: Any) -> None:
+    """Raises unless `updates` has the leaves of the state's `moments`, and floats.
 
     A leaf may be None in `updates` alone: a parameter without a gradient.
     """
@@ -215,11 +235,20 @@ def check_same_tree(function: str, updates: Any, moments: Any) -> None:
             f"{function}: the tree of updates must have the containers of init's "
             f"parameters {want_structure}, got {got_structure}."
         )
-    for path, want_leaf in want_paths.items():
-        got_leaf = got_paths[path]
+    for path, leaf in got_paths.items():
+        if leaf is not None and want_paths[path] is not None:
+            check_inexact(function, path, leaf, "update")
+
+
+def check_same_tree(function: str, updates: Any, moments: Any) -> None:
+    """Raises unless `updates` has the leaves and shapes of the state's `moments`."""
+    check_same_structure(function, updates, moments)
+    is_none = lambda x: x is None  # noqa: E731
+    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
+    wanted = jax.tree.leaves(moments, is_leaf=is_none)
+    for (path, got_leaf), want_leaf in zip(leaves, wanted, strict=True):
         if got_leaf is None or want_leaf is None:
             continue
-        check_inexact(function, path, got_leaf, "update")
         if jnp.shape(got_leaf) != jnp.shape(want_leaf):
             raise ValueError(
                 f"{function}: the update at {jax.tree_util.keystr(path) or 'the root'} "

@@ -22,6 +22,7 @@ __all__ = (
     "attention_jacobian_bound",
     "bias_correction",
     "clip_spikes",
+    "clipped_square",
     "ffn_jacobian_bound",
     "gradient_spike_score",
     "nonfinite_mask",
@@ -202,7 +203,8 @@ def spike_limit(
     Args:
       nu: Second moment before this step, any shape, floating.
       threshold: Spikes have an :func:`online_spike_score` above this; no unit.
-      active: A boolean scalar: whether there are limits at all, or ``inf`` everywhere.
+      active: Booleans, a scalar or shaped like `nu`: where there are limits; ``inf``
+        elsewhere.
       clip_unseen: Whether the limit is 0 where ``nu`` is 0, as in the reference
         implementation.
 
@@ -251,9 +253,8 @@ def spike_mask(
     Args:
       gradient: The gradient of one step, any shape, floating or complex.
       nu: Its second moment before this step, the same shape, floating.
-      threshold: Spikes have an :func:`online_spike_score` above this, to rounding:
-        what is compared is the size with :func:`spike_limit`.
-      active: A boolean scalar: if false, nothing is a spike.
+      threshold: Spikes have an :func:`online_spike_score` above this; no unit.
+      active: Booleans, a scalar or shaped like `nu`: where false, nothing is a spike.
       clip_unseen: Whether a non-zero gradient where ``nu`` is 0 counts as a spike, as
         in the reference implementation.
 
@@ -279,8 +280,9 @@ def spike_mask(
     """
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
     _check_gradient_and_nu(gradient, nu)
-    limit = spike_limit(nu, threshold, active=active, clip_unseen=clip_unseen)
-    is_large = jnp.abs(_arithmetic.widen(gradient)) > limit
+    _validate.check_number("spike_mask", "threshold", threshold, above=0)
+    limit, has_limit = _square_limit(gradient, nu, threshold, active, clip_unseen)
+    is_large = has_limit & (_arithmetic.abs_sq(gradient) > limit)
     return is_large & ~nonfinite_mask(gradient)
 
 
@@ -308,7 +310,8 @@ def clip_spikes(
       gradient: The gradient of one step, any shape, floating or complex.
       nu: Its second moment before this step, the same shape, floating.
       threshold: The spike threshold, see :func:`spike_mask`.
-      active: A boolean scalar: if false, there is no limit, as in the grace window.
+      active: Booleans, a scalar or shaped like `nu`: where false, there is no limit,
+        as in the grace window.
       clip_unseen: Whether coordinates where ``nu`` is 0 are clipped, to 0.
 
     Returns:
@@ -331,17 +334,89 @@ def clip_spikes(
     """
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
     _check_gradient_and_nu(gradient, nu)
-    limit = spike_limit(nu, threshold, active=active, clip_unseen=clip_unseen)
-    # Wide enough for the largest float64 gradient beside a float32 second moment.
-    limit = limit.astype(
-        jnp.promote_types(limit.dtype, _arithmetic.compute_dtype(gradient))
-    )
-    clipped = _arithmetic.shrink(
-        gradient, jnp.minimum(limit, _arithmetic.largest_like(gradient))
-    )
-    has_limit = jnp.isfinite(limit) & ~jnp.isnan(gradient)
-    clipped = jnp.where(has_limit | ~nonfinite_mask(gradient), clipped, 0)
-    return clipped.astype(gradient.dtype)
+    _validate.check_number("clip_spikes", "threshold", threshold, above=0)
+    limit, has_limit = _square_limit(gradient, nu, threshold, active, clip_unseen)
+    passes = _passes(gradient, limit, has_limit)
+    is_limited = has_limit & ~jnp.isnan(gradient)
+    limited = _arithmetic.direction(gradient) * jnp.sqrt(limit)
+    limited = jnp.where(is_limited, limited, 0).astype(gradient.dtype)
+    return jnp.where(passes, gradient, limited)
+
+
+def clipped_square(
+    gradient: jax.typing.ArrayLike,
+    nu: jax.typing.ArrayLike,
+    threshold: jax.typing.ArrayLike = 5000.0,
+    *,
+    active: jax.typing.ArrayLike = True,
+    clip_unseen: bool = False,
+) -> jax.Array:
+    r"""The squared size of what :func:`clip_spikes` returns, without a square root.
+
+    .. math::
+      \min(|g_i|^2, \theta v_i)
+
+    What a second moment is fed with.
+
+    Args:
+      gradient: The gradient of one step, any shape, floating or complex.
+      nu: Its second moment before this step, the same shape, floating.
+      threshold: The spike threshold, see :func:`spike_mask`.
+      active: Booleans, a scalar or shaped like `nu`: where false, there is no limit.
+      clip_unseen: Whether coordinates where ``nu`` is 0 are clipped, to 0.
+
+    Returns:
+      The squares, shaped like `gradient`, always finite: float32 (float64 for float64
+      input).
+
+    Raises:
+      AssertionError: If the shapes differ or a dtype is not as said above.
+      ValueError: If `threshold` is a number that is not > 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> gradient = jnp.array([2.0, -1000.0, jnp.inf, jnp.nan])
+      >>> print(functional.clipped_square(gradient, jnp.ones(4), 2500.0))
+      [   4. 2500. 2500.    0.]
+
+    References:
+      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
+    """
+    gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
+    _check_gradient_and_nu(gradient, nu)
+    _validate.check_number("clipped_square", "threshold", threshold, above=0)
+    limit, has_limit = _square_limit(gradient, nu, threshold, active, clip_unseen)
+    passes = _passes(gradient, limit, has_limit)
+    is_limited = has_limit & ~jnp.isnan(gradient)
+    limited = jnp.where(is_limited, limit, 0)
+    return jnp.where(passes, _arithmetic.abs_sq(gradient), limited)
+
+
+def _square_limit(
+    gradient: jax.Array,
+    nu: jax.Array,
+    threshold: jax.typing.ArrayLike,
+    active: jax.typing.ArrayLike,
+    clip_unseen: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The square above which a gradient is a spike, and where there is such a limit.
+
+    Wide enough for the largest float64 gradient beside a float32 second moment, and
+    small enough for its root to fit the dtype of the gradient.
+    """
+    nu = _arithmetic.widen(nu)
+    limit = jnp.asarray(threshold, nu.dtype) * nu
+    limit = jnp.where(nu > 0, limit, 0)  # Even if an injected threshold is infinite.
+    dtype = jnp.promote_types(nu.dtype, _arithmetic.compute_dtype(gradient))
+    limit = jnp.minimum(limit.astype(dtype), _arithmetic.largest_like(gradient) ** 2)
+    return limit, active if clip_unseen else active & (nu > 0)
+
+
+def _passes(gradient: jax.Array, limit: jax.Array, has_limit: jax.Array) -> jax.Array:
+    """Which coordinates are finite and within their limit."""
+    square = _arithmetic.abs_sq(gradient)
+    return jnp.isfinite(square) & ((square <= limit) | ~jnp.asarray(has_limit))
 
 
 def reset_position(

@@ -75,9 +75,7 @@ def inject_spikes(
     _validate.check_number("inject_spikes", "scale", scale)
     _validate.check_choice("inject_spikes", "kind", kind, _KINDS)
     is_hit_step = _step_test(steps)
-    if not _is_key(key):
-        _validate.check_whole("inject_spikes", "key", key, low=0, high=2**32 - 1)
-        key = jax.random.key(key)
+    key = _validate.check_key("inject_spikes", key)
 
     def init_fn(params: optax.Params) -> InjectSpikesState:
         del params
@@ -106,7 +104,7 @@ def inject_spikes(
                     out_sharding=jax.typeof(g).sharding,
                 )
                 leaves[i] = jnp.where(hit, _fault(value_key, g, scale, kind), g)
-                count = _arithmetic.saturating_add(count, _arithmetic.count_true(hit))
+                count = _arithmetic.saturating_add(count, *_arithmetic.totals(hit))
             return jax.tree.unflatten(structure, leaves), count
 
         def leave(updates):
@@ -116,13 +114,6 @@ def inject_spikes(
         return updates, InjectSpikesState(step, count)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _is_key(key: jax.Array | int) -> bool:
-    """Whether `key` is a PRNG key, typed or raw, rather than a seed for one."""
-    return isinstance(key, jax.Array) and (
-        jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 0
-    )
 
 
 def _step_test(

@@ -629,6 +629,10 @@ CALLS = {
     "spike_limit": (lambda v: functional.spike_limit(v, 2.0), [NU]),
     "spike_mask": (lambda g, v: functional.spike_mask(g, v, 2.0), [GRADIENT, NU]),
     "clip_spikes": (lambda g, v: functional.clip_spikes(g, v, 2.0), [GRADIENT, NU]),
+    "clipped_square": (
+        lambda g, v: functional.clipped_square(g, v, 2.0),
+        [GRADIENT, NU],
+    ),
     "clip_spikes complex": (
         lambda g, v: functional.clip_spikes(g, v, 2.0),
         [jax.lax.complex(GRADIENT, GRADIENT[::-1].copy()), NU],
@@ -688,7 +692,12 @@ VECTOR, WHOLE = np.ones(3, np.float32), np.ones(3, np.int32)
         (F.zero_nonfinite, [WHOLE]),
         *(
             (f, arguments)
-            for f in (F.online_spike_score, F.spike_mask, F.clip_spikes)
+            for f in (
+                F.online_spike_score,
+                F.spike_mask,
+                F.clip_spikes,
+                F.clipped_square,
+            )
             for arguments in (
                 [VECTOR, VECTOR[:2]],
                 [VECTOR, VECTOR[0]],

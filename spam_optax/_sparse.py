@@ -1,0 +1,892 @@
+r"""SPAM with momentum for a fraction of each matrix.
+
+The layout. A matrix of `rows` rows is cut into `row_blocks` blocks of rows, and a block
+of :math:`R` rows into slabs of :math:`n = \mathrm{round}(\rho R)` rows, for the density
+:math:`\rho`; the last slab may be shorter. Row :math:`r` of the moments of a block
+belongs to the rows :math:`r, n + r, 2n + r, \dots`: for each column, one of these
+entries, the *lane*, has momentum. Picking gradients and placing updates are thus
+elementwise over the slabs, with no index, and on a mesh no group need leave its device.
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from spam_optax import _arithmetic, _monitor, _spam, _validate, functional
+
+SparseParams = Any | Callable[[optax.Params], Any]
+
+_SELECTIONS = ("random", "max_gradient", "max_weight")
+_MOST_LANES = 2**16 - 1
+_MOST_SLICES = 32
+_TILE = 8  # Rows of a tile of TPU memory.
+_DENSE_NAMES = (
+    *("bias", "scale", "norm", "layernorm", "rmsnorm", "groupnorm", "batchnorm"),
+    *("embed", "embedder", "embedding", "embeddings", "scaledembed", "normedembed"),
+    *("wte", "wpe", "head", "lm_head"),
+)
+
+
+class ScaleBySparseSpamState(NamedTuple):
+    """State of :func:`scale_by_sparse_spam`.
+
+    Attributes:
+      mask_seeds: What the random masks of this window are made from, one number for
+        each of the row blocks.
+      mask_lanes: The lanes in force, shaped like the moments, where they are chosen by
+        size: None for dense parameters. None altogether if they are random, for then
+        they are made from the seeds whenever they are needed.
+      inner_state: The state of SPAM on the entries with momentum.
+    """
+
+    mask_seeds: jax.Array  # shape=(row_blocks,), dtype=jnp.uint32.
+    mask_lanes: Any
+    inner_state: _spam.ScaleBySpamState
+
+
+def scale_by_sparse_spam(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    density: float = 0.25,
+    sparse_params: SparseParams | None = None,
+    key: jax.Array | int = 0,
+    selection: str = "random",
+    row_blocks: int = 1,
+    threshold: jax.typing.ArrayLike = 5000.0,
+    grace_steps: jax.typing.ArrayLike = 20,
+    clip_unseen: bool = False,
+    count_spikes: bool = True,
+    reset_interval: jax.typing.ArrayLike | None = 500,
+    warmup_steps: jax.typing.ArrayLike = 150,
+    restart_bias_correction: bool = False,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Rescales by SPAM with momentum for a fraction of each matrix.
+
+    :func:`sparse_spam` without learning rate and weight decay; arguments and errors are
+    there.
+
+    Returns:
+      The transformation. Its updates have the dtype of the parameters, or without
+      these of the gradients; entries without momentum get 0.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> tx = spam_optax.scale_by_sparse_spam(density=0.5)
+      >>> params = {"kernel": jnp.zeros((4, 2))}
+      >>> updates, _ = tx.update({"kernel": jnp.ones((4, 2))}, tx.init(params), params)
+      >>> print(updates["kernel"].sum().round(3))
+      4.0
+    """
+    return _scale_and_decay(
+        "scale_by_sparse_spam",
+        _spam.SpamSettings(
+            b1=b1,
+            b2=b2,
+            eps=eps,
+            threshold=threshold,
+            grace_steps=grace_steps,
+            clip_unseen=clip_unseen,
+            count_spikes=count_spikes,
+            reset_interval=reset_interval,
+            warmup_steps=warmup_steps,
+            restart_bias_correction=restart_bias_correction,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+        ),
+        _MaskSettings(density, sparse_params, key, selection, row_blocks),
+    )
+
+
+def sparse_spam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    density: float = 0.25,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    sparse_params: SparseParams | None = None,
+    key: jax.Array | int = 0,
+    selection: str = "random",
+    row_blocks: int = 1,
+    threshold: jax.typing.ArrayLike = 5000.0,
+    grace_steps: jax.typing.ArrayLike = 20,
+    clip_unseen: bool = False,
+    count_spikes: bool = True,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: _spam.Mask | None = None,
+    reset_interval: jax.typing.ArrayLike | None = 500,
+    warmup_steps: jax.typing.ArrayLike = 150,
+    restart_bias_correction: bool = False,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SPAM with sparse momentum: moments for a fraction of each chosen matrix.
+
+    For training short of memory. Of every group of about ``1 / density`` entries,
+    evenly spaced in a column, one has momentum and moves by :func:`spam_optax.spam`;
+    the others stay where they are, to the bit. At each momentum reset every group draws
+    anew. Parameters that are not chosen follow :func:`spam_optax.spam` as they are.
+
+    With density :math:`\rho` the two moments of a matrix take :math:`8 \rho` bytes for
+    each of its float32 entries, against 8 for Adam; random masks take none, since they
+    are made from a few numbers in the state whenever they are needed.
+
+    :func:`momentum_mask` shows which entries have momentum now, and
+    :func:`momentum_density` the density a matrix really has: of a block of :math:`R`
+    rows :math:`n = \max(1, \mathrm{round}(\rho R))` have moments. Within a group all
+    entries are equally likely. Where :math:`n` does not divide :math:`R`, some groups
+    have an entry less and so choose each of theirs a little more often; above a density
+    of 1/2 these are groups of one, always on.
+
+    Statistics are in the state as in :func:`spam_optax.spam`: ``spike_count`` counts
+    entries with momentum, since the others have no history; ``nonfinite_count`` all.
+
+    With ``optax.inject_hyperparams`` pass ``hyperparam_dtype=jnp.float32`` and
+    ``static_args=("density", "sparse_params", "key", "mask", "selection",
+    "row_blocks", "mu_dtype", "nu_dtype")``.
+
+    Args:
+      learning_rate: The learning rate, a number >= 0 or a schedule.
+      density: Fraction of each chosen matrix that has momentum, in (0, 1]. It decides
+        shapes, so it must be a Python number.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Term added to the root of the uncorrected second moment, > 0.
+      sparse_params: Which parameters have sparse momentum: a tree of booleans shaped
+        like the parameters or a prefix of them, or a function from parameters to such a
+        tree. None: :func:`matrices_only`. Parameters of fewer than 2 dimensions stay
+        dense in any case; those of more are stacks of matrices, over the leading ones.
+      key: What the masks are drawn from, a PRNG key or a number to make one from. It is
+        not part of the state: pass the same one when a run is resumed.
+      selection: Which entry of a group gets momentum at a reset. ``"random"``: any.
+        ``"max_gradient"`` and ``"max_weight"``: the one with the largest gradient or
+        parameter; chosen in the first step too, and stored, a byte a group (two above
+        256 entries a group). Huang et al. found random ones best.
+      row_blocks: Into how many blocks the rows of a matrix are cut before they are
+        grouped. Where rows are sharded, a multiple of the number of shards keeps each
+        group on one device. Part of the layout of the state, so fixed for a run; the
+        same key and `row_blocks` give the same masks on any number of devices. A matrix
+        whose rows it does not divide has the greatest common divisor of the two.
+      threshold: Limit on ``g**2 / v``; see :func:`spam_optax.spam_clip`.
+      grace_steps: Steps without clipping at the start and after each reset.
+      clip_unseen: Whether a coordinate whose second moment is 0 is clipped, to 0.
+      count_spikes: Whether clipped and non-finite coordinates are counted in the state,
+        over the whole array: turn it off inside ``jax.shard_map``.
+      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate and
+        not by the ramp, for entries that have momentum. 0 adds nothing and needs no
+        parameters.
+      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
+        of them, or a function from parameters to such a tree. None: everything.
+      reset_interval: Steps between resets, larger than `grace_steps`. None: never, and
+        the masks stay as they are drawn first.
+      warmup_steps: Steps over which the step size rises from 0.01 to 1 after each
+        reset, and not at the start; no part of the learning rate's own warm-up.
+      restart_bias_correction: Whether the bias corrections restart with the moments;
+        see the note in :func:`spam_adam` on the effective learning rate.
+      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
+        parameters.
+      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
+        for the first.
+
+    Returns:
+      The optimizer. Its updates have the dtype of the parameters, or of the gradients
+      if `params` is not passed.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``init``, if `sparse_params` is no
+        tree like the parameters or the rows of the moments cannot be sharded like the
+        parameter's; by ``update``, if the tree of updates is not that of the
+        parameters, the state was made with other `row_blocks` or another `density`, or
+        parameters are needed and not passed.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type: a
+        `density` that is traced, a complex matrix with sparse momentum.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> f = lambda params: jnp.sum(params["kernel"] ** 2)
+      >>> tx = spam_optax.sparse_spam(learning_rate=0.1, density=0.25)
+      >>> params = {"kernel": jnp.ones((8, 4))}
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     updates, state = tx.update(jax.grad(f)(params), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"objective: {f(params):.2f}")
+      objective: 30.48
+      objective: 29.13
+      objective: 27.94
+      >>> moments = optax.tree.get(state, "mu")["kernel"]
+      >>> print((params["kernel"] != 1).sum(), moments.shape)
+      8 (2, 4)
+
+    References:
+      Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
+      <https://arxiv.org/abs/2501.06842>`_, 2025, section 3: sparse momentum. There the
+      mask is drawn over the whole matrix, here within groups.
+
+    .. seealso:: :func:`spam_optax.spam`, :func:`matrices_only`, :func:`momentum_mask`
+    """
+    _spam.check_optimizer("sparse_spam", learning_rate, weight_decay)
+    return optax.chain(
+        _scale_and_decay(
+            "sparse_spam",
+            _spam.SpamSettings(
+                b1=b1,
+                b2=b2,
+                eps=eps,
+                threshold=threshold,
+                grace_steps=grace_steps,
+                clip_unseen=clip_unseen,
+                count_spikes=count_spikes,
+                reset_interval=reset_interval,
+                warmup_steps=warmup_steps,
+                restart_bias_correction=restart_bias_correction,
+                mu_dtype=mu_dtype,
+                nu_dtype=nu_dtype,
+            ),
+            _MaskSettings(density, sparse_params, key, selection, row_blocks),
+            _spam.decay_weights(weight_decay, mask),
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.stateless(_spam.cast_to_params),
+    )
+
+
+def matrices_only(
+    exclude: Collection[str] = _DENSE_NAMES,
+) -> Callable[[optax.Params], Any]:
+    """Chooses the matrices of attention and feed-forward layers for sparse momentum.
+
+    A parameter is chosen if it has 2 dimensions or more and no part of its path is
+    excluded. A part is compared as a whole, without regard to case, to a number at its
+    end (``LayerNorm_0``), and to the ``value`` that ends the paths of an NNX state: so
+    ``head`` excludes ``params/head/kernel`` and not ``MultiHeadAttention_0/kernel``.
+
+    Args:
+      exclude: The names of parts of paths: by default those of embeddings, heads,
+        biases and norms, which may have 2 dimensions where layers are stacked.
+
+    Returns:
+      A function from parameters to a tree of booleans, for `sparse_params`.
+
+    Raises:
+      TypeError: If `exclude` is not a collection of strings.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> params = {"embed": jnp.ones((4, 2)), "mlp": {"kernel": jnp.ones((2, 2))}}
+      >>> print(spam_optax.matrices_only()(params))
+      {'embed': False, 'mlp': {'kernel': True}}
+    """
+    if isinstance(exclude, str) or not (
+        isinstance(exclude, Collection) and all(isinstance(x, str) for x in exclude)
+    ):
+        raise TypeError(
+            "matrices_only: exclude must be a collection of names of parts of paths, "
+            f"got {exclude!r}."
+        )
+    excluded = {name.lower() for name in exclude}
+
+    def is_matrix(path: tuple, p: Any) -> bool:
+        names = {_part_name(part) for part in path}
+        return jnp.ndim(p) >= 2 and not names & excluded
+
+    return functools.partial(jax.tree_util.tree_map_with_path, is_matrix)
+
+
+def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
+    """Which entries of the parameters have momentum now.
+
+    Args:
+      opt_state: A state of :func:`sparse_spam`, or one that contains such a state: of a
+        chain, of a wrapper.
+      params: The parameters, or arrays shaped like them.
+
+    Returns:
+      A tree like `params` of booleans, shaped like the parameters. All true where a
+      parameter is dense, all false where another optimizer holds it. What is chosen by
+      size is chosen in the first step; before it, the first entry of each group.
+
+    Raises:
+      ValueError: If there is no state of :func:`sparse_spam` in `opt_state`, or it is
+        not one for such parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> tx = spam_optax.sparse_spam(density=0.25)
+      >>> params = {"kernel": jnp.zeros((8, 6)), "bias": jnp.zeros(6)}
+      >>> mask = spam_optax.momentum_mask(tx.init(params), params)
+      >>> print(mask["kernel"].sum(), mask["bias"].sum())
+      12 6
+    """
+
+    masks = []
+    for state in _sparse_states("momentum_mask", opt_state):
+        groups = _groups_for("momentum_mask", state, params)
+        masks.append(jax.tree.map(lambda _, group: group.mask, params, groups))
+    return functools.reduce(functools.partial(jax.tree.map, jnp.logical_or), masks)
+
+
+def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
+    """The fraction of each parameter that has momentum.
+
+    Args:
+      opt_state: A state of :func:`sparse_spam`, or one that contains such a state.
+      params: The parameters, or arrays shaped like them.
+
+    Returns:
+      A tree like `params` of Python numbers: for a matrix with sparse momentum the
+      density that its rows allow, 1 where a parameter is dense, 0 where another
+      optimizer holds it.
+
+    Raises:
+      ValueError: As for :func:`momentum_mask`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> tx = spam_optax.sparse_spam(density=0.25)
+      >>> params = {"kernel": jnp.zeros((10, 6)), "bias": jnp.zeros(6)}
+      >>> spam_optax.momentum_density(tx.init(params), params)
+      {'bias': 1.0, 'kernel': 0.2}
+    """
+    densities = []
+    for state in _sparse_states("momentum_density", opt_state):
+        groups = _groups_for("momentum_density", state, params)
+        densities.append(jax.tree.map(lambda _, group: group.density, params, groups))
+    return functools.reduce(functools.partial(jax.tree.map, max), densities)
+
+
+def _part_name(part: Any) -> str:
+    """A part of a path, in lower case and without a number at its end."""
+    name = jax.tree_util.keystr((part,), simple=True).lower()
+    return name.rstrip("0123456789").removesuffix("_") or name
+
+
+class _MaskSettings(NamedTuple):
+    """The arguments of :func:`sparse_spam` that say which entries have momentum."""
+
+    density: float
+    sparse_params: SparseParams | None
+    key: jax.Array | int
+    selection: str
+    row_blocks: int
+
+    def checked(self, function: str) -> "_MaskSettings":
+        """These, with a key and a choice of parameters; raises if one is bad."""
+        for name in ("density", "row_blocks"):
+            _validate.check_static(function, name, getattr(self, name))
+        _validate.check_number(function, "density", self.density, above=0, at_most=1)
+        _validate.check_steps(function, "row_blocks", self.row_blocks, low=1)
+        _validate.check_choice(function, "selection", self.selection, _SELECTIONS)
+        choose = self.sparse_params
+        if choose is None:
+            choose = matrices_only()
+        key = _validate.check_key(function, self.key)
+        return self._replace(
+            sparse_params=choose, key=key, row_blocks=int(self.row_blocks)
+        )
+
+    def layout(self, shape: tuple[int, ...]) -> "_Layout":
+        """How a matrix of this shape is grouped."""
+        blocks = math.gcd(shape[-2], self.row_blocks)
+        rows = shape[-2] // blocks
+        kept = max(1, round(self.density * rows), -(-rows // _MOST_LANES))
+        if kept >= 16 * _TILE:
+            kept = min(rows, _TILE * round(kept / _TILE))
+        return _Layout(shape, blocks, kept)
+
+    def seeds(self, window: jax.typing.ArrayLike) -> jax.Array:
+        """What the masks of a window, from one reset to the next, are made from."""
+        key = jax.random.fold_in(self.key, window)
+        return jax.random.bits(key, (self.row_blocks,), jnp.uint32)
+
+
+def _scale_and_decay(
+    function: str,
+    settings: _spam.SpamSettings,
+    masks: _MaskSettings,
+    decay: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """SPAM on the entries with momentum, and on these `decay`, a stateless one."""
+    settings, masks = settings.checked(function), masks.checked(function)
+
+    def init_fn(params: optax.Params) -> ScaleBySparseSpamState:
+        compact = _compact(function, params, masks)
+        lanes = None
+        if masks.selection != "random":
+            lanes = jax.tree.map(
+                lambda p, moment: _init_lanes(p, moment, masks), params, compact
+            )
+        inner_state = _spam.init_spam(function, compact, settings)
+        return ScaleBySparseSpamState(masks.seeds(0), lanes, inner_state)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleBySparseSpamState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, ScaleBySparseSpamState]:
+        _check_update(function, updates, state, masks)
+        if params is None and decay is not None:
+            raise ValueError(f"{function}: weight_decay needs params, got None.")
+        seeds, lanes = _draw(function, updates, state, params, settings, masks)
+        moments = state.inner_state
+        groups = _groups(seeds, lanes, moments.mu, updates)
+        gradients = _spam.map_leaves(_arithmetic.narrow_like, updates, moments.nu)
+        picked = _spam.map_leaves(lambda g, group: group.pick(g), gradients, groups)
+        nonfinite = _spam.map_leaves(
+            lambda g, group: group.count(functional.nonfinite_mask, g),
+            gradients,
+            groups,
+        )
+        direction, moments = _spam.spam_step(picked, nonfinite, moments, settings)
+        direction = _spam.cast_updates(direction, updates, params)
+        place = lambda x, group: group.place(x)  # noqa: E731
+        updates = _spam.map_leaves(place, direction, groups)
+        if decay is not None:
+            updates, _ = decay.update(updates, decay.init(params), params)
+            keep = lambda x, group: jnp.where(group.mask, x, 0)  # noqa: E731
+            updates = _spam.map_leaves(keep, updates, groups)
+        return updates, ScaleBySparseSpamState(seeds, lanes, moments)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class _Layout(NamedTuple):
+    """How the entries of a matrix, or of a stack of them, are grouped.
+
+    Attributes:
+      shape: Of the parameter.
+      blocks: Into how many blocks its rows are cut.
+      kept: Rows of the moments of a block.
+    """
+
+    shape: tuple[int, ...]
+    blocks: int
+    kept: int
+
+    @property
+    def rows(self) -> int:
+        return self.shape[-2] // self.blocks
+
+    @property
+    def lanes(self) -> int:
+        """Entries of the largest groups."""
+        return -(-self.rows // self.kept)
+
+    @property
+    def missing_rows(self) -> int:
+        """By how many rows the last slab is short."""
+        return self.lanes * self.kept - self.rows
+
+    @property
+    def lane_dtype(self) -> np.dtype:
+        return np.min_scalar_type(self.lanes - 1)
+
+    @property
+    def moment_shape(self) -> tuple[int, ...]:
+        return (*self.shape[:-2], self.blocks * self.kept, self.shape[-1])
+
+    @property
+    def blocked_moment_shape(self) -> tuple[int, ...]:
+        return (*self.shape[:-2], self.blocks, self.kept, self.shape[-1])
+
+    def slabs(self, x: jax.Array, fill: Any = 0) -> jax.Array:
+        """`x` cut into slabs: (..., blocks, lanes, kept, columns)."""
+        *leading, _, columns = self.shape
+        x = x.reshape(*leading, self.blocks, self.rows, columns)
+        if self.missing_rows:
+            x = self._pad(x, fill)
+        return x.reshape(*leading, self.blocks, self.lanes, self.kept, columns)
+
+    def join(self, slabs: jax.Array) -> jax.Array:
+        """Undoes :meth:`slabs`."""
+        *leading, _, columns = self.shape
+        padded = self.lanes * self.kept
+        x = slabs.reshape(*leading, self.blocks, padded, columns)
+        return x[..., : self.rows, :].reshape(self.shape)
+
+    def each_slab(self, x: jax.Array) -> list[jax.Array]:
+        """The slabs of `x` by slices, which compilers fuse with what uses them."""
+        *leading, _, columns = self.shape
+        x = x.reshape(*leading, self.blocks, self.rows, columns)
+        slabs = [
+            x[..., start : start + self.kept, :]
+            for start in range(0, self.rows, self.kept)
+        ]
+        slabs[-1] = self._pad(slabs[-1], 0)
+        return slabs
+
+    def _pad(self, x: jax.Array, fill: Any) -> jax.Array:
+        padding = [(0, 0)] * (x.ndim - 2) + [(0, self.missing_rows), (0, 0)]
+        return jnp.pad(x, padding, constant_values=fill)
+
+    def random_lanes(self, seeds: jax.Array, name: str) -> jax.Array:
+        """Lanes of the groups, each entry of a group equally likely.
+
+        A hash of the seeds, the tensor's name and the group's place, elementwise: it
+        costs no memory, and on a mesh every device makes its own part.
+        """
+        shape = self.blocked_moment_shape
+        axes = len(shape)
+        place = lambda i: jax.lax.broadcasted_iota(  # noqa: E731
+            jnp.uint32, [n if j == i else 1 for j, n in enumerate(shape)], i
+        )
+        salt = np.uint32(zlib.crc32(name.encode()))
+        bits = _mix(seeds[: self.blocks] ^ salt)
+        bits = bits.reshape([self.blocks if i == axes - 3 else 1 for i in range(axes)])
+        for i in (*range(axes - 3), axes - 2, axes - 1):
+            bits = _mix(bits ^ _mix(place(i) + np.uint32(i)))
+        in_last_slab = self.kept - self.missing_rows
+        choices = jnp.where(place(axes - 2) < in_last_slab, self.lanes, self.lanes - 1)
+        return _scale_bits(bits, choices.astype(jnp.uint32)).astype(self.lane_dtype)
+
+    def largest_lanes(self, x: jax.Array) -> jax.Array:
+        """Lanes of the entries of `x` of the largest size, the finite ones."""
+        size = jnp.abs(functional.zero_nonfinite(x))
+        return jnp.argmax(self.slabs(size, fill=-1), axis=-3).astype(self.lane_dtype)
+
+
+class _Sparse(NamedTuple):
+    """A parameter with sparse momentum, and the lanes in force."""
+
+    layout: _Layout
+    lanes: jax.Array  # shape=(..., blocks, kept, columns)
+
+    @property
+    def density(self) -> float:
+        return self.layout.kept / self.layout.rows
+
+    @property
+    def mask(self) -> jax.Array:
+        """Which entries have momentum."""
+        return self.layout.join(_slab_mask(self.lanes, self.layout))
+
+    def pick(self, x: jax.Array) -> jax.Array:
+        """The entries of `x` that have momentum, shaped like the moments."""
+
+        def by_reduction(x, lanes):
+            slabs = jnp.where(_slab_mask(lanes, self.layout), self.layout.slabs(x), 0)
+            return slabs.sum(axis=-3)
+
+        def by_slices(x, lanes):
+            *slabs, picked = self.layout.each_slab(x)
+            for lane, slab in enumerate(slabs):
+                picked = jnp.where(lanes == lane, slab, picked)
+            return picked
+
+        picked = self._over_slabs(by_reduction, by_slices, x, self.lanes)
+        return picked.reshape(self.layout.moment_shape)
+
+    def count(
+        self, predicate: Callable[[jax.Array], jax.Array], x: jax.Array
+    ) -> jax.Array:
+        """For how many entries of each group `predicate` holds, like the moments."""
+
+        def by_reduction(x):
+            return predicate(self.layout.slabs(x)).astype(jnp.float32).sum(axis=-3)
+
+        def by_slices(x):
+            # Asked of every slab: of the whole, it would be a pass over memory.
+            holds = map(predicate, self.layout.each_slab(x))
+            return functools.reduce(jnp.add, [x.astype(jnp.float32) for x in holds])
+
+        total = self._over_slabs(by_reduction, by_slices, x)
+        return total.reshape(self.layout.moment_shape)
+
+    def _over_slabs(
+        self, by_reduction: Callable, by_slices: Callable, *arrays: jax.Array
+    ) -> jax.Array:
+        """What both functions return, by the one that moves less memory.
+
+        XLA:CPU would store the slabs before it reduces them. Elsewhere a reduction
+        moves least, if no slab is short: one that is must be padded.
+        """
+        if self.layout.lanes > _MOST_SLICES:
+            return by_reduction(*arrays)
+        default = by_slices if self.layout.missing_rows else by_reduction
+        return jax.lax.platform_dependent(*arrays, cpu=by_slices, default=default)
+
+    def place(self, x: jax.Array) -> jax.Array:
+        """What is shaped like the moments at its place in the parameter, else 0."""
+        x = x.reshape(self.layout.blocked_moment_shape)
+        mask = _slab_mask(self.lanes, self.layout)
+        return self.layout.join(jnp.where(mask, jnp.expand_dims(x, -3), 0))
+
+
+def _slab_mask(lanes: jax.Array, layout: _Layout) -> jax.Array:
+    """Which entries of the slabs have momentum."""
+    lanes = jnp.expand_dims(lanes, -3)
+    shape = [1] * lanes.ndim
+    shape[-3] = layout.lanes
+    return lanes == jax.lax.broadcasted_iota(lanes.dtype, shape, lanes.ndim - 3)
+
+
+class _Dense(NamedTuple):
+    """A parameter all of whose entries have momentum."""
+
+    shape: tuple[int, ...]
+    density = 1.0
+
+    @property
+    def mask(self) -> jax.Array:
+        return jnp.ones(self.shape, bool)
+
+    def pick(self, x: jax.Array) -> jax.Array:
+        return x
+
+    place = pick
+
+    def count(
+        self, predicate: Callable[[jax.Array], jax.Array], x: jax.Array
+    ) -> jax.Array:
+        return predicate(x)
+
+
+class _Absent(NamedTuple):
+    """A parameter that another optimizer holds."""
+
+    shape: tuple[int, ...]
+    density = 0.0
+
+    @property
+    def mask(self) -> jax.Array:
+        return jnp.zeros(self.shape, bool)
+
+
+def _mix(bits: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which every bit of the result hangs on every bit.
+
+    Wellons, `hash-prospector <https://github.com/skeeto/hash-prospector>`_.
+    """
+    bits = (bits ^ (bits >> 16)) * np.uint32(0x21F0AAAD)
+    bits = (bits ^ (bits >> 15)) * np.uint32(0x735A2D97)
+    return bits ^ (bits >> 15)
+
+
+def _scale_bits(bits: jax.Array, n: jax.Array) -> jax.Array:
+    """``bits * n // 2**32`` without 64-bit numbers, for ``n < 2**16``."""
+    return ((bits >> 16) * n + ((bits & 0xFFFF) * n >> 16)) >> 16
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _chosen(function: str, params: optax.Params, sparse_params: SparseParams) -> Any:
+    """Whether each parameter is to have sparse momentum."""
+    tree = sparse_params(params) if callable(sparse_params) else sparse_params
+    allowed = (
+        f"{function}: sparse_params must be a tree of booleans shaped like the "
+        "parameters or a prefix of them"
+    )
+    for leaf in jax.tree.leaves(tree):
+        if not isinstance(leaf, (bool, np.bool_)):
+            raise TypeError(f"{allowed}, got {leaf!r} in it.")
+    try:
+        return jax.tree.map(
+            lambda is_sparse, part: jax.tree.map(lambda _: is_sparse, part),
+            tree,
+            params,
+        )
+    except ValueError as error:
+        raise ValueError(f"{allowed}, got {jax.tree.structure(tree)}.") from error
+
+
+def _compact(function: str, params: optax.Params, masks: _MaskSettings) -> optax.Params:
+    """The parameters, but for the sparse ones the shape of their moments."""
+    # Optax looks for parameter-shaped parts with a placeholder, a tree without leaves.
+    if not jax.tree.leaves(params):
+        return params
+
+    def compact(path, p, is_sparse):
+        if not is_sparse or jnp.ndim(p) < 2 or 0 in p.shape:
+            return p
+        where = jax.tree_util.keystr(path) or "the root"
+        if jnp.iscomplexobj(p):
+            raise TypeError(
+                f"{function}: the parameter at {where} must have a floating dtype for "
+                f"sparse momentum, got {p.dtype}; leave it out of sparse_params."
+            )
+        shape = masks.layout(p.shape).moment_shape
+        return p if shape == p.shape else _shaped_like(function, where, p, shape)
+
+    chosen = _chosen(function, params, masks.sparse_params)
+    return jax.tree_util.tree_map_with_path(compact, params, chosen)
+
+
+def _init_lanes(p: jax.Array, moment: Any, masks: _MaskSettings) -> jax.Array | None:
+    if p.shape == moment.shape:
+        return None
+    return jnp.zeros_like(moment, dtype=masks.layout(p.shape).lane_dtype)
+
+
+def _shaped_like(
+    function: str, where: str, p: jax.Array, shape: tuple[int, ...]
+) -> jax.ShapeDtypeStruct:
+    """Another shape with the dtype and the sharding of `p`."""
+    sharding = getattr(p, "sharding", None)
+    if isinstance(p, jax.core.Tracer):
+        sharding = jax.typeof(p).sharding
+    elif isinstance(p, jax.Array) and not p.committed:
+        sharding = None
+    if isinstance(sharding, jax.NamedSharding):
+        if sharding.mesh.empty:
+            sharding = None
+        else:
+            try:
+                sharding.shard_shape(shape)
+            except ValueError as error:
+                raise ValueError(
+                    f"{function}: row_blocks must be a multiple of the number of "
+                    f"shards of the rows: the parameter at {where} has moments of "
+                    f"shape {shape}, which cannot be sharded as {sharding.spec}."
+                ) from error
+    return jax.ShapeDtypeStruct(shape, p.dtype, sharding=sharding)
+
+
+def _check_update(
+    function: str,
+    updates: optax.Updates,
+    state: ScaleBySparseSpamState,
+    masks: _MaskSettings,
+) -> None:
+    mu = state.inner_state.mu
+    _validate.check_same_structure(function, updates, mu)
+    _validate.check_not_complex(function, updates, mu)
+    if state.mask_seeds.shape != (masks.row_blocks,):
+        raise ValueError(
+            f"{function}: row_blocks must be {state.mask_seeds.shape[0]}, with which "
+            f"the state was made, got {masks.row_blocks}."
+        )
+
+    def check(path, g, moment):
+        if g is None or g.shape == moment.shape:
+            return
+        if g.ndim < 2 or moment.shape != masks.layout(g.shape).moment_shape:
+            raise ValueError(
+                f"{function}: the update at {jax.tree_util.keystr(path) or 'the root'} "
+                f"must have the shape of its parameter, got {g.shape}, whose moments "
+                f"cannot have the shape {moment.shape} with density {masks.density} "
+                f"and row_blocks {masks.row_blocks}."
+            )
+
+    jax.tree_util.tree_map_with_path(check, updates, mu, is_leaf=_is_none)
+
+
+def _draw(
+    function: str,
+    updates: optax.Updates,
+    state: ScaleBySparseSpamState,
+    params: optax.Params | None,
+    settings: _spam.SpamSettings,
+    masks: _MaskSettings,
+) -> tuple[jax.Array, Any]:
+    """The seeds and the stored lanes, new ones in a reset step."""
+    step = optax.safe_increment(state.inner_state.count)
+    is_reset = functional.reset_position(step, settings.reset_interval) == 0
+    if masks.selection == "random":
+        if settings.reset_interval is None:
+            return state.mask_seeds, None
+        fresh = masks.seeds(step // settings.reset_interval)
+        return jnp.where(is_reset, fresh, state.mask_seeds), None
+
+    sizes = updates if masks.selection == "max_gradient" else params
+    if sizes is None:
+        raise ValueError(
+            f"{function}: selection='max_weight' needs params, got None; or choose "
+            "'random' or 'max_gradient'."
+        )
+
+    def choose(lanes):
+        def of_leaf(x, old):
+            if x is None or old is None:
+                return old
+            new = masks.layout(x.shape).largest_lanes(x)
+            return new.reshape(old.shape)
+
+        return jax.tree.map(of_leaf, sizes, lanes, is_leaf=_is_none)
+
+    lanes = jax.lax.cond(
+        is_reset | (step == 1), choose, lambda lanes: lanes, state.mask_lanes
+    )
+    return state.mask_seeds, lanes
+
+
+def _groups(
+    seeds: jax.Array, lanes: Any, moments: optax.Updates, like: optax.Updates
+) -> Any:
+    """What has momentum in each array of `like`, which may have None in places."""
+
+    def of_leaf(path, x, moment, lanes):
+        if x is None:
+            return None
+        if not hasattr(moment, "shape"):
+            return _Absent(x.shape)
+        if moment.shape == x.shape:
+            return _Dense(x.shape)
+        blocks = math.gcd(x.shape[-2], seeds.shape[0])
+        layout = _Layout(x.shape, blocks, moment.shape[-2] // blocks)
+        if lanes is None:
+            lanes = layout.random_lanes(seeds, _monitor.tensor_name(path))
+        return _Sparse(layout, lanes.reshape(layout.blocked_moment_shape))
+
+    if lanes is None:
+        lanes = jax.tree.map(lambda _: None, like, is_leaf=_is_none)
+    return jax.tree_util.tree_map_with_path(
+        of_leaf, like, moments, lanes, is_leaf=_is_none
+    )
+
+
+def _sparse_states(
+    function: str, opt_state: optax.OptState
+) -> list[ScaleBySparseSpamState]:
+    is_sparse = lambda x: isinstance(x, ScaleBySparseSpamState)  # noqa: E731
+    states = list(filter(is_sparse, jax.tree.leaves(opt_state, is_leaf=is_sparse)))
+    if not states:
+        raise ValueError(
+            f"{function}: opt_state must hold a state of sparse_spam, got "
+            f"{jax.tree.structure(opt_state)}."
+        )
+    return states
+
+
+def _groups_for(
+    function: str, state: ScaleBySparseSpamState, params: optax.Params
+) -> Any:
+    """The groups of a state; raises unless it is one for such parameters."""
+    mu = state.inner_state.mu
+
+    def check(path, p, moment):
+        if not hasattr(moment, "shape") or p.shape == moment.shape:
+            return
+        fits = (
+            p.ndim >= 2
+            and (*p.shape[:-2], p.shape[-1]) == (*moment.shape[:-2], moment.shape[-1])
+            and p.shape[-2] > moment.shape[-2]
+        )
+        if not fits:
+            raise ValueError(
+                f"{function}: params must be those of opt_state, got the shape "
+                f"{p.shape} at {jax.tree_util.keystr(path) or 'the root'}, where its "
+                f"moments have {moment.shape}."
+            )
+
+    jax.tree_util.tree_map_with_path(check, params, mu)
+    return _groups(state.mask_seeds, state.mask_lanes, mu, params)
