@@ -38,8 +38,8 @@ class ScaleBySparseSpamState(NamedTuple):
     """State of :func:`scale_by_sparse_spam`.
 
     Attributes:
-      mask_seeds: What the random masks of this window are made from, one number for
-        each of the row blocks.
+      mask_seeds: What the random masks of this window are made from: the sum of these
+        numbers, one for each of the `row_blocks`, so that the state tells its layout.
       mask_lanes: The lanes in force, shaped like the moments, where they are chosen by
         size: None for dense parameters. None altogether if they are random, for then
         they are made from the seeds whenever they are needed.
@@ -338,7 +338,8 @@ def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
 
     masks = []
     for state in _sparse_states("momentum_mask", opt_state):
-        groups = _groups_for("momentum_mask", state, params)
+        mu = _moments_for("momentum_mask", state, params)
+        groups = _groups(state.mask_seeds, state.mask_lanes, mu, params)
         masks.append(jax.tree.map(lambda _, group: group.mask, params, groups))
     return functools.reduce(functools.partial(jax.tree.map, jnp.logical_or), masks)
 
@@ -366,10 +367,15 @@ def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
       >>> spam_optax.momentum_density(tx.init(params), params)
       {'bias': 1.0, 'kernel': 0.2}
     """
+
+    def density(p, moment):
+        return moment.shape[-2] / p.shape[-2] if p.ndim >= 2 else 1.0
+
     densities = []
     for state in _sparse_states("momentum_density", opt_state):
-        groups = _groups_for("momentum_density", state, params)
-        densities.append(jax.tree.map(lambda _, group: group.density, params, groups))
+        mu = _moments_for("momentum_density", state, params)
+        held = lambda p, m: density(p, m) if hasattr(m, "shape") else 0.0  # noqa: E731
+        densities.append(jax.tree.map(held, params, mu))
     return functools.reduce(functools.partial(jax.tree.map, max), densities)
 
 
@@ -537,25 +543,35 @@ class _Layout(NamedTuple):
         padding = [(0, 0)] * (x.ndim - 2) + [(0, self.missing_rows), (0, 0)]
         return jnp.pad(x, padding, constant_values=fill)
 
-    def random_lanes(self, seeds: jax.Array, name: str) -> jax.Array:
+    def random_lanes(self, seeds: jax.Array, name: str, moment: jax.Array) -> jax.Array:
         """Lanes of the groups, each entry of a group equally likely.
 
         A hash of the seeds, the tensor's name and the group's place, elementwise: it
         costs no memory, and on a mesh every device makes its own part.
         """
         shape = self.blocked_moment_shape
-        axes = len(shape)
-        place = lambda i: jax.lax.broadcasted_iota(  # noqa: E731
-            jnp.uint32, [n if j == i else 1 for j, n in enumerate(shape)], i
+        sharding = jax.typeof(moment.reshape(shape)).sharding
+        iota = functools.partial(
+            jax.lax.broadcasted_iota,
+            jnp.uint32,
+            shape,
+            out_sharding=None if sharding.mesh.empty else sharding,
         )
+        # On the whole shape from the start: a mesh would gather what is smaller.
+        *outer, column = map(iota, range(len(shape)))
+        index = column
+        stride = 1
+        for size, place in zip(reversed(shape[1:]), reversed(outer), strict=True):
+            stride *= size
+            index = index + place * np.uint32(stride % 2**32)
         salt = np.uint32(zlib.crc32(name.encode()))
-        bits = _mix(seeds[: self.blocks] ^ salt)
-        bits = bits.reshape([self.blocks if i == axes - 3 else 1 for i in range(axes)])
-        for i in (*range(axes - 3), axes - 2, axes - 1):
-            bits = _mix(bits ^ _mix(place(i) + np.uint32(i)))
+        # A scalar: the seeds themselves may be sharded.
+        seed = seeds.sum(dtype=jnp.uint32)
+        # Twice: two tensors, or windows, whose first numbers overlap part ways here.
+        bits = _mix(_mix(index ^ _mix(seed ^ salt)) ^ _mix(seed + salt))
         in_last_slab = self.kept - self.missing_rows
-        choices = jnp.where(place(axes - 2) < in_last_slab, self.lanes, self.lanes - 1)
-        return _scale_bits(bits, choices.astype(jnp.uint32)).astype(self.lane_dtype)
+        choices = np.uint32(self.lanes) - (outer[-1] >= in_last_slab)
+        return _scale_bits(bits, choices).astype(self.lane_dtype)
 
     def largest_lanes(self, x: jax.Array) -> jax.Array:
         """Lanes of the entries of `x` of the largest size, the finite ones."""
@@ -568,10 +584,6 @@ class _Sparse(NamedTuple):
 
     layout: _Layout
     lanes: jax.Array  # shape=(..., blocks, kept, columns)
-
-    @property
-    def density(self) -> float:
-        return self.layout.kept / self.layout.rows
 
     @property
     def mask(self) -> jax.Array:
@@ -642,7 +654,6 @@ class _Dense(NamedTuple):
     """A parameter all of whose entries have momentum."""
 
     shape: tuple[int, ...]
-    density = 1.0
 
     @property
     def mask(self) -> jax.Array:
@@ -663,7 +674,6 @@ class _Absent(NamedTuple):
     """A parameter that another optimizer holds."""
 
     shape: tuple[int, ...]
-    density = 0.0
 
     @property
     def mask(self) -> jax.Array:
@@ -844,7 +854,7 @@ def _groups(
         blocks = math.gcd(x.shape[-2], seeds.shape[0])
         layout = _Layout(x.shape, blocks, moment.shape[-2] // blocks)
         if lanes is None:
-            lanes = layout.random_lanes(seeds, _monitor.tensor_name(path))
+            lanes = layout.random_lanes(seeds, _monitor.tensor_name(path), moment)
         return _Sparse(layout, lanes.reshape(layout.blocked_moment_shape))
 
     if lanes is None:
@@ -867,10 +877,10 @@ def _sparse_states(
     return states
 
 
-def _groups_for(
+def _moments_for(
     function: str, state: ScaleBySparseSpamState, params: optax.Params
-) -> Any:
-    """The groups of a state; raises unless it is one for such parameters."""
+) -> optax.Updates:
+    """The first moments of a state; raises unless they are those of `params`."""
     mu = state.inner_state.mu
 
     def check(path, p, moment):
@@ -889,4 +899,4 @@ def _groups_for(
             )
 
     jax.tree_util.tree_map_with_path(check, params, mu)
-    return _groups(state.mask_seeds, state.mask_lanes, mu, params)
+    return mu

@@ -44,14 +44,15 @@ class Spam:
         self.spikes = 0
         self.nonfinite = 0
 
-    def clip(self, g, v, c):
+    def clip(self, g, v, c, on):
         """Limits spikes; returns the clipped gradient."""
         active = c >= self.grace
         # Squares overflow where float32's do: that is what the library works in.
         with np.errstate(over="ignore"):
             square = np.square(g.astype(np.float32))
         bad = ~np.isfinite(square)
-        spike = ~bad & (g * g > self.theta * v) & ((v > 0) | self.clip_unseen) & active
+        seen = (v > 0) | self.clip_unseen
+        spike = on & ~bad & (g * g > self.theta * v) & seen & active
         limit = np.sqrt(self.theta * v)
         self.spikes = int(spike.sum())
         self.nonfinite = int(bad.sum())
@@ -59,8 +60,12 @@ class Spam:
         replacement = np.where(np.isnan(g) | (not active), 0.0, np.sign(g) * limit)
         return np.where(bad, replacement, g)
 
-    def step(self, g):
-        """One step with gradient `g`, which may hold spikes, NaN and infinities."""
+    def step(self, g, on=True):
+        """One step with gradient `g`, which may hold spikes, NaN and infinities.
+
+        Sparse momentum: `on` says which entries have momentum, the same ones from one
+        reset to the next. The others do not move, and their moments are 0.
+        """
         g = np.asarray(g, self.dtype)
         self.t += 1
         t, D, N = self.t, self.interval, self.warmup
@@ -71,9 +76,9 @@ class Spam:
             m, v = np.zeros_like(m), np.zeros_like(v)
 
         with np.errstate(invalid="ignore", over="ignore"):
-            g = self.clip(g, v, c)
-        m = self.beta1 * m + (1 - self.beta1) * g
-        v = self.beta2 * v + (1 - self.beta2) * g * g
+            g = self.clip(g, v, c, on)
+        m = np.where(on, self.beta1 * m + (1 - self.beta1) * g, 0)
+        v = np.where(on, self.beta2 * v + (1 - self.beta2) * g * g, 0)
 
         warm = 1.0
         if was_reset and c < N:
@@ -81,7 +86,9 @@ class Spam:
         k = c + 1 if self.restart and was_reset else t
         correction = np.sqrt(1 - self.beta2**k) / (1 - self.beta1**k)
         update = warm * correction * m / (np.sqrt(v) + self.eps)
-        self.p = self.p - self.eta * (update + self.decay * self.p)
+        self.p = np.where(
+            on, self.p - self.eta * (update + self.decay * self.p), self.p
+        )
 
         self.m = m.astype(self.moment_dtypes[0])
         self.v = v.astype(self.moment_dtypes[1])

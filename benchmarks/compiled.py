@@ -1,0 +1,128 @@
+"""What the TPU compiler makes of a step, with no TPU at hand."""
+
+import functools
+import importlib.util
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks import optimizers, shapes, steps
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+SHARDINGS = {"rows": P("x"), "columns": P(None, "x"), "both": P("x", "y")}
+WIDTH = 8192
+
+_sparse = functools.partial(functools.partial, optimizers.sparse_spam)
+_MOMENTS = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
+# Per row: the optimizer and the dtype of the gradients.
+ROWS = {
+    "optax.adam": (optimizers.adam, jnp.float32),
+    "optax.adamw": (optimizers.adamw, jnp.float32),
+    "spam, no counts": (lambda: optimizers.spam(count_spikes=False), jnp.float32),
+    "spam": (optimizers.spam, jnp.float32),
+    "spam, bfloat16 moments": (lambda: optimizers.spam(**_MOMENTS), jnp.float32),
+    "spam, bfloat16 gradients": (optimizers.spam, jnp.bfloat16),
+    "spam_clip, adam": (optimizers.clip_then_adam, jnp.float32),
+    "sparse_spam 1/4, no counts": (_sparse(0.25, count_spikes=False), jnp.float32),
+    "sparse_spam 1/4": (_sparse(0.25), jnp.float32),
+    "sparse_spam 1/4, weight decay": (_sparse(0.25, weight_decay=0.1), jnp.float32),
+    "sparse_spam 1/4, bfloat16 moments": (_sparse(0.25, **_MOMENTS), jnp.float32),
+    "sparse_spam 1/4, bfloat16 gradients": (_sparse(0.25), jnp.bfloat16),
+    "sparse_spam 1/2": (_sparse(0.5), jnp.float32),
+    "sparse_spam 0.3225": (_sparse(0.3225), jnp.float32),
+    "sparse_spam 0.1": (_sparse(0.1), jnp.float32),
+}
+SHARDED = {
+    "optax.adamw": optimizers.adamw,
+    "spam, no counts": lambda: optimizers.spam(count_spikes=False),
+    "spam": optimizers.spam,
+    "sparse_spam 1/4": _sparse(0.25),
+    "sparse_spam 1/4, row_blocks=2": _sparse(0.25, row_blocks=2),
+}
+
+
+def measure(quick, track):
+    """Bytes a step moves on one chip, and collectives on four; None without libtpu."""
+    if importlib.util.find_spec("libtpu") is None:
+        return None
+    chips = ["v5e"] if quick else list(TOPOLOGIES)
+    names = ["optax.adam", "spam", "sparse_spam 1/4"] if quick else list(ROWS)
+    jobs = [(chip, name) for chip in chips for name in names]
+    sharded = [(name, x) for name in SHARDED for x in SHARDINGS]
+    return {
+        "rows": [
+            one_chip(name, chip)
+            for chip, name in track(jobs, description="compiled for one chip")
+        ],
+        "collectives": [
+            {"optimizer": name, "sharding": x, "kinds": collectives(name, x)}
+            for name, x in track(sharded, description="compiled for 2 x 2 chips")
+        ],
+    }
+
+
+def one_chip(name, chip):
+    """Bytes per parameter that a step on one chip moves, must move, and allocates."""
+    make, gradient_dtype = ROWS[name]
+    mesh = Mesh(devices(chip)[:1], ("x",))
+    arguments, compiled = compile_step(make(), mesh, P(), gradient_dtype)
+    params, state, gradients = map(shapes.nbytes, arguments)
+    return {
+        "chip": chip,
+        "optimizer": name,
+        "bytes": compiled.cost_analysis()["bytes accessed"] / WIDTH**2,
+        "floor": (gradients + 2 * (params + state)) / WIDTH**2,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes / WIDTH**2,
+    }
+
+
+def collectives(name, sharding):
+    """The kinds of collectives, and how many numbers the largest of each returns."""
+    mesh = Mesh(devices("v5e").reshape(2, 2), ("x", "y"))
+    spec = SHARDINGS[sharding]
+    _, compiled = compile_step(SHARDED[name](), mesh, spec, jnp.float32)
+    pattern = (
+        r"= (\S+|\(.*?\)) "
+        r"(all-[a-z]+(?:-[a-z]+)?|reduce-scatter|collective-[a-z]+)(?:-start)?\("
+    )
+    largest = {}
+    for result, kind in re.findall(pattern, compiled.as_text()):
+        sizes = [
+            int(np.prod([int(n) for n in dims.split(",") if n]))
+            for dims in re.findall(r"\w+\[([\d,]*)\]", result)
+        ]
+        kind = kind.removesuffix("-start")
+        if not kind.endswith("-done"):
+            largest[kind] = max(largest.get(kind, 0), *sizes)
+    return largest
+
+
+def compile_step(tx, mesh, spec, gradient_dtype):
+    """The shapes of a step on one matrix of `WIDTH`, and the step compiled for them."""
+
+    def shaped(x):
+        sharding = NamedSharding(mesh, spec if len(x.shape) == 2 else P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    params = shapes.matrices(1, WIDTH)
+    gradients = jax.tree.map(lambda x: x.update(dtype=gradient_dtype), params)
+    arguments = params, jax.eval_shape(tx.init, params), gradients
+    arguments = jax.tree.map(shaped, arguments)
+    return arguments, steps.jit_step(tx).lower(*arguments).compile()
+
+
+def devices(chip):
+    """The chips of a small topology, as the compiler knows them."""
+    import libtpu
+
+    os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=TOPOLOGIES[chip]
+    )
+    return np.array(topology.devices)
