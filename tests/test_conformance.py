@@ -1,6 +1,7 @@
 """The rules every transformation keeps, written out, without Optax's own tests."""
 
 import functools
+import inspect
 import re
 
 import jax
@@ -20,6 +21,11 @@ TRANSFORMATIONS = {
     "scale_by_spam": lambda: spam_optax.scale_by_spam(**QUICK),
     "spam": lambda: spam_optax.spam(0.1, **QUICK),
     "spam_uncounted": lambda: spam_optax.spam(0.1, count_spikes=False, **QUICK),
+    "sparse_spam": lambda: spam_optax.sparse_spam(0.1, weight_decay=0.1, **QUICK),
+    "sparse_spam_by_gradient": lambda: spam_optax.sparse_spam(
+        0.1, selection="max_gradient", **QUICK
+    ),
+    "scale_by_sparse_spam": lambda: spam_optax.scale_by_sparse_spam(**QUICK),
     "reset_moments": lambda: spam_optax.reset_moments(optax.adam(0.1), 5),
     "track_spikes": lambda: spam_optax.track_spikes(spam_optax.spam(0.1, **QUICK)),
     "inject_spikes": lambda: spam_optax.testing.inject_spikes(0, 0.5, 10.0, steps=[3]),
@@ -27,6 +33,7 @@ TRANSFORMATIONS = {
 OPTIMIZERS = {
     "spam_adam": functools.partial(spam_optax.spam_adam, reset_interval=5),
     "spam": functools.partial(spam_optax.spam, **QUICK),
+    "sparse_spam": functools.partial(spam_optax.sparse_spam, **QUICK),
 }
 EVERY = pytest.mark.parametrize("name", TRANSFORMATIONS)
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64"]
@@ -77,6 +84,10 @@ def test_structure_shapes_and_dtypes_are_stable(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         tx = TRANSFORMATIONS[name]()
         params = make_params(dtype)
+        if "sparse" in name and dtype == "complex64":
+            with pytest.raises(TypeError, match="floating dtype for sparse momentum"):
+                tx.init(params)
+            return
         state = tx.init(params)
         gradients = make_gradients(params, 0)
         updates, new_state = jax.eval_shape(tx.update, gradients, state, params)
@@ -224,9 +235,15 @@ def test_multi_steps(name):
 def test_inject_hyperparams(name, dtype):
     """Every number may be a traced hyper-parameter, and a learning rate a schedule."""
     params = make_params(dtype)
-    inject = functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
-    make = {"spam": spam_optax.spam, "spam_adam": spam_optax.spam_adam}[name]
-    quick = QUICK if name == "spam" else dict(reset_interval=5)
+    make = OPTIMIZERS[name].func
+    static = {"density", "sparse_params", "key", "mask", "selection", "row_blocks"}
+    static = (static | {"mu_dtype", "nu_dtype"}) & set(
+        inspect.signature(make).parameters
+    )
+    inject = functools.partial(
+        optax.inject_hyperparams, static_args=static, hyperparam_dtype=jnp.float32
+    )
+    quick = OPTIMIZERS[name].keywords
     injected = inject(make)(learning_rate=optax.constant_schedule(0.1), **quick)
     ours, state = run(injected, params)
     assert state.hyperparams["b2"].dtype == jnp.float32
@@ -285,13 +302,18 @@ def test_map_params_makes_shardings(name):
     specs = {"a": P("x"), "b": P()}
     state = tx.init(params)
     mapped = optax.tree.map_params(
-        tx, lambda x, spec: spec, state, specs, transform_non_params=lambda _: "other"
+        tx,
+        lambda x, spec: None if x is None else spec,
+        state,
+        specs,
+        transform_non_params=lambda _: "other",
+        is_leaf=lambda x: x is None,  # Masks chosen by size are not those of all.
     )
     is_spec = lambda x: isinstance(x, P)  # noqa: E731
     for leaf, found in zip(
         jax.tree.leaves(state), jax.tree.leaves(mapped, is_leaf=is_spec), strict=True
     ):
-        expected = {(2, 3): P("x"), (3,): P()}.get(leaf.shape, "other")
+        expected = {(2, 3): P("x"), (1, 3): P("x"), (3,): P()}.get(leaf.shape, "other")
         assert found == expected
 
 
@@ -307,7 +329,7 @@ def test_explicit_mesh(name):
         }
         for step in range(6)
     ]
-    specs = {"kernel": P(None, "x"), "bias": P("x")}
+    shardings = {"kernel": P(None, "x"), "bias": P("x")}
 
     def steps(params, put=lambda tree: tree):
         state = jax.jit(tx.init)(params)
@@ -319,10 +341,11 @@ def test_explicit_mesh(name):
 
     expected = steps(params)
     with jax.set_mesh(jax.make_mesh((8,), ("x",))):
-        put = lambda tree: jax.tree.map(jax.device_put, tree, specs)  # noqa: E731
+        put = lambda tree: jax.tree.map(jax.device_put, tree, shardings)  # noqa: E731
         sharded_params, state = steps(put(params), put)
         for leaf in jax.tree.leaves(state):
-            spec = {(4, 16): P(None, "x"), (16,): P("x")}.get(leaf.shape, P())
+            specs = {(4, 16): P(None, "x"), (1, 16): P(None, "x"), (16,): P("x")}
+            spec = specs.get(leaf.shape, P())
             wanted = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
             assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
         assert_close(jax.device_get((sharded_params, state)), expected, rtol=1e-5)

@@ -31,7 +31,15 @@ def spam_chain(
     return optax.chain(spam_optax.spam_clip(), spam_optax.spam_adam(learning_rate))
 
 
+def sparse_spam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+) -> optax.GradientTransformationExtraArgs:
+    """In every matrix. Optax's tests would inject the density, which is static."""
+    return spam_optax.sparse_spam(learning_rate, 0.5, sparse_params=True)
+
+
 FACTORIES = {
+    "sparse_spam": sparse_spam,
     "spam": spam_optax.spam,
     "spam_adam": spam_optax.spam_adam,
     "spam_chain": spam_chain,
@@ -46,6 +54,7 @@ ALIASES = (
     },
     {"opt_name": "spam_adam", "opt_kwargs": {"learning_rate": 1e-2}},
     {"opt_name": "spam_chain", "opt_kwargs": {"learning_rate": 1e-2}},
+    {"opt_name": "sparse_spam", "opt_kwargs": {"learning_rate": 1e-2}},
 )
 CONTRIB = tuple(
     {**row, "wrapper_name": None, "wrapper_kwargs": None} for row in ALIASES
@@ -69,6 +78,8 @@ SHARDED = {
     "spam": spam_optax.spam(1.0),
     "spam_decayed": spam_optax.spam(1.0, weight_decay=0.1),
     "spam_chain": spam_chain(1.0),
+    # Rows are sharded there, and no group may be spread over devices.
+    "sparse_spam": spam_optax.sparse_spam(1.0, sparse_params=True, row_blocks=8),
     "reset_moments": spam_optax.reset_moments(optax.adam(1.0), 500),
     "track_spikes": spam_optax.track_spikes(spam_optax.spam(1.0)),
 }
@@ -78,6 +89,7 @@ FLOAT64 = [
     ("spam_adam", spam_optax.spam_adam, {}),
     ("scale_by_spam", spam_optax.scale_by_spam, {}),
     ("spam", spam_optax.spam, {"weight_decay": 0.1}),
+    ("sparse_spam", spam_optax.sparse_spam, {"sparse_params": True}),
     (
         "track_spikes",
         lambda: spam_optax.track_spikes(spam_optax.spam()),

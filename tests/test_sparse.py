@@ -188,6 +188,33 @@ def test_dense_leaves_follow_spam():
     assert (updates["kernel"] != 0).sum() == 8
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_nothing_not_finite_gets_through(selection):
+    """All of it is counted, with momentum or without; untouched entries keep bits."""
+    shape, steps = (12, 6), 40
+    rng = np.random.default_rng(2)
+    gradients = gradients_of(shape, steps, p_spike=0)
+    faulty = gradients.copy()
+    columns = [0, 2, 3]
+    for t in range(steps):
+        hit = rng.random((12, 3)) < (1 if 8 <= t < 12 else 0.1)
+        faults = rng.choice([np.nan, np.inf, -np.inf, 3e38, 2e19], (12, 3))
+        faulty[t][:, columns] = np.where(hit, faults, faulty[t][:, columns])
+    tx = everywhere(0.01, 0.25, selection=selection, reset_interval=10, grace_steps=4)
+    params = jax.random.normal(jax.random.key(0), shape)
+    after, _, states = trajectory(tx, params, tx.init(params), jnp.asarray(faulty))
+    clean, _, _ = trajectory(tx, params, tx.init(params), jnp.asarray(gradients))
+    for name in ("mu", "nu"):
+        assert np.isfinite(optax.tree.get(states, name)).all()
+    assert np.isfinite(after).all()
+    untouched = [1, 4, 5]
+    np.testing.assert_array_equal(after[..., untouched], clean[..., untouched])
+    with np.errstate(over="ignore"):
+        expected = (~np.isfinite(np.square(faulty))).sum(axis=(1, 2))
+    counts = optax.tree.get(states, "nonfinite_count")
+    np.testing.assert_array_equal(counts, expected)
+
+
 # Where the momentum is.
 
 
