@@ -1,5 +1,6 @@
 """SPAM against the authors' numbers and against the NumPy reference."""
 
+import functools
 import json
 import operator
 import pathlib
@@ -491,13 +492,33 @@ def test_totals_saturate():
         assert int(optax.tree.get(state, "nonfinite_total")) == largest
 
 
-def test_counts_of_many_coordinates():
+@pytest.mark.parametrize("devices", [1, 8])
+def test_counts_of_many_coordinates(monkeypatch, devices):
     """Exact up to 2**24 in a tensor, and never less above: float32 holds no more."""
-    count = jax.jit(lambda mask: totals(mask)[0])
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    count = jax.jit(lambda *masks: totals(*masks))
     mask = jnp.ones((4096, 4096), bool)
-    assert int(count(mask)) == 2**24
-    assert int(count(mask.at[17, 5].set(False))) == 2**24 - 1
-    assert int(count(jnp.ones((4097, 4096), bool))) >= 2**24
+    assert [int(n) for n in count(mask, ~mask)] == [2**24, 0]
+    assert int(count(mask.at[17, 5].set(False))[0]) == 2**24 - 1
+    assert int(count(jnp.ones((4097, 4096), bool))[0]) >= 2**24
+    assert [int(n) for n in count(jnp.asarray(True), jnp.asarray(False))] == [1, 0]
+
+
+@pytest.mark.parametrize("count_spikes", [True, False])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_step_is_made_in_place_on_a_cpu(monkeypatch, devices, count_spikes):
+    """No temporaries: XLA:CPU would else copy the second moment, or make its root."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    tx = spam_optax.spam(1e-3, count_spikes=count_spikes, weight_decay=0.1)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"a": jnp.ones((512, 512)), "b": jnp.ones((512, 512))}
+    compiled = step.lower(params, tx.init(params), params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096
 
 
 @BOTH
