@@ -18,11 +18,16 @@ TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SHARDINGS = {"rows": P("x"), "columns": P(None, "x"), "both": P("x", "y")}
 WIDTH = 8192
 
-_sparse = functools.partial(functools.partial, optimizers.sparse_spam)
+
+def _sparse(density, **kwargs):
+    return functools.partial(optimizers.sparse_spam, density, **kwargs)
+
+
 _MOMENTS = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
 # Per row: the optimizer and the dtype of the gradients.
 ROWS = {
     "optax.adam": (optimizers.adam, jnp.float32),
+    "optax.adam, bfloat16 gradients": (optimizers.adam, jnp.bfloat16),
     "optax.adamw": (optimizers.adamw, jnp.float32),
     "spam, no counts": (lambda: optimizers.spam(count_spikes=False), jnp.float32),
     "spam": (optimizers.spam, jnp.float32),
@@ -38,6 +43,11 @@ ROWS = {
     "sparse_spam 0.3225": (_sparse(0.3225), jnp.float32),
     "sparse_spam 0.1": (_sparse(0.1), jnp.float32),
 }
+# Those that are compiled for every chip; the others only for v5e.
+MAIN_ROWS = (
+    *("optax.adam", "spam", "spam_clip, adam"),
+    *("sparse_spam 1/4, no counts", "sparse_spam 1/4"),
+)
 SHARDED = {
     "optax.adamw": optimizers.adamw,
     "spam, no counts": lambda: optimizers.spam(count_spikes=False),
@@ -51,10 +61,11 @@ def measure(quick, track):
     """Bytes a step moves on one chip, and collectives on four; None without libtpu."""
     if importlib.util.find_spec("libtpu") is None:
         return None
-    chips = ["v5e"] if quick else list(TOPOLOGIES)
-    names = ["optax.adam", "spam", "sparse_spam 1/4"] if quick else list(ROWS)
-    jobs = [(chip, name) for chip in chips for name in names]
-    sharded = [(name, x) for name in SHARDED for x in SHARDINGS]
+    jobs = [("v5e", name) for name in (MAIN_ROWS if quick else ROWS)]
+    if not quick:
+        jobs += [(chip, name) for chip in ("v5p", "v6e") for name in MAIN_ROWS]
+    names = ["spam"] if quick else SHARDED
+    sharded = [(name, x) for name in names for x in SHARDINGS]
     return {
         "rows": [
             one_chip(name, chip)
@@ -87,10 +98,7 @@ def collectives(name, sharding):
     mesh = Mesh(devices("v5e").reshape(2, 2), ("x", "y"))
     spec = SHARDINGS[sharding]
     _, compiled = compile_step(SHARDED[name](), mesh, spec, jnp.float32)
-    pattern = (
-        r"= (\S+|\(.*?\)) "
-        r"(all-[a-z]+(?:-[a-z]+)?|reduce-scatter|collective-[a-z]+)(?:-start)?\("
-    )
+    pattern = r"= (\S+|\(.*?\)) (all-[a-z-]+|reduce-scatter|collective-[a-z-]+)\("
     largest = {}
     for result, kind in re.findall(pattern, compiled.as_text()):
         sizes = [

@@ -9,7 +9,7 @@ needed.
 """
 
 import dataclasses
-import statistics
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import optax
 
-from benchmarks import optimizers, shapes
+from benchmarks import optimizers, shapes, turns
 
 PARAMS_FIRST = "params, state, gradients"
 GRADIENTS_FIRST = "gradients, state, params"
@@ -49,7 +49,6 @@ class Contender:
     compile_seconds: float
     state_bytes: int
     temporary_bytes: int
-    seconds: list[float] = dataclasses.field(default_factory=list)
 
 
 def compile_contender(name, make, params, order=PARAMS_FIRST):
@@ -102,48 +101,22 @@ class Arena:
         return elapsed
 
 
-def interleave(contenders, arena, rounds, budget=20.0):
-    """Contenders take turns; yields after each round, the untimed first one included.
-
-    One that has had `budget` seconds leaves, so that none takes most of the time.
-    """
-    for contender in contenders:
-        arena.seconds(contender)
-    yield
-    for _ in range(rounds):
-        for contender in contenders:
-            if sum(contender.seconds) < budget:
-                contender.seconds.append(arena.seconds(contender))
-        yield
-
-
-def summary(contenders, parameters):
-    """A row for each contender, with its ratio to AdamW in the same order and round."""
-    baselines = {x.order: x for x in contenders if x.name == optimizers.BASELINE}
-    return [_row(x, baselines[x.order], parameters) for x in contenders]
-
-
-def _row(contender, baseline, parameters):
-    ratios = [
-        mine / base
-        for mine, base in zip(contender.seconds, baseline.seconds, strict=False)
+def compete(contenders, params, makers, rounds, track):
+    """Contenders take turns; a row for each, with its ratio to AdamW in that order."""
+    arena = Arena(params, makers)
+    timed = {(x.name, x.order): functools.partial(arena.seconds, x) for x in contenders}
+    *_, seconds = track(turns.interleave(timed, rounds))
+    parameters = shapes.size(params)
+    return [
+        {
+            "optimizer": x.name,
+            "order": x.order,
+            **turns.compare(
+                seconds[x.name, x.order], seconds[optimizers.BASELINE, x.order]
+            ),
+            "state_bytes": x.state_bytes / parameters,
+            "temporary_bytes": x.temporary_bytes / parameters,
+            "compile_seconds": x.compile_seconds,
+        }
+        for x in contenders
     ]
-    return {
-        "optimizer": contender.name,
-        "order": contender.order,
-        "rounds": len(contender.seconds),
-        "milliseconds": 1e3 * statistics.median(contender.seconds),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": quartiles(ratios),
-        "state_bytes": contender.state_bytes / parameters,
-        "temporary_bytes": contender.temporary_bytes / parameters,
-        "compile_seconds": contender.compile_seconds,
-    }
-
-
-def quartiles(values):
-    """The lower and the upper quartile; of a single value that one."""
-    if len(values) == 1:
-        return [values[0], values[0]]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return [low, high]

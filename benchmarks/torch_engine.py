@@ -3,13 +3,15 @@
 Reads a job from standard input and writes rows to standard output, both JSON.
 """
 
+import functools
 import importlib.util
 import json
-import statistics
 import sys
 import time
 
 import torch
+
+from benchmarks import turns
 
 BASELINE = "torch.optim.AdamW(fused=True)"
 
@@ -50,23 +52,15 @@ def measure(shapes, rounds):
         p.grad = torch.randn(p.shape)
     parameters = sum(p.numel() for p in params)
     optimizers = {name: make(params) for name, make in makers().items()}
-    times = {name: [] for name in optimizers}
-    for optimizer in optimizers.values():
-        seconds(optimizer)
-    for _ in range(rounds):
-        for name, optimizer in optimizers.items():
-            times[name].append(seconds(optimizer))
+    timed = {name: functools.partial(seconds, x) for name, x in optimizers.items()}
+    *_, times = turns.interleave(timed, rounds)
     return [
         {
             "optimizer": name,
-            "rounds": rounds,
-            "milliseconds": 1e3 * statistics.median(values),
-            "ratio": statistics.median(
-                mine / base for mine, base in zip(values, times[BASELINE], strict=True)
-            ),
-            "state_bytes": state_bytes(optimizers[name]) / parameters,
+            **turns.compare(times[name], times[BASELINE]),
+            "state_bytes": state_bytes(optimizer) / parameters,
         }
-        for name, values in times.items()
+        for name, optimizer in optimizers.items()
     ]
 
 

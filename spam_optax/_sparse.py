@@ -10,6 +10,7 @@ elementwise over the slabs, with no index, and on a mesh no group need leave its
 
 import functools
 import math
+import re
 import zlib
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -25,12 +26,16 @@ SparseParams = Any | Callable[[optax.Params], Any]
 
 _SELECTIONS = ("random", "max_gradient", "max_weight")
 _MOST_LANES = 2**16 - 1
+_MOST_BLOCKS = 2**16
 _MOST_SLICES = 32
 _TILE = 8  # Rows of a tile of TPU memory.
 _DENSE_NAMES = (
-    *("bias", "scale", "norm", "layernorm", "rmsnorm", "groupnorm", "batchnorm"),
-    *("embed", "embedder", "embedding", "embeddings", "scaledembed", "normedembed"),
-    *("wte", "wpe", "head", "lm_head"),
+    *("bias", "scale", "norm", "layer_norm", "rms_norm", "group_norm", "batch_norm"),
+    *("input_layernorm", "post_attention_layernorm", "final_norm", "ln", "ln_f"),
+    *("embed", "embedder", "embedding", "embeddings", "scaled_embed", "normed_embed"),
+    *("embed_tokens", "tok_embeddings", "token_embedding", "token_embed"),
+    *("pos_embed", "pos_embedding", "position_embedding", "wte", "wpe"),
+    *("head", "lm_head"),
 )
 
 
@@ -208,8 +213,8 @@ def sparse_spam(
       ValueError: If an argument is out of range; by ``init``, if `sparse_params` is no
         tree like the parameters or the rows of the moments cannot be sharded like the
         parameter's; by ``update``, if the tree of updates is not that of the
-        parameters, the state was made with other `row_blocks` or another `density`, or
-        parameters are needed and not passed.
+        parameters, the state was made with another layout of the masks, or parameters
+        are needed and not passed.
       TypeError: If an argument, or the dtype of a parameter, is of the wrong type: a
         `density` that is traced, a complex matrix with sparse momentum.
 
@@ -272,9 +277,9 @@ def matrices_only(
     """Chooses the matrices of attention and feed-forward layers for sparse momentum.
 
     A parameter is chosen if it has 2 dimensions or more and no part of its path is
-    excluded. A part is compared as a whole, without regard to case, to a number at its
-    end (``LayerNorm_0``), and to the ``value`` that ends the paths of an NNX state: so
-    ``head`` excludes ``params/head/kernel`` and not ``MultiHeadAttention_0/kernel``.
+    excluded. A part is compared as a whole, without regard to case, underscores and a
+    number at its end (``LayerNorm_0`` is ``layer_norm``): so ``head`` excludes
+    ``params/head/kernel`` and not ``MultiHeadAttention_0/kernel``.
 
     Args:
       exclude: The names of parts of paths: by default those of embeddings, heads,
@@ -300,11 +305,10 @@ def matrices_only(
             "matrices_only: exclude must be a collection of names of parts of paths, "
             f"got {exclude!r}."
         )
-    excluded = {name.lower() for name in exclude}
+    excluded = {_plain(name) for name in exclude}
 
     def is_matrix(path: tuple, p: Any) -> bool:
-        names = {_part_name(part) for part in path}
-        return jnp.ndim(p) >= 2 and not names & excluded
+        return jnp.ndim(p) >= 2 and not _part_names(path) & excluded
 
     return functools.partial(jax.tree_util.tree_map_with_path, is_matrix)
 
@@ -335,11 +339,13 @@ def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
       >>> print(mask["kernel"].sum(), mask["bias"].sum())
       12 6
     """
-
     masks = []
     for state in _sparse_states("momentum_mask", opt_state):
         mu = _moments_for("momentum_mask", state, params)
-        groups = _groups(state.mask_seeds, state.mask_lanes, mu, params)
+        lanes = state.mask_lanes
+        if lanes is not None:
+            lanes = _spread_absent(lanes, params)
+        groups = _groups(state.mask_seeds, lanes, mu, params)
         masks.append(jax.tree.map(lambda _, group: group.mask, params, groups))
     return functools.reduce(functools.partial(jax.tree.map, jnp.logical_or), masks)
 
@@ -369,20 +375,26 @@ def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
     """
 
     def density(p, moment):
-        return moment.shape[-2] / p.shape[-2] if p.ndim >= 2 else 1.0
+        if not hasattr(moment, "shape"):
+            return 0.0
+        return 1.0 if p.shape == moment.shape else moment.shape[-2] / p.shape[-2]
 
     densities = []
     for state in _sparse_states("momentum_density", opt_state):
         mu = _moments_for("momentum_density", state, params)
-        held = lambda p, m: density(p, m) if hasattr(m, "shape") else 0.0  # noqa: E731
-        densities.append(jax.tree.map(held, params, mu))
+        densities.append(jax.tree.map(density, params, mu))
     return functools.reduce(functools.partial(jax.tree.map, max), densities)
 
 
-def _part_name(part: Any) -> str:
-    """A part of a path, in lower case and without a number at its end."""
-    name = jax.tree_util.keystr((part,), simple=True).lower()
-    return name.rstrip("0123456789").removesuffix("_") or name
+def _part_names(path: tuple) -> set[str]:
+    """The parts of a path, and of keys that are paths: ``a/b``, ``a.b``, ``(a, b)``."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return {_plain(part) for part in re.split(r"[/.,()\s\'\"]+", name)}
+
+
+def _plain(name: str) -> str:
+    """In lower case, without underscores and without a number at its end."""
+    return name.lower().replace("_", "").rstrip("0123456789")
 
 
 class _MaskSettings(NamedTuple):
@@ -399,24 +411,26 @@ class _MaskSettings(NamedTuple):
         for name in ("density", "row_blocks"):
             _validate.check_static(function, name, getattr(self, name))
         _validate.check_number(function, "density", self.density, above=0, at_most=1)
-        _validate.check_steps(function, "row_blocks", self.row_blocks, low=1)
+        _validate.check_whole(
+            function, "row_blocks", self.row_blocks, low=1, high=_MOST_BLOCKS
+        )
         _validate.check_choice(function, "selection", self.selection, _SELECTIONS)
-        choose = self.sparse_params
-        if choose is None:
-            choose = matrices_only()
-        key = _validate.check_key(function, self.key)
+        chosen = matrices_only() if self.sparse_params is None else self.sparse_params
         return self._replace(
-            sparse_params=choose, key=key, row_blocks=int(self.row_blocks)
+            sparse_params=chosen,
+            key=_validate.check_key(function, self.key),
+            row_blocks=int(self.row_blocks),
         )
 
     def layout(self, shape: tuple[int, ...]) -> "_Layout":
-        """How a matrix of this shape is grouped."""
+        """How a matrix of this shape is grouped: large slabs in whole tiles."""
         blocks = math.gcd(shape[-2], self.row_blocks)
         rows = shape[-2] // blocks
-        kept = max(1, round(self.density * rows), -(-rows // _MOST_LANES))
-        if kept >= 16 * _TILE:
-            kept = min(rows, _TILE * round(kept / _TILE))
-        return _Layout(shape, blocks, kept)
+        kept = max(1, round(self.density * rows))
+        if 16 * _TILE <= kept < rows:
+            kept = _TILE * round(kept / _TILE)
+        fewest = -(-rows // _MOST_LANES)
+        return _Layout(shape, blocks, min(rows, max(kept, fewest)))
 
     def seeds(self, window: jax.typing.ArrayLike) -> jax.Array:
         """What the masks of a window, from one reset to the next, are made from."""
@@ -435,6 +449,8 @@ def _scale_and_decay(
 
     def init_fn(params: optax.Params) -> ScaleBySparseSpamState:
         compact = _compact(function, params, masks)
+        if decay is not None:
+            decay.init(params)  # Raises if its mask does not fit.
         lanes = None
         if masks.selection != "random":
             lanes = jax.tree.map(
@@ -448,7 +464,7 @@ def _scale_and_decay(
         state: ScaleBySparseSpamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySparseSpamState]:
-        _check_update(function, updates, state, masks)
+        _check_update(function, updates, state, params, masks)
         if params is None and decay is not None:
             raise ValueError(f"{function}: weight_decay needs params, got None.")
         seeds, lanes = _draw(function, updates, state, params, settings, masks)
@@ -701,14 +717,19 @@ def _is_none(x: Any) -> bool:
 
 def _chosen(function: str, params: optax.Params, sparse_params: SparseParams) -> Any:
     """Whether each parameter is to have sparse momentum."""
-    tree = sparse_params(params) if callable(sparse_params) else sparse_params
+    # A tree may be callable too, as a module of booleans is.
+    is_function = all(map(callable, jax.tree.leaves(sparse_params)))
+    is_function = is_function and callable(sparse_params)
+    tree = sparse_params(params) if is_function else sparse_params
     allowed = (
         f"{function}: sparse_params must be a tree of booleans shaped like the "
         "parameters or a prefix of them"
     )
     for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, (bool, np.bool_)):
-            raise TypeError(f"{allowed}, got {leaf!r} in it.")
+            shape = getattr(leaf, "shape", None)
+            got = repr(leaf) if shape is None else f"an array of shape {shape}"
+            raise TypeError(f"{allowed}, got {got} in it.")
     try:
         return jax.tree.map(
             lambda is_sparse, part: jax.tree.map(lambda _: is_sparse, part),
@@ -734,8 +755,10 @@ def _compact(function: str, params: optax.Params, masks: _MaskSettings) -> optax
                 f"{function}: the parameter at {where} must have a floating dtype for "
                 f"sparse momentum, got {p.dtype}; leave it out of sparse_params."
             )
-        shape = masks.layout(p.shape).moment_shape
-        return p if shape == p.shape else _shaped_like(function, where, p, shape)
+        layout = masks.layout(p.shape)
+        if layout.moment_shape == p.shape:
+            return p
+        return _moments_like(function, where, p, layout)
 
     chosen = _chosen(function, params, masks.sparse_params)
     return jax.tree_util.tree_map_with_path(compact, params, chosen)
@@ -747,27 +770,32 @@ def _init_lanes(p: jax.Array, moment: Any, masks: _MaskSettings) -> jax.Array | 
     return jnp.zeros_like(moment, dtype=masks.layout(p.shape).lane_dtype)
 
 
-def _shaped_like(
-    function: str, where: str, p: jax.Array, shape: tuple[int, ...]
+def _moments_like(
+    function: str, where: str, p: jax.Array, layout: _Layout
 ) -> jax.ShapeDtypeStruct:
-    """Another shape with the dtype and the sharding of `p`."""
+    """The shape of moments, with the dtype and the sharding of `p`."""
+    shape = layout.moment_shape
     sharding = getattr(p, "sharding", None)
     if isinstance(p, jax.core.Tracer):
         sharding = jax.typeof(p).sharding
     elif isinstance(p, jax.Array) and not p.committed:
         sharding = None
-    if isinstance(sharding, jax.NamedSharding):
-        if sharding.mesh.empty:
-            sharding = None
-        else:
-            try:
-                sharding.shard_shape(shape)
-            except ValueError as error:
-                raise ValueError(
-                    f"{function}: row_blocks must be a multiple of the number of "
-                    f"shards of the rows: the parameter at {where} has moments of "
-                    f"shape {shape}, which cannot be sharded as {sharding.spec}."
-                ) from error
+    if not isinstance(sharding, jax.NamedSharding) or sharding.mesh.empty:
+        return jax.ShapeDtypeStruct(shape, p.dtype)
+    # On an explicit mesh only: on others XLA may send parts of groups around.
+    rows_of_a_device = jax.typeof(p).sharding.shard_shape(p.shape)[-2]
+    try:
+        sharding.shard_shape(shape)
+        fits = rows_of_a_device % layout.rows == 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{function}: row_blocks must be a multiple of the number of shards of the "
+            f"rows, for no group may be spread over devices; the parameter at {where} "
+            f"has the shape {p.shape} in {layout.blocks} blocks and the sharding "
+            f"{sharding.spec}."
+        )
     return jax.ShapeDtypeStruct(shape, p.dtype, sharding=sharding)
 
 
@@ -775,11 +803,19 @@ def _check_update(
     function: str,
     updates: optax.Updates,
     state: ScaleBySparseSpamState,
+    params: optax.Params | None,
     masks: _MaskSettings,
 ) -> None:
     mu = state.inner_state.mu
     _validate.check_same_structure(function, updates, mu)
     _validate.check_not_complex(function, updates, mu)
+    if params is not None:
+        _validate.check_same_tree(function, updates, params)
+    if (state.mask_lanes is None) != (masks.selection == "random"):
+        raise ValueError(
+            f"{function}: selection must be the one that the state was made with, got "
+            f"{masks.selection!r}."
+        )
     if state.mask_seeds.shape != (masks.row_blocks,):
         raise ValueError(
             f"{function}: row_blocks must be {state.mask_seeds.shape[0]}, with which "
@@ -789,12 +825,18 @@ def _check_update(
     def check(path, g, moment):
         if g is None or g.shape == moment.shape:
             return
+        where = jax.tree_util.keystr(path) or "the root"
+        if moment.ndim < 2:
+            raise ValueError(
+                f"{function}: the update at {where} must have the shape {moment.shape} "
+                f"of its parameter, got {g.shape}."
+            )
         if g.ndim < 2 or moment.shape != masks.layout(g.shape).moment_shape:
             raise ValueError(
-                f"{function}: the update at {jax.tree_util.keystr(path) or 'the root'} "
-                f"must have the shape of its parameter, got {g.shape}, whose moments "
-                f"cannot have the shape {moment.shape} with density {masks.density} "
-                f"and row_blocks {masks.row_blocks}."
+                f"{function}: the update at {where} must have the shape of its "
+                f"parameter, got {g.shape}, whose moments cannot have the shape "
+                f"{moment.shape} with density {masks.density} and row_blocks "
+                f"{masks.row_blocks}."
             )
 
     jax.tree_util.tree_map_with_path(check, updates, mu, is_leaf=_is_none)
@@ -881,22 +923,45 @@ def _moments_for(
     function: str, state: ScaleBySparseSpamState, params: optax.Params
 ) -> optax.Updates:
     """The first moments of a state; raises unless they are those of `params`."""
-    mu = state.inner_state.mu
-
-    def check(path, p, moment):
-        if not hasattr(moment, "shape") or p.shape == moment.shape:
-            return
-        fits = (
-            p.ndim >= 2
-            and (*p.shape[:-2], p.shape[-1]) == (*moment.shape[:-2], moment.shape[-1])
-            and p.shape[-2] > moment.shape[-2]
+    if state.mask_seeds.ndim != 1:
+        raise ValueError(
+            f"{function}: opt_state must be the state of one run, got one of "
+            f"{state.mask_seeds.shape[:-1]} runs; use jax.vmap({function})."
         )
-        if not fits:
+    try:
+        mu = _spread_absent(state.inner_state.mu, params)
+        leaves = jax.tree.structure(params).flatten_up_to(mu)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{function}: params must be a tree like those of opt_state, got "
+            f"{jax.tree.structure(params)}."
+        ) from None
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for (path, p), moment in zip(paths, leaves, strict=True):
+        if isinstance(moment, optax.MaskedNode):
+            continue
+        got, held = jnp.shape(p), getattr(moment, "shape", None)
+        is_sparse = (
+            held is not None
+            and len(got) == len(held) >= 2
+            and (*got[:-2], got[-1]) == (*held[:-2], held[-1])
+            and got[-2] > held[-2]
+        )
+        if got != held and not is_sparse:
             raise ValueError(
-                f"{function}: params must be those of opt_state, got the shape "
-                f"{p.shape} at {jax.tree_util.keystr(path) or 'the root'}, where its "
-                f"moments have {moment.shape}."
+                f"{function}: params must be those of opt_state, got the shape {got} "
+                f"at {jax.tree_util.keystr(path) or 'the root'}, where its moments "
+                f"have {held}."
             )
-
-    jax.tree_util.tree_map_with_path(check, params, mu)
     return mu
+
+
+def _spread_absent(tree: Any, params: optax.Params) -> Any:
+    """`tree` with what stands for a whole part of the parameters at each of them."""
+    is_absent = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(
+        lambda x, part: jax.tree.map(lambda _: x, part) if is_absent(x) else x,
+        tree,
+        params,
+        is_leaf=is_absent,
+    )

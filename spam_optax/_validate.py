@@ -122,19 +122,26 @@ def check_decay(function: str, name: str, value: Any) -> None:
 
 
 def check_key(function: str, key: Any) -> jax.Array:
-    """Returns a PRNG key, made from `key` if that is a number from 0 to 2**32 - 1."""
-    is_key = isinstance(key, jax.Array) and (
+    """Returns a PRNG key, typed or raw, made from `key` if that is a number."""
+    if isinstance(key, (jax.Array, np.ndarray)) and (
         jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 0
-    )
-    if is_key:
-        return key
+    ):
+        is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if key.ndim != (0 if is_typed else 1) or not (
+            is_typed or key.dtype == np.uint32
+        ):
+            raise TypeError(
+                f"{function}: key must be one PRNG key or a whole number, got an array "
+                f"of shape {key.shape} and dtype {key.dtype}."
+            )
+        return jnp.asarray(key)
     check_whole(function, "key", key, low=0, high=2**32 - 1)
-    return jax.random.key(key)
+    return jax.random.key(key if _is_array(key) else int(key))
 
 
 def check_choice(function: str, name: str, value: Any, choices: tuple) -> None:
     """Raises unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         allowed = ", ".join(map(repr, choices))
         raise ValueError(f"{function}: {name} must be one of {allowed}, got {value!r}.")
 

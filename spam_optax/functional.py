@@ -495,7 +495,7 @@ def reset_ramp(
     _validate.check_steps("reset_ramp", "warmup_steps", warmup_steps, low=0)
     position = reset_position(step, interval)
     ramping = (position < warmup_steps) & (position < step)
-    angle = jnp.pi * position.astype(float) / (warmup_steps + 1)
+    angle = jnp.pi * position.astype(float) / (warmup_steps + 1.0)
     ramp = 1 - 0.99 * (1 + jnp.cos(angle)) / 2
     return jnp.where(ramping, ramp, 1.0)
 

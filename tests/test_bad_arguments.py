@@ -24,6 +24,8 @@ WRONG_TYPES = tuple(
     (value, TypeError)
     for value in ("high", True, [1.0], Fraction(1, 2), np.array("x"), float)
 )
+# What decides shapes may be no array at all, whatever is in it: rows of their own.
+WRONG_SCALARS = tuple(x for x in WRONG_TYPES if not isinstance(x[0], np.ndarray))
 NONE = ((None, TypeError),)
 ODD = ((math.nan, ValueError), (math.inf, ValueError), (-math.inf, ValueError))
 
@@ -66,6 +68,22 @@ SORTS = {
         "a whole number >= 2", outside(1, 0, 2.5) + ODD + WRONG_TYPES + NONE
     ),
     "count": Sort("a whole number >= 0", outside(-1, 2.5) + ODD + WRONG_TYPES + NONE),
+    "key": Sort(
+        "a whole number >= 0 and <= 4294967295",
+        outside(-1, 2.5, 2**32, np.int32(-3)) + ODD + WRONG_TYPES + NONE,
+    ),
+    "density": Sort(
+        "a finite number > 0 and <= 1",
+        outside(0, 0.0, -0.1, 1.1, 1e-40, np.float32(2)) + ODD + WRONG_SCALARS + NONE,
+    ),
+    "blocks": Sort(
+        "a whole number >= 1 and <= 65536",
+        outside(0, -1, 2.5, 2**16 + 1) + ODD + WRONG_SCALARS + NONE,
+    ),
+    "selection": Sort(
+        "one of 'random', 'max_gradient', 'max_weight'",
+        outside("Random", "", None, 3, ["random"], True),
+    ),
     "mu dtype": Sort(
         "None or a floating dtype",
         outside(
@@ -102,6 +120,9 @@ ADAM = {
 }
 COUNT = {"count_dropped": "flag"}
 OPTIMIZER = {"learning_rate": "not negative", "weight_decay": "not negative"}
+LAYOUT = {"density": "density", "row_blocks": "blocks"}
+LAYERS = {"a": jnp.ones((8, 4)), "b": jnp.ones(3)}
+MASKS = LAYOUT | {"key": "key", "selection": "selection"}
 SPIKES = (jnp.ones(3), jnp.ones(3))
 
 # The function, its other arguments, and the sort of each argument that is checked.
@@ -111,13 +132,15 @@ FUNCTIONS = (
     (spam_optax.spam_adam, (), ADAM | COUNT | OPTIMIZER),
     (spam_optax.scale_by_spam, (), CLIP | ADAM),
     (spam_optax.spam, (), CLIP | ADAM | OPTIMIZER),
+    (spam_optax.scale_by_sparse_spam, (), CLIP | ADAM | MASKS),
+    (spam_optax.sparse_spam, (), CLIP | ADAM | MASKS | OPTIMIZER),
     (spam_optax.reset_moments, (optax.trace(0.9),), {"interval": "interval"}),
     (
         spam_optax.track_spikes,
         (optax.trace(0.9),),
         {"threshold": "above one", "decay": "decay"},
     ),
-    (testing.inject_spikes, (), {"key": "count"}),
+    (testing.inject_spikes, (), {"key": "key"}),
     (testing.inject_spikes, (0,), {"rate": "share", "scale": "finite"}),
     (functional.spike_limit, SPIKES[:1], {"threshold": "positive"}),
     (functional.spike_mask, SPIKES, {"threshold": "positive"}),
@@ -186,15 +209,19 @@ def cases_of_the_table():
                 )
 
 
-def update(tx, updates, params=None):
-    """A call of `tx.update` on the state for `PARAMS`."""
-    return lambda: tx.update(updates, tx.init(PARAMS), params)
-
-
-BOTH = (spam_optax.spam_clip, spam_optax.scale_by_spam, spam_optax.spam)
-MOMENTS = (*BOTH, spam_optax.scale_by_spam_adam, spam_optax.spam_adam)
-VECTOR = jnp.ones(3)
+VECTOR, MATRIX = jnp.ones(3), jnp.ones((8, 4))
 PARAMS = {"a": VECTOR, "b": [VECTOR, VECTOR]}
+MATRICES = {"a": MATRIX, "b": [MATRIX, VECTOR]}
+
+
+def update(tx, updates, params=None, start=PARAMS, first=None):
+    """A call of `tx.update` on the state for `start`, from `first` if that is given."""
+    return lambda: tx.update(updates, (first or tx).init(start), params)
+
+
+SPARSE = (spam_optax.scale_by_sparse_spam, spam_optax.sparse_spam)
+BOTH = (spam_optax.spam_clip, spam_optax.scale_by_spam, spam_optax.spam, *SPARSE)
+MOMENTS = (*BOTH, spam_optax.scale_by_spam_adam, spam_optax.spam_adam)
 
 
 def other_cases():
@@ -227,14 +254,14 @@ def other_cases():
             (
                 "another shape",
                 PARAMS | {"a": jnp.ones(4)},
-                "(4,)",
                 "['a'] must have the shape (3,)",
+                "(4,)",
             ),
             (
                 "a shape that broadcasts",
                 PARAMS | {"a": jnp.ones(1)},
-                "(1,)",
                 "['a'] must have the shape (3,)",
+                "(1,)",
             ),
             (
                 "another container",
@@ -394,7 +421,246 @@ def other_cases():
     )
 
 
-CASES = dict([*cases_of_the_table(), *other_cases()])
+def injected(function, argument, value):
+    """`function` with an argument that `inject_hyperparams` makes an array of."""
+    static = tuple(set(LAYOUT) - {argument})
+    return optax.inject_hyperparams(function, static)(**{argument: value}).init(VECTOR)
+
+
+def traced(function, argument, value):
+    return jax.jit(lambda x: function(**{argument: x}).init(VECTOR))(value)
+
+
+def init_on_a_mesh(tx):
+    """Of a matrix whose 16 rows are on 8 devices."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spec = jax.sharding.PartitionSpec("x")
+    with jax.set_mesh(mesh):
+        tx.init({"a": jax.device_put(jnp.ones((16, 4)), spec)})
+
+
+def sparse_cases():
+    for function in SPARSE:
+        name = function.__name__
+        everywhere = functools.partial(function, sparse_params=True)
+        tx = everywhere()
+        for argument, value in (("density", 0.5), ("row_blocks", 2)):
+            build = functools.partial(function, **{argument: jnp.asarray(value)})
+            for key, call, got in (
+                ("array", build, "got Array("),
+                (
+                    "NumPy array",
+                    lambda b=build: b.func(**jax.device_get(b.keywords)),
+                    "got array(",
+                ),
+                (
+                    "traced",
+                    functools.partial(traced, function, argument, value),
+                    "Tracer",
+                ),
+                (
+                    "injected",
+                    functools.partial(injected, function, argument, value),
+                    "got Array(",
+                ),
+            ):
+                needed = f"{argument} must be a Python number, for it decides shapes"
+                remedy = f'static_args=("{argument}", ...)'
+                yield (
+                    f"{name}-{argument}-{key}",
+                    Case(call, needed, got, remedy, TypeError),
+                )
+        for value, got, error in (
+            (1, "got 1 in", TypeError),
+            ({"a": True, "b": 0}, "got 0 in", TypeError),
+            ({"a": True, "b": "no"}, "got 'no' in", TypeError),
+            (np.array(True), "an array of shape () in", TypeError),
+            (lambda params: 1.0, "got 1.0 in", TypeError),
+            (lambda params: None, "None", ValueError),
+            ({"a": True}, "{'a': *}", ValueError),
+            ({"a": True, "b": [True]}, "[*]", ValueError),
+            ({"a": [True], "b": True}, "'a': [*]", ValueError),
+            ({"a": True, "b": (True, True)}, "(*, *)", ValueError),
+        ):
+            yield (
+                f"{name}-sparse_params-{got}",
+                Case(
+                    functools.partial(function(sparse_params=value).init, MATRICES),
+                    "sparse_params",
+                    got,
+                    "a tree of booleans shaped like the parameters or a prefix of them",
+                    error,
+                ),
+            )
+        for shape in ((8, 5), (40, 4), (4,), (), (8, 1), (1, 8, 4)):
+            got = MATRICES | {"a": jnp.ones(shape)}
+            yield (
+                f"{name}-a matrix of shape {shape}",
+                Case(
+                    update(tx, got, start=MATRICES),
+                    "update at ['a']",
+                    f"got {shape}",
+                    "cannot have the shape (2, 4) with density 0.25 and row_blocks 1",
+                ),
+            )
+        for density in (0.1, 0.5):
+            yield (
+                f"{name}-a state of density {density}",
+                Case(
+                    update(
+                        tx, MATRICES, start=MATRICES, first=everywhere(density=density)
+                    ),
+                    "['a']",
+                    "(8, 4)",
+                    "with density 0.25",
+                ),
+            )
+        for ours, theirs in ((1, 2), (2, 1), (3, 1)):
+            yield (
+                f"{name}-a state of {theirs} row_blocks, not {ours}",
+                Case(
+                    update(
+                        everywhere(row_blocks=ours),
+                        MATRICES,
+                        start=MATRICES,
+                        first=everywhere(row_blocks=theirs),
+                    ),
+                    "row_blocks",
+                    f"got {ours}",
+                    f"must be {theirs}, with which the state was made",
+                ),
+            )
+        yield (
+            f"{name}-max_weight without parameters",
+            Case(
+                update(everywhere(selection="max_weight"), MATRICES, start=MATRICES),
+                "selection='max_weight' needs params",
+                "got None",
+                "'random' or 'max_gradient'",
+            ),
+        )
+        for dtype in ("complex64", "int32", "bool"):
+            yield (
+                f"{name}-a matrix of {dtype}",
+                Case(
+                    functools.partial(tx.init, {"a": MATRIX.astype(dtype)}),
+                    "parameter at ['a']",
+                    dtype,
+                    "a floating ",
+                    TypeError,
+                ),
+            )
+        yield (
+            f"{name}-too few blocks of rows on a mesh",
+            Case(
+                functools.partial(init_on_a_mesh, tx),
+                "row_blocks",
+                "['a'] has the shape (16, 4) in 1 blocks",
+                "a multiple of the number of shards of the rows",
+            ),
+        )
+    of_layers = spam_optax.sparse_spam().init(LAYERS)
+    by_size = spam_optax.sparse_spam(selection="max_weight")
+    for key, call, argument, value, allowed in (
+        (
+            "a state of another selection",
+            lambda: by_size.update(LAYERS, of_layers, LAYERS),
+            "selection",
+            "'max_weight'",
+            "the one that the state was made with",
+        ),
+        (
+            "an update shaped like the moments",
+            lambda: spam_optax.sparse_spam().update(
+                LAYERS | {"a": jnp.ones((2, 4))}, of_layers, LAYERS
+            ),
+            "update at ['a']",
+            "(2, 4)",
+            f"the shape {LAYERS['a'].shape} of its parameter",
+        ),
+        (
+            "a mask of other trees",
+            lambda: spam_optax.momentum_mask(of_layers, {"z": VECTOR}),
+            "params",
+            "{'z': *}",
+            "a tree like those of opt_state",
+        ),
+        (
+            "a mask of several runs",
+            lambda: spam_optax.momentum_mask(
+                jax.vmap(spam_optax.sparse_spam().init)({"a": jnp.ones((3, 8, 4))}),
+                {"a": jnp.ones((3, 8, 4))},
+            ),
+            "opt_state",
+            "(3,) runs",
+            "the state of one run",
+        ),
+    ):
+        yield f"sparse_spam-{key}", Case(call, argument, value, allowed)
+    for key in (jnp.zeros(3), jax.random.split(jax.random.key(0))):
+        yield (
+            f"sparse_spam-key-{key.dtype}{key.shape}",
+            Case(
+                functools.partial(spam_optax.sparse_spam, key=key),
+                "key",
+                f"of shape {key.shape}",
+                "one PRNG key or a whole number",
+                TypeError,
+            ),
+        )
+    yield (
+        "sparse_spam-decay without parameters",
+        Case(
+            update(spam_optax.sparse_spam(weight_decay=0.1), PARAMS),
+            "weight_decay",
+            "got None",
+            "needs params",
+        ),
+    )
+    for value in ("head", b"head", None, 3, [1], ("head", None), iter(())):
+        yield (
+            f"matrices_only-exclude-{value!r:.20}",
+            Case(
+                functools.partial(spam_optax.matrices_only, value),
+                "exclude",
+                repr(value),
+                "a collection of names of parts of paths",
+                TypeError,
+            ),
+        )
+    state = spam_optax.sparse_spam(sparse_params=True).init(MATRICES)
+    for function in (spam_optax.momentum_mask, spam_optax.momentum_density):
+        name = function.__name__
+        for other, got in (
+            (optax.adam(0.1).init(VECTOR), "ScaleByAdamState"),
+            (spam_optax.spam().init(VECTOR), "ScaleBySpamState"),
+            (None, "None"),
+            ((), "()"),
+        ):
+            yield (
+                f"{name}-no state but {got}",
+                Case(
+                    functools.partial(function, other, VECTOR),
+                    "opt_state",
+                    got,
+                    "a state of sparse_spam",
+                ),
+            )
+        for shape in ((8, 5), (1, 4), (4,), (), (2, 8, 4)):
+            yield (
+                f"{name}-a parameter of shape {shape}",
+                Case(
+                    functools.partial(
+                        function, state, MATRICES | {"a": jnp.ones(shape)}
+                    ),
+                    "params must be those of opt_state",
+                    f"the shape {shape} at ['a']",
+                    "moments have (2, 4)",
+                ),
+            )
+
+
+CASES = dict([*cases_of_the_table(), *other_cases(), *sparse_cases()])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -413,7 +679,8 @@ def test_bad_arguments_are_named_with_their_value_and_what_is_allowed(name):
 def test_every_argument_of_the_transformations_is_in_the_table(function):
     """Guards the table: an argument added later must be listed or be a flag."""
     (sorts,) = (sorts for f, _, sorts in FUNCTIONS if f is function)
-    assert set(inspect.signature(function).parameters) - {"mask"} == set(sorts)
+    trees = {"mask", "sparse_params"}
+    assert set(inspect.signature(function).parameters) - trees == set(sorts)
 
 
 NUMBERS = {
@@ -429,6 +696,9 @@ NUMBERS = {
 }
 
 
+STATIC = {"sparse_params", "mask", "mu_dtype", "nu_dtype", *MASKS}
+
+
 @pytest.mark.parametrize("function", MOMENTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_number_may_be_traced(function, dtype):
@@ -437,12 +707,16 @@ def test_every_number_may_be_traced(function, dtype):
     Over bfloat16 parameters too, where ``b2`` would be 1 without `hyperparam_dtype`.
     The state's dtypes are stable, or the second step would not compile the same.
     """
-    names = set(inspect.signature(function).parameters) & set(NUMBERS)
+    arguments = set(inspect.signature(function).parameters)
+    names = arguments & set(NUMBERS)
     numbers = {name: NUMBERS[name] for name in names}
     plain = function(**numbers)
-    injected = optax.inject_hyperparams(function, hyperparam_dtype=jnp.float32)(
-        **numbers
+    inject = functools.partial(
+        optax.inject_hyperparams,
+        static_args=arguments & STATIC,
+        hyperparam_dtype=jnp.float32,
     )
+    injected = inject(function)(**numbers)
     params = {"w": jnp.ones((2, 3), dtype)}
     states = plain.init(params), injected.init(params)
     assert names <= set(states[1].hyperparams)
@@ -473,7 +747,7 @@ def test_arrays_pass_unchecked(value):
                 numbers = [
                     n
                     for n, sort in sorts.items()
-                    if not sort.endswith((" dtype", "flag"))
+                    if not sort.endswith((" dtype", "flag")) and n not in MASKS
                 ]
                 function(*arguments, **dict.fromkeys(numbers, array))
 

@@ -12,7 +12,8 @@ def test_python_blocks_run(capsys):
     assert len(blocks) >= 5
     exec(compile("\n".join(blocks), README.name, "exec"), {})
     # What the comments in the code promise.
-    assert capsys.readouterr().out.split("\n")[-3:-1] == ["1", "1.25"]
+    promised = ["1", "1.25", "(2, 32)", "{'embed': 1.0, 'mlp': {'kernel': 0.25}}"]
+    assert capsys.readouterr().out.splitlines()[-4:] == promised
 
 
 def test_files_named_exist():

@@ -266,6 +266,9 @@ def test_large_slabs_are_whole_tiles():
     state = jax.eval_shape(tx.init, params)
     assert optax.tree.get(state, "mu").shape == (2640, 128)
     assert abs(spam_optax.momentum_density(state, params) - 0.3225) < 0.001
+    odd = jax.ShapeDtypeStruct((8191, 128), jnp.float32)
+    state = jax.eval_shape(everywhere(density=1.0).init, odd)
+    assert optax.tree.get(state, "mu").shape == odd.shape
 
 
 def lanes_of(layout, seeds):
