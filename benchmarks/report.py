@@ -230,13 +230,13 @@ def _state(data):
             ],
         ),
         "Weights and optimizer state together, all in bfloat16, in GiB. The rows "
-        '"printed" are quoted: an estimate "of the total of parameters and optimizer '
-        'states based on BF16 format" of GaLore (arXiv 2403.03507, table 2), whose '
-        "figures SPAM (arXiv 2501.06842) takes over, its density chosen to match "
-        "GaLore's. They say G without saying which, and fit 2^30 bytes for 350M and "
-        "10^9 for 60M. Ours are the bytes of the arrays that `tx.init` makes; no "
-        "gradients or activations in either. The printed figures for SPAM leave out "
-        "the mask, a byte per parameter in the authors' code; ours needs no memory.",
+        '"printed" are quoted: estimates of parameters and optimizer states in '
+        "bfloat16 as GaLore (arXiv 2403.03507) and SPAM (arXiv 2501.06842), with a "
+        "density chosen to match GaLore's memory, print them; they say G, without "
+        "saying whether of 2^30 or 10^9 bytes. Ours are the bytes of the arrays that "
+        "`tx.init` makes; no gradients or activations in either. The printed figures "
+        "for SPAM leave out the mask, a byte per parameter in the authors' code; ours "
+        "needs no memory.",
         _table(
             ["", *_titles(data)],
             [

@@ -1,0 +1,40 @@
+"""The benchmarks run, and the report shown is that of the numbers beside it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+from benchmarks import report
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_help_teaches():
+    assert "Measure the optimizers" in run("--help")
+
+
+def test_a_section_by_itself(tmp_path):
+    """What other sections measured before stays."""
+    (tmp_path / "results.json").write_text((RESULTS / "results.json").read_text())
+    before = json.loads((tmp_path / "results.json").read_text())
+    run("--quick", "--only", "state", "--output", str(tmp_path))
+    after = json.loads((tmp_path / "results.json").read_text())
+    assert after["step"] == before["step"]
+    state = after["state"]["data"]["60M"]["state_bytes_per_parameter"]
+    assert round(state["optax.adam"], 3) == round(state["spam"], 3) == 8
+    assert "## State" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "state.png").stat().st_size > 10_000
+
+
+def test_the_report_shows_the_results():
+    results = json.loads((RESULTS / "results.json").read_text())
+    assert (RESULTS / "results.md").read_text() == report.render(results)
