@@ -19,7 +19,7 @@ def test_python_blocks_run(capsys):
 def test_files_named_exist():
     """Links of the page, and the files of the project it names in code marks."""
     text = README.read_text()
-    named = re.findall(r"\]\(((?!http)[^)]+)\)", text)
+    named = re.findall(r"\]\(((?!http|#)[^)]+)\)", text)
     named += re.findall(r"`((?:tests|docs|benchmarks|examples)/[^` ]+)`", text)
     assert len(named) > 6
     missing = [name for name in named if not (README.parent / name).exists()]
