@@ -486,13 +486,13 @@ def test_a_restored_state_continues_bit_for_bit(tmp_path, library, selection):
 # Meshes.
 
 
-def sharded_run(tx, params, spec, mesh, steps=25, state=None):
+def sharded_run(tx, params, spec, mesh, steps=range(25), state=None):
     with jax.set_mesh(mesh):
         params = jax.tree.map(lambda x: jax.device_put(x, P(*spec[: x.ndim])), params)
-        if state is None:
-            state = jax.jit(tx.init)(params)
+        fresh = jax.jit(tx.init)(params)
+        state = fresh if state is None else jax.device_put(state, shardings(fresh))
         update = jax.jit(tx.update)
-        for t in range(steps):
+        for t in steps:
             g = optax.tree.random_like(jax.random.key(t), params)
             g = jax.tree.map(lambda x, p: jax.device_put(x, p.sharding), g, params)
             updates, state = update(g, state, params)
@@ -500,6 +500,10 @@ def sharded_run(tx, params, spec, mesh, steps=25, state=None):
         mask = jax.jit(spam_optax.momentum_mask)(state, params)
         text = update.lower(g, state, params).compile().as_text()
         return jax.device_get((params, state, mask)), text
+
+
+def shardings(tree):
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 AXIS_TYPES = {
@@ -546,3 +550,27 @@ def assert_scalar_all_reduces(text):
         assert " all-reduce" in line, line
         result = re.search(collective, line)[1]
         assert set(re.findall(r"\w+\[(.*?)\]", result)) == {""}, line
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_state_saved_on_one_mesh_continues_on_another(tmp_path, selection):
+    """Rows over eight devices, then both axes over four by two: over a reset."""
+    tx = everywhere(
+        0.1, row_blocks=8, selection=selection, reset_interval=10, grace_steps=2
+    )
+    params = {"kernel": jnp.ones((64, 16))}
+    first = jax.make_mesh((8,), ("x",))
+    second = jax.make_mesh((4, 2), ("x", "y"))
+    expected, _ = sharded_run(tx, params, P("x", None), first)
+    (*saved, _), _ = sharded_run(tx, params, P("x", None), first, range(7))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", saved)
+        checkpointer.wait_until_finished()
+        params, state = checkpointer.restore(tmp_path / "state", saved)
+    ours, _ = sharded_run(tx, params, P("x", "y"), second, range(7, 25), state)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        ours,
+        expected,
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours[2], expected[2])
