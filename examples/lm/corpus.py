@@ -1,30 +1,50 @@
-"""Text as bytes: split into training and validation, and cut into batches."""
+"""Text files: split, encoded, and cut into batches by step number."""
 
+import codecs
+import glob
+import hashlib
+import itertools
+import os
 import pathlib
-from typing import NamedTuple
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO, NamedTuple
 
 import grain
 import numpy as np
+import rich.progress
+
+from lm import tokenization
+from lm.config import UsageError
+from lm.tokenization import BYTES, Tokenizer
 
 SHAKESPEARE = pathlib.Path(__file__).parents[1] / "data" / "shakespeare.txt"
+PIECE = 2**18  # bytes of a file that are in memory at once
+LARGE = 2**24  # bytes of text that take long enough to encode for a progress bar
 
 
 class Corpus(NamedTuple):
-    """Two contiguous stretches of one text, as uint8 tokens."""
+    """Two contiguous stretches of one text, as tokens."""
 
     train: np.ndarray
     validation: np.ndarray
 
 
-def split(text: bytes, validation_fraction: float = 0.1) -> Corpus:
-    """Keeps the end of `text` for validation.
+def split(text: bytes | np.ndarray, validation_fraction: float = 0.1) -> Corpus:
+    """Keeps the end of `text`, bytes or an array of tokens, for validation.
 
-    Contiguous stretches, not random windows: neighbouring windows of one page would
-    let a model that memorises look like one that generalises.
+    Contiguous stretches, not random windows: neighboring windows of one page would
+    let a model that memorizes look like one that generalizes.
     """
-    tokens = np.frombuffer(text, np.uint8)
-    boundary = len(tokens) - round(len(tokens) * validation_fraction)
-    return Corpus(tokens[:boundary], tokens[boundary:])
+    tokens = np.frombuffer(text, np.uint8) if isinstance(text, bytes) else text
+    end = training_length(len(tokens), validation_fraction)
+    return Corpus(tokens[:end], tokens[end:])
+
+
+def training_length(length: int, validation_fraction: float = 0.1) -> int:
+    """How much of a text of `length` is not for validation."""
+    return length - round(length * validation_fraction)
 
 
 class Windows:
@@ -46,17 +66,32 @@ class Windows:
         return self._tokens[start : start + self._length + 1]
 
 
+def shuffled_windows(tokens: np.ndarray, length: int, seed: int) -> grain.MapDataset:
+    """All windows, endlessly, in an order that is drawn anew in every epoch."""
+    windows = grain.MapDataset.source(Windows(tokens, length))
+    return windows.seed(seed).shuffle().repeat()
+
+
+def batched(
+    windows: grain.MapDataset | grain.IterDataset, *sizes: int
+) -> grain.MapDataset | grain.IterDataset:
+    """Stacks `windows`, as many as the first size, then these stacks, and so on."""
+    for size in sizes:
+        # Grain computes the length of an endless data set exactly only this way.
+        windows = windows.batch(size, drop_remainder=True)
+    return windows
+
+
 def batches(
     tokens: np.ndarray, length: int, batch_size: int, seed: int
 ) -> grain.MapDataset:
-    """Shuffled training batches, uint8 of shape ``(batch_size, length + 1)``.
+    """Shuffled training batches of shape ``(batch_size, length + 1)``.
 
     Batch number `n` is ``batches(...)[n]``, a pure function of the seed and `n`: the
     step number is the whole state of the data iterator. The order is drawn anew in
     every epoch. A batch of 16 windows takes about 1 ms.
     """
-    windows = grain.MapDataset.source(Windows(tokens, length))
-    return windows.seed(seed).shuffle().repeat().batch(batch_size)
+    return batched(shuffled_windows(tokens, length, seed), batch_size)
 
 
 def evaluation_batches(
@@ -73,3 +108,214 @@ def evaluation_batches(
     chosen = np.linspace(0, len(windows) - 1, count).astype(int)
     stacked = np.stack([windows[index] for index in chosen])
     return stacked.reshape(-1, batch_size, length + 1)
+
+
+# -------------------------------------------------------------------------- files
+
+
+class Span(NamedTuple):
+    """A stretch of a file."""
+
+    path: pathlib.Path
+    start: int  # bytes
+    stop: int
+
+
+def find(data: str | None) -> list[pathlib.Path]:
+    """The files that `data` names: a file, a folder with .txt files, or a pattern."""
+    if data is None:
+        return [SHAKESPEARE]
+    path = pathlib.Path(data)
+    if path.is_dir():
+        found = sorted(path.rglob("*.txt"))
+        missing = f"there is no .txt file in the folder {data}"
+    elif path.exists() or not glob.has_magic(data):
+        return [path]
+    else:
+        found = sorted(map(pathlib.Path, glob.glob(data, recursive=True)))
+        missing = f"there is no file like {data}"
+    files = [path for path in found if path.is_file()]
+    if not files:
+        raise UsageError(missing)
+    return files
+
+
+def whole(paths: Sequence[pathlib.Path]) -> list[Span]:
+    """All of every file."""
+    spans = []
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                spans.append(Span(path, 0, file.seek(0, os.SEEK_END)))
+        except OSError as error:
+            raise UsageError(
+                f"cannot read the data file {path}: {error.strerror}"
+            ) from error
+    if not any(span.stop for span in spans):
+        raise UsageError(f"the data file {paths[0]} is empty")
+    return spans
+
+
+def split_spans(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+    """`split`, before encoding: every tokenizer trains on the same text.
+
+    The boundary moves to the start of the character that it would cut.
+    """
+    left = training_length(sum(span.stop for span in spans))
+    train, validation = [], []
+    for path, start, stop in spans:
+        cut = min(left, stop)
+        left -= cut
+        if start < cut < stop:
+            cut = start_of_character(path, cut)
+        if start < cut:
+            train.append(Span(path, start, cut))
+        if cut < stop:
+            validation.append(Span(path, cut, stop))
+    return train, validation
+
+
+def start_of_character(path: pathlib.Path, position: int) -> int:
+    """Where the UTF-8 character starts that has the byte at `position`."""
+    with path.open("rb") as file:
+        for start in range(position, max(0, position - 3) - 1, -1):
+            file.seek(start)
+            if file.read(1)[0] & 0b1100_0000 != 0b1000_0000:
+                return start
+    return position
+
+
+def pieces(span: Span, errors: str = "strict") -> Iterator[str]:
+    """The text of `span`, in pieces that end with a line unless lines are long."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    with span.path.open("rb") as file:
+        file.seek(span.start)
+        while piece := file.read(min(PIECE, span.stop - file.tell())):
+            piece += file.readline(min(PIECE, span.stop - file.tell()))
+            try:
+                yield decoder.decode(piece, final=file.tell() == span.stop)
+            except UnicodeDecodeError as error:
+                raise UsageError(
+                    f"{span.path} is not UTF-8 text, which every tokenizer but bytes"
+                    f" needs: {error.reason}"
+                ) from error
+
+
+def texts(spans: Sequence[Span]) -> Iterator[str]:
+    """The text of all `spans`, in pieces."""
+    return itertools.chain.from_iterable(map(pieces, spans))
+
+
+def encoded(spans: Sequence[Span], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """The tokens of all `spans`, in pieces, with a separator between two files."""
+    errors = "surrogateescape" if tokenizer == BYTES else "strict"
+    for number, span in enumerate(spans):
+        if number:
+            yield tokenizer.separator
+        yield from tokenization.encode_all(tokenizer, pieces(span, errors))
+
+
+def cached(
+    spans: Sequence[Span], tokenizer: Tokenizer, path: pathlib.Path
+) -> np.ndarray:
+    """The tokens of all `spans`, mapped from the file `path`.
+
+    If there is no such file they are encoded first.
+    """
+    if not path.is_file():
+        size = sum(span.stop - span.start for span in spans)
+        arrays = rich.progress.track(
+            encoded(spans, tokenizer),
+            f"encoding with {tokenizer.name}",
+            total=size / PIECE,
+            transient=True,
+            disable=size < LARGE or not sys.stdout.isatty(),
+        )
+        try:
+            write_tokens(path, arrays, tokenizer.dtype)
+        except OSError as error:
+            raise UsageError(
+                f"cannot write the encoded text to {path.parent}: {error.strerror}"
+            ) from error
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def write_tokens(
+    path: pathlib.Path, arrays: Iterable[np.ndarray], dtype: np.dtype
+) -> None:
+    """Writes the arrays, one behind the other, as one .npy file."""
+    with tokenization.replacing(path) as temporary, temporary.open("wb") as file:
+        write_header(file, 0, dtype)
+        count = 0
+        for tokens in arrays:
+            file.write(tokens.data)
+            count += len(tokens)
+        file.seek(0)
+        write_header(file, count, dtype)
+
+
+def write_header(file: BinaryIO, count: int, dtype: np.dtype) -> None:
+    """Begins a .npy file of `count` tokens; NumPy leaves room for any count."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (count,),
+    }
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def digest(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
+    """Changes when the text or the tokenizer does."""
+    result = hashlib.sha256(tokenizer.digest.encode())
+    for span in spans:
+        with span.path.open("rb") as file:
+            result.update(hashlib.file_digest(file, "sha256").digest())
+    return result.hexdigest()
+
+
+def cache_folder(path: pathlib.Path) -> pathlib.Path:
+    """Where to keep what is computed from the text at `path`.
+
+    Beside it if possible, out of sight of patterns like data/*; else, as for the
+    embedded text, in the user's cache.
+    """
+    beside = [] if path == SHAKESPEARE else [path.parent / ".tokens"]
+    for folder in (*beside, user_cache()):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            reason = error
+    raise UsageError(
+        f"cannot write the encoded text to {folder}: {reason.strerror}; the variable"
+        " XDG_CACHE_HOME can name another folder"
+    ) from reason
+
+
+def user_cache() -> pathlib.Path:
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "spam_optax"
+
+
+def load(data: str | None, name: str) -> tuple[Tokenizer, Corpus, str]:
+    """The tokenizer called `name`, the text files' tokens, and the digest of both.
+
+    Bytes of one file are read as they are: mapped, they would change with the file, and
+    end the program if it became shorter. All else is encoded once, and mapped from the
+    cache from then on.
+    """
+    spans = whole(find(data))
+    if name == BYTES.name and len(spans) == 1:
+        tokens = np.fromfile(spans[0].path, np.uint8)
+        return BYTES, split(tokens), digest(spans, BYTES)
+    train, validation = split_spans(spans)
+    folder = cache_folder(spans[0].path)
+    tokenizer = tokenization.load(name, lambda: texts(train), folder)
+    key = digest(spans, tokenizer)
+    parts = {"train": train, "validation": validation}
+    arrays = {
+        part: cached(some, tokenizer, folder / f"{key[:32]}-{part}.npy")
+        for part, some in parts.items()
+    }
+    return tokenizer, Corpus(**arrays), key

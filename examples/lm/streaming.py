@@ -1,0 +1,314 @@
+"""Data sets of the Hugging Face hub, and local folders like them, read as a stream.
+
+The order is made in two steps, both of which resume exactly. The shards of the data
+set, usually its files, come in an order that is drawn anew in every epoch; documents
+stay in theirs, because the `datasets` library loses the contents of its own shuffle
+buffer when it resumes. The windows cut from them are then shuffled within blocks of
+`SHUFFLED`.
+"""
+
+import atexit
+import hashlib
+import itertools
+import json
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from lm import tokenization
+from lm.config import UsageError
+from lm.tokenization import Tokenizer
+
+PREFIX = "hf:"
+COLUMN = "text"
+SHUFFLED = 1024  # windows
+TOGETHER = 16  # documents that are read at once, to encode them on all cores
+
+
+class Host(NamedTuple):
+    """A process's share of every batch: part `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+
+class Source(NamedTuple):
+    """A data set with a split to train on and one to evaluate on."""
+
+    train: Any  # datasets.IterableDataset
+    validation: Any
+    identity: str  # changes when the text does, as far as that is seen
+
+
+def open_source(data: str) -> Source:
+    """Opens "hf:NAME" or "hf:NAME:CONFIGURATION"; NAME may be a local folder.
+
+    Training takes the split "train"; evaluation "validation", else "test".
+    """
+    library = quiet_library()
+    name, _, configuration = data.removeprefix(PREFIX).partition(":")
+    if not os.path.isdir(name) and not tokenization.hub_answers():
+        raise UsageError(
+            f"cannot read the data set {data}: there is no folder {name or '.'}, and"
+            f" {tokenization.unreachable()}"
+        )
+    try:
+        builder = library.load_dataset_builder(name, configuration or None)
+        splits = builder.as_streaming_dataset()
+    except StopIteration as error:  # from looking for columns
+        raise UsageError(f"the data set {data} begins with an empty file") from error
+    except Exception as error:  # the library's, its HTTP client's, its file readers'
+        raise UsageError(
+            f"cannot read the data set {data}: {tokenization.first_line(error)}"
+        ) from error
+    held_out = "validation" if "validation" in splits else "test"
+    for split in ("train", held_out):
+        if split not in splits:
+            needed = split if split == "train" else "validation or test"
+            raise UsageError(
+                f"the data set {data} has no split {needed}, only {', '.join(splits)}"
+            )
+    firsts = [first_text(splits[split], data, split) for split in ("train", held_out)]
+    identity = json.dumps([data_files(builder), *firsts])
+    return Source(splits["train"], splits[held_out], identity)
+
+
+def quiet_library() -> Any:
+    """The package datasets, without its progress bars and warnings."""
+    try:
+        import datasets
+        import datasets.distributed
+    except ImportError as error:
+        raise UsageError(
+            "data sets of the Hugging Face hub take a package: pip install datasets"
+        ) from error
+    tokenization.quiet_hub()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it raises what it logs as errors
+    return datasets
+
+
+def first_text(dataset: Any, data: str, split: str) -> str:
+    """The first document of a split, which shows whether it can be used."""
+    try:
+        document = next(iter(dataset), None)
+    except Exception as error:  # as in `open_source`
+        raise UsageError(
+            f"cannot read the split {split} of the data set {data}:"
+            f" {tokenization.first_line(error)}"
+        ) from error
+    if document is None:
+        raise UsageError(f"the split {split} of the data set {data} is empty")
+    if COLUMN not in document:
+        raise UsageError(
+            f"the data set {data} has no column {COLUMN}, only {', '.join(document)}"
+        )
+    if not isinstance(document[COLUMN], str | None):
+        raise UsageError(f"the column {COLUMN} of the data set {data} holds no text")
+    return text_of(document)
+
+
+def text_of(document: dict[str, Any]) -> str:
+    return document[COLUMN] or ""  # JSON may have null there
+
+
+def texts(dataset: Any) -> Iterator[str]:
+    """The documents of a split, once, in the order of its files."""
+    return map(text_of, dataset)
+
+
+def data_files(builder: Any) -> dict[str, list]:
+    """The files of a data set: by revision on the hub, by size in a local folder."""
+    return {
+        str(split): [
+            (os.path.basename(path), os.path.getsize(path))
+            if os.path.isfile(path)
+            else path
+            for path in paths
+        ]
+        for split, paths in (builder.config.data_files or {}).items()
+    }
+
+
+def digest(source: Source, tokenizer: Tokenizer) -> str:
+    """Changes when the tokenizer does, or the text as far as that is seen.
+
+    Seen are the revision of a data set on the hub, the names and sizes of local files,
+    and the first document of each split.
+    """
+    return hashlib.sha256((tokenizer.digest + source.identity).encode()).hexdigest()
+
+
+def joined(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
+    """The tokens of each document, with the separator behind them."""
+    for tokens in tokenization.encode_all(tokenizer, documents):
+        yield np.concatenate([tokens, tokenizer.separator])
+
+
+def first_tokens(dataset: Any, tokenizer: Tokenizer, count: int) -> np.ndarray:
+    """The first `count` tokens of a split, or as many as there are."""
+    arrays, found = [], 0
+    for tokens in joined(tokenizer, texts(dataset)):
+        arrays.append(tokens)
+        found += len(tokens)
+        if found >= count:
+            break
+    return np.concatenate(arrays)[:count]
+
+
+def windows(
+    source: Source, tokenizer: Tokenizer, length: int, seed: int, host: Host
+) -> grain.IterDataset:
+    """This host's windows of ``length + 1`` tokens, endlessly.
+
+    Each host gets shards of its own if they can be divided evenly, else documents.
+    """
+    library = quiet_library()
+
+    def open_documents() -> Any:
+        in_order = source.train.shuffle(seed, buffer_size=1, max_buffer_input_shards=1)
+        return library.distributed.split_dataset_by_node(in_order, *host)
+
+    return grain.experimental.WindowShuffleIterDataset(
+        PackedWindows(open_documents, tokenizer, length, host),
+        window_size=SHUFFLED,
+        seed=seed,
+    )
+
+
+class Prefetched(grain.IterDataset):
+    """Makes up to `ready` elements ahead of their use, in a thread."""
+
+    def __init__(self, parent: grain.IterDataset, ready: int):
+        super().__init__(parent)
+        self._ready = ready
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return PrefetchedIterator(iter(self._parent), self._ready)
+
+
+class PrefetchedIterator(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Closes itself, once, while the interpreter is still there to do it.
+
+    Grain's closes when it is collected, which may be too late, and whenever it is told.
+    """
+
+    def __init__(self, parent: grain.DatasetIterator, ready: int):
+        super().__init__(parent, ready)
+        atexit.register(close_if_alive, weakref.ref(self))
+
+    def close(self) -> None:
+        if not self._closed:
+            super().close()
+
+
+def close_if_alive(reference: weakref.ref) -> None:
+    iterator = reference()
+    if iterator is not None:
+        iterator.close()
+
+
+def endless(dataset: Any, state: dict) -> Iterator[tuple[str, dict]]:
+    """The documents from `state` on, epoch after epoch, each with the state after it.
+
+    `state` is what the `datasets` library calls the state of a data set.
+    """
+    dataset.load_state_dict(state)
+    for epoch in itertools.count(state["epoch"]):
+        dataset.set_epoch(epoch)
+        empty = epoch > state["epoch"]  # the first one may have been at its end
+        for document in dataset:
+            empty = False
+            yield text_of(document), dataset.state_dict()
+        if empty:
+            raise UsageError("the data set has fewer documents than there are hosts")
+
+
+class PackedWindows(grain.IterDataset):
+    """Windows of ``length + 1`` tokens from documents joined by the separator.
+
+    A window shares its last token with the next one of the stream.
+    """
+
+    def __init__(
+        self,
+        open_documents: Callable[[], Any],
+        tokenizer: Tokenizer,
+        length: int,
+        host: Host,
+    ):
+        super().__init__()
+        self.open_documents = open_documents
+        self.tokenizer = tokenizer
+        self.length = length
+        self.host = host
+
+    def __iter__(self) -> "PackedWindowsIterator":
+        return PackedWindowsIterator(self)
+
+
+class PackedWindowsIterator(grain.DatasetIterator):
+    """Cuts windows from the tokens of a few documents at a time.
+
+    Its state is where these documents begin, the fewer than ``length + 1`` tokens that
+    were left over before them, and the position of the next window in all that. So it
+    stays small however long a document is.
+    """
+
+    def __init__(self, source: PackedWindows):
+        super().__init__()
+        self._source = source
+        self._start(source.open_documents().state_dict(), [])
+
+    def _start(self, documents_state: dict, tokens: list[int]) -> None:
+        documents = self._source.open_documents()
+        self._documents = endless(documents, documents_state)
+        self._next_documents_state = documents_state
+        self._tokens = np.array(tokens, self._source.tokenizer.dtype)
+        self._position = 0
+        self._state = {"documents": documents_state, "tokens": tokens}
+
+    def _read(self) -> None:
+        """Puts the next documents behind the tokens that are left over."""
+        rest = self._tokens[self._position :]
+        self._state = {
+            "documents": self._next_documents_state,
+            "tokens": rest.tolist(),
+        }
+        documents = list(itertools.islice(self._documents, TOGETHER))
+        self._next_documents_state = documents[-1][1]
+        arrays = joined(self._source.tokenizer, (text for text, _ in documents))
+        self._tokens = np.concatenate([rest, *arrays])
+        self._position = 0
+
+    def __next__(self) -> np.ndarray:
+        length = self._source.length
+        while len(self._tokens) - self._position <= length:
+            self._read()
+        start = self._position
+        self._position += length
+        return self._tokens[start : start + length + 1]
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            **self._state,
+            "position": self._position,
+            "host": list(self._source.host),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        host = Host(*state["host"])
+        if host != self._source.host:
+            raise UsageError(
+                "a streamed data set continues only on as many hosts as before: it was"
+                f" saved on {host.count}, this is host {self._source.host.index} of"
+                f" {self._source.host.count}"
+            )
+        self._start(state["documents"], state["tokens"])
+        self._read()
+        self._position = state["position"]

@@ -1,0 +1,257 @@
+"""Text to token ids: its bytes, a BPE trained on it, or a pretrained tokenizer."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import itertools
+import os
+import pathlib
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import rich
+
+from lm.config import UsageError
+
+END = "<|endoftext|>"
+END_TOKENS = (END, "<|end_of_text|>", "</s>", "<eos>")  # of pretrained tokenizers
+TRAINING_CHARACTERS = 2**25  # of a text, at most, that a BPE is trained on
+
+
+class Tokenizer(NamedTuple):
+    """Turns text into token ids."""
+
+    name: str  # as the user gave it
+    vocabulary: int  # number of token ids
+    end: int | None  # put between documents; None for bytes
+    encode: Callable[[str], np.ndarray]  # smallest unsigned dtype for the vocabulary
+    digest: str = ""  # of what it does, which may change under the same name
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.min_scalar_type(self.vocabulary - 1)
+
+    @property
+    def separator(self) -> np.ndarray:
+        """What stands between two documents: the end token, or else a line's end."""
+        if self.end is None:
+            return self.encode("\n")
+        return np.array([self.end], self.dtype)
+
+
+def encode_bytes(text: str) -> np.ndarray:
+    """The bytes of `text`; surrogates stand for bytes that are not UTF-8."""
+    return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+
+
+BYTES = Tokenizer("bytes", 256, None, encode_bytes, "bytes")
+
+
+def load(
+    name: str, texts: Callable[[], Iterable[str]], cache: pathlib.Path
+) -> Tokenizer:
+    """The tokenizer called `name`.
+
+    Args:
+      name: "bytes", the UTF-8 bytes; "bpe:SIZE", a byte-level BPE of at most SIZE
+        tokens, trained on the beginning of the training text; the path of a
+        tokenizer.json; or the name of a tokenizer on the Hugging Face hub.
+      texts: Gives the training text in pieces, the same ones each time.
+      cache: Folder that keeps trained tokenizers.
+    """
+    if name == BYTES.name:
+        return BYTES
+    if name.startswith("bpe:"):
+        path = trained(size_of(name), texts, cache)
+    elif name.endswith(".json") or pathlib.Path(name).is_file():
+        path = pathlib.Path(name)
+    else:
+        path = pretrained(name)
+    return read(name, path)
+
+
+def encode_all(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Encodes each of `texts`, in order, on all cores, holding a few at a time."""
+    threads = os.cpu_count() or 1
+    texts = iter(texts)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        while some := list(itertools.islice(texts, 2 * threads)):
+            yield from pool.map(tokenizer.encode, some)
+
+
+def library() -> Any:
+    """The package tokenizers, which only other tokenizers than "bytes" need."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UsageError(
+            "every tokenizer but bytes takes a package: pip install tokenizers"
+        ) from error
+    return tokenizers
+
+
+def read(name: str, path: pathlib.Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json."""
+    tokenizers = library()
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises no narrower class
+        raise UsageError(
+            f"cannot read the tokenizer {path}: {first_line(error)}"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    vocabulary = max(ids.values()) + 1
+    dtype = np.min_scalar_type(vocabulary - 1)
+
+    def encode(text: str) -> np.ndarray:
+        # Unlike `encode`, this lets other threads run.
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, dtype)
+
+    end = next((ids[token] for token in END_TOKENS if token in ids), None)
+    digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    return Tokenizer(name, vocabulary, end, encode, digest)
+
+
+# ------------------------------------------------------------------------ trained
+
+
+def size_of(name: str) -> int:
+    """The number in "bpe:8192"."""
+    size = name.removeprefix("bpe:")
+    if not size.isdecimal() or int(size) < 257:
+        raise UsageError(
+            f"{name} is no tokenizer: write bpe:SIZE, as in bpe:8192, with at least"
+            " 257 tokens, one for each byte and one for the end of a document"
+        )
+    return int(size)
+
+
+def trained(
+    size: int, texts: Callable[[], Iterable[str]], cache: pathlib.Path
+) -> pathlib.Path:
+    """The file of a BPE trained on `texts`, which is trained if it is not there."""
+    path = cache / f"bpe-{size}-{digest_of(beginning(texts()))[:32]}.json"
+    if path.is_file():
+        return path
+    tokenizer = train(size, beginning(texts()))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(tokenizer.to_str(), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the trained tokenizer to {cache}: {error.strerror}"
+        ) from error
+    return path
+
+
+def train(size: int, texts: Iterable[str]) -> Any:
+    """Trains a byte-level BPE, from which every text comes back exactly."""
+    tokenizers = library()
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END],
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    with rich.get_console().status(f"training a tokenizer of {size} tokens"):
+        tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def beginning(texts: Iterable[str]) -> Iterator[str]:
+    """The first texts, as many as a BPE is trained on."""
+    left = TRAINING_CHARACTERS
+    for text in texts:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            break
+
+
+def digest_of(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\xff")  # not in UTF-8
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new path beside `path` to write to, which replaces it if all goes well.
+
+    Several processes may do this at once, and none ever sees half a file.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------- pretrained
+
+
+def pretrained(name: str) -> pathlib.Path:
+    """The tokenizer.json of a repository on the hub, downloaded or downloaded before.
+
+    Without a connection only the latter.
+    """
+    library()
+    hub = quiet_hub()
+    connected = hub_answers()
+    try:
+        path = hub.hf_hub_download(
+            name, "tokenizer.json", local_files_only=not connected
+        )
+    except Exception as error:  # the hub's, the operating system's, the HTTP client's
+        reason = first_line(error)
+        if not connected and isinstance(error, FileNotFoundError):
+            reason = f"it was never downloaded, and {unreachable()}"
+        raise UsageError(
+            f"cannot load the tokenizer {name}, which is not bytes, bpe:SIZE or a file,"
+            f" from the Hugging Face hub: {reason}"
+        ) from error
+    return pathlib.Path(path)
+
+
+def quiet_hub() -> Any:
+    """The package huggingface_hub, without its progress bars and warnings."""
+    import huggingface_hub.constants
+    import huggingface_hub.utils
+
+    huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    return huggingface_hub
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached.
+
+    Asked once, before all else, because the hub's client itself would try for half a
+    minute.
+    """
+    hub = quiet_hub()
+    try:
+        hub.get_session().head(hub.constants.ENDPOINT, timeout=5)
+    except Exception:  # of whichever HTTP client the package uses
+        return False
+    return True
+
+
+def unreachable() -> str:
+    return f"{quiet_hub().constants.ENDPOINT} cannot be reached"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
