@@ -24,47 +24,70 @@ The run's folder, runs/<date and time> unless --output says otherwise, holds
 
     metrics.jsonl           a line for every step and evaluation, written at once
     summary.json            the table at the end
+    report.html             the run on one page, with the tensors that spiked most
     spike_suppression.png   loss, gradient norms and clipped coordinates
     tensorboard/            the same numbers: tensorboard --logdir runs
     config.json             the settings
     checkpoints/            for --resume; the last one has the trained parameters
+
+The same program trains the LLaMA shapes of 9M to 1B parameters on TPUs and GPUs, one
+host or many: examples/tpu and examples/gpu say how. --compile-only asks the compiler
+for a target beforehand what a step takes in memory, with no such device at hand.
 """
 
 import argparse
 import contextlib
 import datetime
+import errno
+import functools
 import json
 import pathlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+
+import grain
+import jax
 
 from lm import (
+    ahead_of_time,
     analysis,
     command_line,
     console,
-    corpus,
+    data,
+    hosts,
+    loop,
+    model,
     optimizers,
     picture,
     records,
+    report,
     run_folder,
+    sharding,
     training,
 )
 from lm.checkpoints import Checkpoints
-from lm.config import RunConfig, UsageError
-from lm.run_folder import RunFolder
+from lm.config import UsageError
+from lm.run_folder import Run, RunFolder
 
 EXAMPLES = """\
 examples:
   everything, about two minutes      pretrain.py
-  one optimizer, a bigger model      pretrain.py --optimizer spam --model small
+  one optimizer, a bigger model      pretrain.py --optimizer spam --preset 9m
   a lower threshold                  pretrain.py --optimizer spam --threshold 100
   faults in one coordinate of 1000   pretrain.py --spike-rate 0.001
   no faults                          pretrain.py --no-spikes
   your own text, a named folder      pretrain.py --data book.txt --output runs/book
-  after Ctrl-C                       pretrain.py --resume --output runs/book
+  after Ctrl-C or a preemption       pretrain.py --resume --output runs/book
+  60M parameters on C4, 8 devices    pretrain.py --preset 60m --data hf:allenai/c4:en
+                                       --tokenizer t5-base --fsdp 8 --output runs/60m
+  does 1B fit 16 chips of TPU v5e?   pretrain.py --compile-only --target tpu:v5e:4x4
+                                       --preset 1b --fsdp 16
 """
+
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def parse(
@@ -79,6 +102,13 @@ def parse(
         allow_abbrev=False,
     )
     command_line.add_run_flags(parser)
+    command_line.add_device_flags(parser)
+    add_output_flags(parser)
+    ahead_of_time.add_flags(parser)
+    return parser, parser.parse_args(arguments)
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output",
@@ -87,135 +117,201 @@ def parse(
         help="folder of the run (default: runs/<date and time>)",
     )
     group.add_argument(
+        "--checkpoints",
+        metavar="PATH",
+        help="folder or bucket (gs://...) for the checkpoints, which every host must"
+        " reach (default: checkpoints in --output)",
+    )
+    group.add_argument(
         "--resume",
         action="store_true",
         help="continue the run in --output, bit for bit, with the settings it has",
     )
-    return parser, parser.parse_args(arguments)
+    group.add_argument(
+        "--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit code."""
+    """Runs the program; returns its exit code.
+
+    0 when done or after SIGTERM, 1 if training came to a bad end, 2 for a mistake in
+    the command, 130 after Ctrl-C.
+    """
     parser, options = parse(arguments)
     given = command_line.run_settings(options)
-    if options.resume and options.output is None:
-        parser.error("--resume needs --output, the folder of the run to continue")
-    folder = RunFolder(options.output or default_output())
-    open_run = run_folder.resume if options.resume else run_folder.begin
+    cluster = command_line.cluster(parser, options)
+    if options.output is None and (options.resume or cluster.given):
+        flag = "--resume" if options.resume else "a run on several hosts"
+        parser.error(f"{flag} needs --output, the folder of the run")
     try:
-        config, text = open_run(folder, given)
-        with interrupt_flag() as interrupted:
-            train_all(config, text, folder, interrupted)
-            complete = report(config, folder)
+        if options.compile_only:
+            return ahead_of_time.run(given, command_line.parallelism(options), options)
+        hosts.connect(cluster)
+        return run(parser.prog, given, options)
     except UsageError as error:
         parser.error(str(error))
-    if complete:
-        return 0
-    output = shlex.quote(str(folder.path))
-    print(
-        f"Interrupted. Continue with: {parser.prog} --resume --output {output}",
-        file=sys.stderr,
-    )
-    return 130
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        where = error.filename or options.output
+        parser.exit(
+            1, f"{parser.prog}: error: cannot write {where}: {error.strerror}\n"
+        )
+
+
+def run(program: str, given: dict, options: argparse.Namespace) -> int:
+    """Begins or continues a run, to its end or until it is stopped."""
+    if options.wandb:
+        records.import_wandb()  # so that its absence shows before the work
+    folder = RunFolder(options.output or default_output())
+    open_run = run_folder.resume if options.resume else run_folder.begin
+    with contextlib.closing(folder), hosts.StopRequest().listening() as stop:
+        opened = hosts.from_main(
+            lambda: open_run(folder, given, options.checkpoints).to_json()
+        )
+        this_run = Run.from_json(opened)
+        task, digest = make_task(this_run, command_line.parallelism(options))
+        entered = hosts.from_main(
+            lambda: run_folder.enter(folder, this_run, digest).to_json()
+        )
+        with jax.set_mesh(task.mesh):
+            halted = train_all(
+                task, folder, Run.from_json(entered), stop, options.wandb
+            )
+        done = show_report(task, folder) if hosts.is_main() else True
+    for message in halted:
+        console.warn(message)
+    if stop.signal is not None and not done:
+        again = f"{program} --resume --output {shlex.quote(str(folder.path))}"
+        console.say(f"Interrupted. Continue with: {again}")
+        return 130 if stop.signal == signal.SIGINT else 0
+    return 1 if halted else 0
 
 
 def default_output() -> pathlib.Path:
     return pathlib.Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
-@contextlib.contextmanager
-def interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C was pressed.
-
-    The first press lets the step end and the state be saved; the second one ends the
-    program at once.
-    """
-    pressed = False
-
-    def handler(signum, frame):
-        nonlocal pressed
-        pressed = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def make_task(config: RunConfig, text: bytes) -> training.Task:
-    """What the optimizers have in common."""
-    tokens = corpus.split(text)
-    shape = config.sequence_length, config.batch_size
-    graphdef, params = training.initialize(config)
-    return training.Task(
-        config=config,
-        graphdef=graphdef,
-        initial_params=params,
-        faults=training.make_faults(config),
-        batches=corpus.batches(tokens.train, *shape, config.seed),
-        validation=corpus.evaluation_batches(
-            tokens.validation, *shape, config.eval_sequences
-        ),
+def make_task(
+    this_run: Run, parallelism: sharding.Parallelism
+) -> tuple[training.Task, str]:
+    """What the optimizers have in common, and the digest of the data."""
+    config = this_run.config
+    for name in config.optimizers:
+        optimizers.make(name, config)  # so that a mistake shows before the work
+    loaded = data.load(config, data.Host(jax.process_index(), jax.process_count()))
+    if len(set(hosts.gather(loaded.digest))) > 1:
+        raise UsageError("the hosts do not see the same data and tokenizer")
+    mesh = sharding.make_mesh(parallelism, config.batch_size // config.accumulate)
+    platform = mesh.devices.flat[0].platform
+    model_config = model.configure(config, loaded.tokenizer.vocabulary, platform)
+    task = training.make_task(
+        config, model_config, mesh, loaded.train, loaded.validation
     )
+    return task, loaded.digest
 
 
 def train_all(
-    config: RunConfig,
-    text: bytes,
+    task: training.Task,
     folder: RunFolder,
-    interrupted: Callable[[], bool],
-) -> None:
-    """Trains each optimizer from where its newest checkpoint left it."""
-    task = make_task(config, text)
-    checkpoints = Checkpoints(folder.checkpoints)
-    finished = {name: checkpoints.latest_step(name) for name in config.optimizers}
-    records.keep(
-        folder.metrics, lambda row: row["step"] <= finished.get(row["optimizer"], 0)
-    )
-    for name, steps in finished.items():
-        records.check_complete(folder.metrics, name, steps, config.evaluations(steps))
-    console.announce(task)
-    with (
-        records.Metrics(folder.metrics) as metrics,
-        console.Progress(config) as progress,
-    ):
+    this_run: Run,
+    stop: hosts.StopRequest,
+    wandb_project: str | None,
+) -> list[str]:
+    """Trains each optimizer from where its newest checkpoint left it.
+
+    Returns what there is to say of those that halted.
+    """
+    config = task.config
+    checkpoints = this_run.checkpoints or str(folder.checkpoints)
+    halted = []
+    if hosts.is_main():
+        console.announce(task)
+        folder.write_tensor_names(training.tensor_names(task))
+    with console.Progress(config) as progress:
         for name in config.optimizers:
-            if finished[name] == config.steps or interrupted():
-                continue
-            optimizer = optimizers.make(name, config)
-            state = training.initial_state(task, optimizer)
-            if finished[name]:
-                state = checkpoints.restore(name, state)
-            progress.start(name, state)
-
-            def save(state: training.TrainState, name: str = name) -> None:
-                metrics.sync()
-                checkpoints.save(name, state)
-
-            with records.TensorBoard(
-                folder.tensorboard / name, finished[name] + 1
-            ) as tensorboard:
-                training.train(
-                    state,
-                    task,
-                    optimizer,
-                    record=records.tee(metrics, tensorboard, progress),
-                    save=save,
-                    interrupted=interrupted,
-                )
+            if stop.signal is not None:
+                break
+            with Checkpoints(f"{checkpoints}/{name}", config.keep_checkpoints) as saved:
+                try:
+                    train_one(task, name, folder, saved, progress, stop, wandb_project)
+                except loop.Halted as error:
+                    halted.append(str(error))
+    return halted
 
 
-def report(config: RunConfig, folder: RunFolder) -> bool:
-    """Writes and shows what the finished optimizers did; True if that is all."""
+def train_one(
+    task: training.Task,
+    name: str,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    progress: console.Progress,
+    stop: hosts.StopRequest,
+    wandb_project: str | None,
+) -> None:
+    """Trains the optimizer called `name` to the end, or until it is stopped."""
+    optimizer = optimizers.make(name, task.config)
+    recorded = hosts.from_main(
+        lambda: str(records.recorded(folder.metrics, name, task.config))
+    )
+    state, batches = begin_or_continue(task, optimizer, checkpoints, int(recorded))
+    step = int(state.step)
+    if hosts.is_main():
+        records.cut(folder.metrics, name, step)
+    if step == task.config.steps:
+        return
+    progress.start(name, state)
+    writers = records.Writers(folder, task, name, step, progress, wandb_project)
+    with writers, contextlib.closing(batches):
+
+        def save(state, place):
+            writers.sync()
+            checkpoints.save(state, place)
+
+        loop.train(
+            state,
+            task,
+            optimizer,
+            batches,
+            record=writers.write,
+            save=save,
+            stop=stop.seen,
+        )
+
+
+def begin_or_continue(
+    task: training.Task,
+    optimizer: optimizers.Optimizer,
+    checkpoints: Checkpoints,
+    recorded: int,
+) -> tuple[training.TrainState, grain.DatasetIterator]:
+    """The state to train from, and the batches that come after it."""
+    batches = iter(task.train)
+    make = functools.partial(
+        training.initial_state, task.config, task.model, optimizer, task.faults
+    )
+    like = sharding.abstract(jax.eval_shape(make), task.mesh)
+    restored = checkpoints.restore(like, recorded, console.warn)
+    if restored is None:
+        return make(), batches
+    state, place = restored
+    batches.set_state(place)
+    # What halted once is tried again: the batch or the mesh may have been to blame.
+    return state._replace(halted=jax.numpy.zeros_like(state.halted)), batches
+
+
+def show_report(task: training.Task, folder: RunFolder) -> bool:
+    """Writes and shows what the optimizers did; True if all came to an end."""
+    config = task.config
     rows = records.read(folder.metrics)
     summary = analysis.summarize(rows, config)
     records.replace(folder.summary, json.dumps(summary, indent=2) + "\n")
     if summary:
         picture.draw(folder.picture, rows, summary, config)
+        report.write(folder, rows, summary, config)
         console.show(summary, config)
-        print(f"Metrics, summary and picture are in {folder.path}")
+        print(f"Metrics, summary and report are in {folder.path}")
     return len(summary) == len(config.optimizers)
 
 

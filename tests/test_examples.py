@@ -5,12 +5,14 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +25,23 @@ from flax import nnx
 import pretrain
 from lm import (
     analysis,
+    config,
     corpus,
+    loop,
     model,
     optimizers,
     records,
     run_folder,
+    sharding,
     training,
 )
-from lm.config import OPTIMIZERS, RunConfig
+from lm.config import DEMONSTRATION, OPTIMIZERS, RunConfig
+from lm.run_folder import Run
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-SMALL = {"model": "nano", "steps": 24, "batch_size": 4, "sequence_length": 16}
+SMALL = {"preset": "nano", "steps": 24, "batch_size": 4, "sequence_length": 16}
 SMALL_FLAGS = [
-    "--model=nano",
+    "--preset=nano",
     "--steps=60",
     "--batch-size=4",
     "--sequence-length=16",
@@ -43,6 +49,7 @@ SMALL_FLAGS = [
     "--eval-sequences=16",
     "--checkpoint-every=8",
     "--spike-kind=scale",
+    "--data-parallel=1",
 ]
 PAIR = ["--optimizer", "adam", "spam"]
 STEP_KEYS = {
@@ -52,12 +59,19 @@ STEP_KEYS = {
     "learning_rate",
     "grad_norm",
     "clipped_grad_norm",
+    "update_norm",
+    "param_norm",
+    "tensors",
     "spikes_clipped",
     "fault",
     "tokens_per_second",
+    "flops_utilization",
 }
 SUMMARY_KEYS = {
     "final_eval_loss",
+    "final_eval_perplexity",
+    "halted_at",
+    "flops_utilization",
     "worst_loss_jump",
     "worst_burst",
     "spikes_seen",
@@ -67,44 +81,64 @@ SUMMARY_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def task():
-    text = corpus.SHAKESPEARE.read_bytes()[:20_000]
-    return pretrain.make_task(RunConfig(**SMALL), text)
+def task(tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "part.txt"
+    text.write_bytes(corpus.SHAKESPEARE.read_bytes()[:20_000])
+    run_config = RunConfig(**SMALL, data=str(text))
+    return pretrain.make_task(Run(run_config, None), sharding.Parallelism(data=1))[0]
+
+
+@pytest.fixture(scope="module")
+def params(task):
+    return training.initial_params(task.config, task.model)
 
 
 @pytest.fixture(scope="module")
 def rows(task):
-    """A whole run of every optimizer."""
-    return rows_of(task, OPTIMIZERS)
+    """A whole run of every optimizer of the demonstration."""
+    return rows_of(task, DEMONSTRATION)
 
 
-def rows_of(task, names):
+def first_state(task, optimizer):
+    return training.initial_state(task.config, task.model, optimizer, task.faults)
+
+
+def rows_of(task, names, steps=None):
     rows = []
+    steps = steps or task.config.steps
     for name in names:
         optimizer = optimizers.make(name, task.config)
-        training.train(
-            training.initial_state(task, optimizer),
+        loop.train(
+            first_state(task, optimizer),
             task,
             optimizer,
+            iter(task.train),
             record=rows.append,
-            save=lambda state: None,
-            interrupted=lambda: False,
+            save=lambda state, place: None,
+            stop=lambda step: step == steps,
         )
     return rows
 
 
-def gradients_at(task, params, step):
-    """Loss, gradients and fault state at `step` of a run that stays at `params`."""
+@jax.jit
+def mean_loss(params, windows, graphdef):
+    return training.loss_fn(params, windows, graphdef)
+
+
+def faulty_gradient(task, params, step):
+    """The gradient at `step` of a run that stays at `params`, with its fault."""
     fault_state = task.faults.init(params)
-    for n in range(step):
-        loss, gradients, fault_state = training.faulty_gradients(
-            params,
-            fault_state,
-            task.batches[n],
-            graphdef=task.graphdef,
-            faults=task.faults,
-        )
-    return loss, gradients, fault_state
+    fault_state = fault_state._replace(injection_step=jnp.int32(step - 1))
+    batch = task.train.__iter__()
+    for _ in range(step):
+        windows = next(batch)
+
+    @jax.jit
+    def gradient(params, fault_state):
+        _, clean = training.gradient_of_batch(params, windows, task.graphdef, 0.0)
+        return task.faults.update(clean, fault_state, params)[0]
+
+    return gradient(params, fault_state)
 
 
 # ---------------------------------------------------------------------------- model
@@ -120,25 +154,92 @@ def decoder():
     return model.Decoder(model.PRESETS["nano"], rngs=nnx.Rngs(0))
 
 
-def parameter_count(config):
-    """By hand: attention, gated feed-forward, norms, embedding."""
-    block = 4 * config.width**2 + 3 * config.width * config.ffn_width + 2 * config.width
-    return config.layers * block + config.vocabulary * config.width + config.width
+def parameter_count(shape):
+    """By hand: attention, gated feed-forward, norms, embedding, head."""
+    block = 4 * shape.width**2 + 3 * shape.width * shape.ffn_width + 2 * shape.width
+    tables = (1 + shape.untied_head) * shape.vocabulary * shape.width
+    return shape.layers * block + tables + shape.width
 
 
+def abstract_model(shape):
+    decoder = nnx.eval_shape(lambda: model.Decoder(shape, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(decoder))
+
+
+@pytest.mark.parametrize("untied", [False, True])
 @pytest.mark.parametrize("preset", model.PRESETS)
-def test_model_has_the_parameters_of_its_shape(preset):
-    config = model.PRESETS[preset]
-    abstract = nnx.eval_shape(lambda: model.Decoder(config, rngs=nnx.Rngs(0)))
-    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(abstract)))
-    assert sum(leaf.size for leaf in leaves) == parameter_count(config)
+def test_model_has_the_parameters_of_its_shape(preset, untied):
+    shape = dataclasses.replace(model.PRESETS[preset], untied_head=untied)
+    leaves = jax.tree.leaves(abstract_model(shape))
+    assert sum(leaf.size for leaf in leaves) == parameter_count(shape)
     assert all(leaf.dtype == jnp.float32 for leaf in leaves)
 
 
-def test_loss_at_initialization_is_that_of_a_uniform_guess(task):
-    loss = training.evaluate(
-        task.initial_params, task.validation, graphdef=task.graphdef
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("9m", 9), ("60m", 58), ("130m", 134), ("350m", 368)]
+)
+def test_published_shapes_have_their_size(preset, millions):
+    """With a head of their own, as LLaMA has it."""
+    untied = config.complete({"preset": preset}).untied_head
+    shape = dataclasses.replace(model.PRESETS[preset], untied_head=untied)
+    assert round(parameter_count(shape) / 1e6) == millions
+
+
+def test_half_precision_keeps_parameters_in_float32():
+    shape = dataclasses.replace(model.PRESETS["nano"], compute_dtype="bfloat16")
+    leaves = jax.tree.leaves(abstract_model(shape))
+    assert all(leaf.dtype == jnp.float32 for leaf in leaves)
+
+
+@pytest.mark.parametrize("embedding", config.EMBEDDINGS)
+@pytest.mark.parametrize("dtype", config.COMPUTE_DTYPES)
+def test_stream_leaves_a_large_embedding_large(embedding, dtype):
+    """Condition 2 of Spike No More: a deviation of 0.63 (scaled) or 1 (normed)."""
+    shape = dataclasses.replace(
+        model.PRESETS["nano"],
+        embedding=embedding,
+        initialization="stable",
+        compute_dtype=dtype,
     )
+    embed = model.Decoder(shape, rngs=nnx.Rngs(0)).embed
+    expected = {"plain": (0.4 / 32) ** 0.5, "scaled": 0.4**0.5, "normed": 1.0}
+    x = embed(jnp.arange(256))
+    assert x.dtype == dtype
+    assert x.astype(jnp.float32).std() == pytest.approx(expected[embedding], rel=0.05)
+
+
+def test_stable_initialization_makes_small_sublayers():
+    shape = dataclasses.replace(model.PRESETS["tiny"], initialization="stable")
+    blocks = nnx.state(model.Decoder(shape, rngs=nnx.Rngs(0)).blocks)
+    std = (2 / (5 * shape.width)) ** 0.5
+    residual = std / (2 * shape.layers) ** 0.5
+    for part, name, expected in (
+        ("attention", "query", std),
+        ("ffn", "gate", std),
+        ("attention", "out", residual),
+        ("ffn", "down", residual),
+    ):
+        kernel = blocks[part][name]["kernel"][...]
+        assert kernel.std() == pytest.approx(expected, rel=0.03), name
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialization_does_not_change_the_gradient(params, task, remat):
+    shape = dataclasses.replace(task.model, remat=remat)
+    graphdef = nnx.graphdef(
+        nnx.eval_shape(lambda: model.Decoder(shape, rngs=nnx.Rngs(0)))
+    )
+    windows = next(iter(task.train))[0]
+    gradient = jax.jit(jax.grad(training.loss_fn), static_argnums=2)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        gradient(params, windows, graphdef),
+        gradient(params, windows, task.graphdef),
+    )
+
+
+def test_loss_at_initialization_is_that_of_a_uniform_guess(task, params):
+    loss = training.evaluate(params, task.validation, graphdef=task.graphdef)
     assert loss == pytest.approx(math.log(256), rel=0.03)
 
 
@@ -157,13 +258,13 @@ def test_model_sees_the_order_of_earlier_tokens(decoder):
     assert np.abs(last - other).max() > 1e-6
 
 
-def test_layers_are_drawn_independently_and_all_used(task):
-    _, gradients, _ = gradients_at(task, task.initial_params, 1)
+def test_layers_are_drawn_independently_and_all_used(task, params):
+    gradients = faulty_gradient(task, params, 1)
     layers = model.PRESETS["nano"].layers
     for leaf in jax.tree.leaves(gradients["blocks"]):
         assert len(leaf) == layers
         assert (np.abs(leaf).reshape(layers, -1).max(axis=1) > 0).all()
-    kernel = task.initial_params["blocks"]["ffn"]["up"]["kernel"]
+    kernel = params["blocks"]["ffn"]["up"]["kernel"]
     assert not np.array_equal(kernel[0], kernel[1])
 
 
@@ -266,31 +367,101 @@ def test_evaluation_batches_are_spread_and_bounded():
 # -------------------------------------------------------------------- training steps
 
 
-def test_optimizers_meet_identical_parameters_batches_and_faults(task):
-    first_fault = task.config.fault_steps[0]
-    reached = {}
-    for name in OPTIMIZERS:
-        state = training.initial_state(task, optimizers.make(name, task.config))
-        last = gradients_at(task, state.params, first_fault)
-        reached[name] = state.params, state.fault_state, last
-    for name in OPTIMIZERS[1:]:
-        jax.tree.map(np.testing.assert_array_equal, reached[name], reached["adam"])
-    _, clean, _ = gradients_at(task, task.initial_params, first_fault - 1)
-    _, faulty, _ = reached["adam"][-1]
-    assert optax.tree.norm(faulty) > 500 * optax.tree.norm(clean)
-
-
-def test_training_leaves_the_first_parameters_alone(task, rows):
-    _, fresh = training.initialize(task.config)
-    jax.tree.map(np.testing.assert_array_equal, task.initial_params, fresh)
+def test_optimizers_meet_identical_parameters_batches_and_faults(rows):
+    """Up to the first fault nothing but the optimizer differs, and then it does not."""
     first = [row for row in rows if row["step"] == 1]
-    assert len(first) == len(OPTIMIZERS)
+    assert len(first) == len(DEMONSTRATION)
     for name in ("loss", "grad_norm", "learning_rate"):
         assert len({row[name] for row in first}) == 1
 
 
+def test_fault_is_a_thousand_times_the_gradient(task, params):
+    first_fault = task.config.fault_steps[0]
+    clean = faulty_gradient(task, params, first_fault - 1)
+    faulty = faulty_gradient(task, params, first_fault)
+    assert optax.tree.norm(faulty) > 500 * optax.tree.norm(clean)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains(task, name):
+    clean = dataclasses.replace(task.config, bursts=0)
+    task = task._replace(config=clean, faults=training.make_faults(clean))
+    steps = [row for row in rows_of(task, [name], 4) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert all(math.isfinite(row["loss"]) for row in steps)
+    assert all(row["update_norm"] > 0 for row in steps[1:])
+    assert steps[0]["loss"] == pytest.approx(math.log(256), rel=0.05)
+    tensors = len(training.tensor_names(task))
+    for values in steps[-1]["tensors"].values():
+        assert len(values) == tensors
+
+
+def test_sparse_momentum_is_for_attention_and_feed_forward_matrices(task):
+    transform = optimizers.make("sparse_spam", task.config).transform
+    params = training.abstract_params(task)
+    state = jax.eval_shape(transform.init, params)
+    sizes = zip(
+        training.tensor_names(task),
+        jax.tree.leaves(optax.tree.get(state, "mu")),
+        jax.tree.leaves(params),
+        strict=True,
+    )
+    for name, moment, parameter in sizes:
+        matrix = re.search(r"(query|key|value|out|gate|up|down)/kernel$", name)
+        assert moment.size == parameter.size // (4 if matrix else 1), name
+
+
+def test_global_norms_are_those_of_the_tensors(rows):
+    for row in records.steps_of(rows, "clip_spam"):
+        for name in ("grad_norm", "clipped_grad_norm", "update_norm", "param_norm"):
+            total = math.sqrt(sum(norm**2 for norm in row["tensors"][name]))
+            assert row[name] == pytest.approx(total, rel=1e-5)
+
+
+def test_accumulation_does_not_change_the_gradient(task, params):
+    batch = next(iter(task.train))
+    whole = training.gradient_of_batch(params, batch, task.graphdef, 1e-3)
+    parts = training.gradient_of_batch(
+        params, batch.reshape(2, 2, -1), task.graphdef, 1e-3
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        whole,
+        parts,
+    )
+
+
+def test_z_loss_is_in_the_gradient_and_not_in_the_loss(task, params):
+    batch = next(iter(task.train))
+
+    def penalty(params):
+        _, log_z = training.token_losses(params, batch[0], task.graphdef)
+        return jnp.mean(log_z**2)
+
+    loss, plain = training.gradient_of_batch(params, batch, task.graphdef, 0.0)
+    same, gradient = training.gradient_of_batch(params, batch, task.graphdef, 0.1)
+    assert loss == pytest.approx(float(same), rel=1e-6)
+    jax.tree.map(
+        lambda a, b, c: np.testing.assert_allclose(
+            a, b + 0.1 * c, rtol=1e-3, atol=1e-5
+        ),
+        gradient,
+        plain,
+        jax.grad(penalty)(params),
+    )
+
+
+def test_loss_is_the_cross_entropy_of_optax(task, params):
+    windows = next(iter(task.train))[0]
+    tokens = windows.astype(jnp.int32)
+    logits = nnx.merge(task.graphdef, params)(tokens[:, :-1])
+    reference = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    losses, _ = training.token_losses(params, windows, task.graphdef)
+    np.testing.assert_allclose(losses, reference, rtol=1e-5, atol=1e-6)
+
+
 def test_gradient_norm_after_clipping_is_what_entered_the_moments(rows):
-    steps = {name: records.steps_of(rows, name) for name in OPTIMIZERS}
+    steps = {name: records.steps_of(rows, name) for name in DEMONSTRATION}
     for row in steps["adam"]:
         assert row["clipped_grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-3)
     for row in steps["adam_clip"]:
@@ -336,6 +507,50 @@ def test_every_length_of_run_gives_valid_optimizers(steps):
     assert (
         config.spam_intervals["grace_steps"] < config.spam_intervals["reset_interval"]
     )
+
+
+# -------------------------------------------------------------------------- records
+
+
+class FakeWandb(types.ModuleType):
+    """What the trainer uses of the package."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.logged, self.finished = [], [], 0
+
+    def init(self, **kwargs):
+        self.runs.append(kwargs)
+        return self
+
+    def log(self, numbers, step):
+        self.logged.append((step, numbers))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_the_numbers_if_installed(tmp_path, monkeypatch, capsys):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    flags = ["--optimizer=adam", "--steps=10", "--no-spikes", "--wandb=spikes"]
+    assert pretrain.main([*SMALL_FLAGS, *flags, f"--output={tmp_path / 'run'}"]) == 0
+    capsys.readouterr()
+    (run,) = wandb.runs
+    assert (run["project"], run["id"]) == ("spikes", "run-adam")
+    assert run["config"]["learning_rate"] == 4e-3
+    assert [step for step, _ in wandb.logged] == [*range(1, 11), 10]
+    assert wandb.logged[0][1].keys() >= {"loss", "grad_norm", "update_norm"}
+    names = json.loads((tmp_path / "run" / "tensors.json").read_text())
+    assert wandb.logged[9][1].keys() >= {f"grad_norm/{name}" for name in names}
+    assert wandb.logged[10][1].keys() == {"eval_loss", "eval_perplexity"}
+    assert wandb.finished == 1
+
+
+def test_numbers_that_are_not_finite_are_left_out():
+    row = {"optimizer": "adam", "step": 10, "loss": math.nan, "fault": False}
+    row["tensors"] = {"grad_norm": [1.0, math.inf]}
+    assert records.scalars(row, ["a", "b"]) == {"grad_norm/a": 1.0}
 
 
 # ------------------------------------------------------------------------- analysis
@@ -417,15 +632,17 @@ def read_lines(path):
 
 
 def without_timing(rows):
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    timing = "tokens_per_second", "flops_utilization"
+    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
 
 
 def final_state(folder, name):
     """The arrays of an optimizer's last checkpoint, without knowing their structure."""
-    (step,) = (folder / "checkpoints" / name).iterdir()
-    assert step.name == "60"
+    steps = (folder / "checkpoints" / name).iterdir()
+    assert {step.name for step in steps} == {"56", "60"}
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore((step / "default").resolve())
+        path = folder / "checkpoints" / name / "60" / "state"
+        return checkpointer.restore(path.resolve())
 
 
 @pytest.fixture(scope="module")
@@ -448,9 +665,11 @@ def test_run_leaves_its_files_and_no_warnings(finished_run):
         "checkpoints",
         "config.json",
         "metrics.jsonl",
+        "report.html",
         "spike_suppression.png",
         "summary.json",
         "tensorboard",
+        "tensors.json",
     }
     for name in ("adam", "spam"):
         (events,) = (folder / "tensorboard" / name).iterdir()
@@ -571,17 +790,24 @@ def test_killed_run_resumes_bit_for_bit(finished_run, start, tmp_path):
         )
 
 
-def test_nonfinite_losses_are_recorded_as_null(tmp_path, monkeypatch, capsys):
+def test_nonfinite_step_halts_its_optimizer_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--steps=12", "--spike-kind=nan", "--spike-rate=0.01", "--output=run"]
-    assert pretrain.main([*SMALL_FLAGS, *PAIR, *flags]) == 0
+    assert pretrain.main([*SMALL_FLAGS, *PAIR, *flags]) == 1
+    captured = capsys.readouterr()
     summary = json.loads(pathlib.Path("run/summary.json").read_text())
+    assert summary["adam"]["halted_at"] == 2  # of the first burst
     assert summary["adam"]["final_eval_loss"] is None
-    assert summary["adam"]["worst_loss_jump"] is None
+    assert summary["spam"]["halted_at"] is None
     assert summary["spam"]["final_eval_loss"] < 5.6
     assert "NaN" not in pathlib.Path("run/metrics.jsonl").read_text()
     assert pathlib.Path("run/spike_suppression.png").stat().st_size > 30_000
-    assert " - " in capsys.readouterr().out
+    (line,) = captured.err.splitlines()
+    for words in ("adam", "update of step 2", "not finite", "step 1 is kept", "Try"):
+        assert words in line
+    assert [path.name for path in pathlib.Path("run/checkpoints/adam").iterdir()] == [
+        "1"
+    ]
 
 
 def test_run_without_faults(tmp_path, monkeypatch, capsys):
@@ -600,9 +826,9 @@ def test_interrupt_before_the_first_step_ends_at_once(
 ):
     monkeypatch.chdir(tmp_path)
 
-    def make_task(config, text):
+    def make_task(*_):
         signal.raise_signal(signal.SIGINT)
-        return task
+        return task, "digest"
 
     monkeypatch.setattr(pretrain, "make_task", make_task)
     assert pretrain.main([*SMALL_FLAGS, "--output=run"]) == 130
@@ -630,13 +856,38 @@ def refused(capsys, *flags):
     ("flags", "words"),
     [
         (["--data=nowhere.txt"], ["nowhere.txt", "No such file"]),
-        (["--data=."], ["data file .", "directory"]),
+        (["--data=empty"], ["empty"]),
         (["--data=empty.txt"], ["empty.txt", "is empty"]),
         (["--data=short.txt"], ["train", "90 bytes", "101"]),
         (["--data=medium.txt"], ["validation", "50 bytes", "101"]),
         (["--output=file.txt/run"], ["output folder", "file.txt"]),
         (["--output=file.txt"], ["output folder", "file.txt"]),
-        (["--model=huge"], ["--model", "huge", "tiny"]),
+        (["--preset=huge"], ["--preset", "huge", "tiny"]),
+        (["--data=*.md"], ["*.md"]),
+        (["--data=hf:no/such-data"], ["no/such-data"]),
+        (["--tokenizer=nobody/nothing"], ["nobody/nothing"]),
+        (["--accumulate=5"], ["--accumulate", "--batch-size", "12"]),
+        (["--embedding=odd"], ["--embedding", "odd", "scaled"]),
+        (["--remat=some"], ["--remat", "some", "full"]),
+        (["--density=0", "--optimizer=sparse_spam"], ["--density", "> 0"]),
+        (["--density=1.5"], ["--density", "<= 1"]),
+        (["--z-loss=-1"], ["--z-loss", ">= 0"]),
+        (["--fsdp=0"], ["--fsdp", ">= 1"]),
+        (["--fsdp=64"], ["1 x 64 x 1", "64 devices"]),
+        (["--tensor=9"], ["9 devices"]),
+        (["--data-parallel=5"], ["5 x 1 x 1", "12 sequences"]),
+        (["--coordinator=localhost:1"], ["--num-processes", "together"]),
+        (["--distributed"], ["--output"]),
+        (
+            [
+                *("--coordinator=localhost:1", "--num-processes=2", "--process-id=2"),
+                "--output=x",
+            ],
+            ["--process-id", "below", "2"],
+        ),
+        (["--compile-only"], ["--target", "tpu:v5e:4x4"]),
+        (["--compile-only", "--target=cpu:1"], ["tpu:v5e:4x4", "cpu:1"]),
+        (["--wandb=project"], ["--wandb", "pip install wandb"]),
         (["--optimizer=sgd"], ["--optimizer", "sgd", "clip_spam"]),
         (["--optimizer"], ["--optimizer", "at least one"]),
         (["--steps=0"], ["--steps", ">= 1", "'0'"]),
@@ -672,6 +923,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
     pathlib.Path("medium.txt").write_text("x" * 500)
     pathlib.Path("file.txt").write_text("")
     pathlib.Path("damaged").mkdir()
+    pathlib.Path("empty").mkdir()
     pathlib.Path("damaged/config.json").write_text("{")
     line = refused(capsys, "--sequence-length=100", *flags)
     for word in words:
@@ -706,7 +958,8 @@ def test_resume_refuses_a_changed_text(tmp_path, capsys):
     book = tmp_path / "book.txt"
     book.write_text("To be, or not to be. " * 100)
     folder = run_folder.RunFolder(tmp_path / "run")
-    run_folder.begin(folder, {"data": str(book)})
+    config = RunConfig(data=str(book))
+    folder.create(Run(config, None, "another digest"))
     book.write_text("that is the question. " * 100)
     assert "has changed" in refused(capsys, "--resume", f"--output={folder.path}")
 
@@ -731,7 +984,7 @@ def damage(path, how):
         "a line of garbage": [*lines[:3], b"\xff{\n", *lines[4:]],
         "a row without a step": [*lines[:3], b'{"loss": 1.0}\n', *lines[4:]],
         "the last evaluation cut": [*lines[:-1], lines[-1][:-20]],
-        "a step missing": [*lines[:5], *lines[6:]],
+        "a step missing": [*lines[:4], *lines[5:]],
         "no file": None,
     }[how]
     path.unlink()
@@ -744,8 +997,7 @@ def damage(path, how):
     [
         ("a line of garbage", ["metrics.jsonl, line 4, is damaged"]),
         ("a row without a step", ["metrics.jsonl, line 4, is damaged"]),
-        ("the last evaluation cut", ["2 evaluations of spam", "another folder"]),
-        ("a step missing", ["59 steps", "of adam", "another folder"]),
+        ("a step missing", ["4 steps", "of adam", "another folder"]),
         ("no file", ["0 steps", "of adam", "another folder"]),
     ],
 )
@@ -758,9 +1010,28 @@ def test_resume_refuses_damaged_metrics(finished_run, tmp_path, capsys, how, wor
         assert word in line
 
 
+def test_resume_goes_back_to_the_records_it_has(finished_run, tmp_path, capsys):
+    """Where they lag behind the checkpoints, as after a loss of power."""
+    folder = shutil.copytree(finished_run[0], tmp_path / "copy")
+    damage(folder / "metrics.jsonl", "the last evaluation cut")
+    assert pretrain.main(["--resume", f"--output={folder}", "--data-parallel=1"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "59 steps of spam" in line and "step 60" in line
+    whole = records.read(finished_run[0] / "metrics.jsonl")
+    assert without_timing(records.read(folder / "metrics.jsonl")) == without_timing(
+        whole
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", "six"), ("model", "giant"), ("optimizers", ["sgd"]), ("seed", True)],
+    [
+        ("steps", "six"),
+        ("preset", "giant"),
+        ("optimizers", ["sgd"]),
+        ("seed", True),
+        ("untied_head", 1),
+    ],
 )
 def test_resume_refuses_a_damaged_configuration(
     finished_run, tmp_path, capsys, name, value

@@ -1,13 +1,36 @@
-"""A small language-model trainer, shared by the example programs.
+"""A language-model trainer, shared by the example programs.
 
-- `config`: what a run is, in one frozen dataclass.
-- `model`: a LLaMA-style decoder in Flax NNX.
-- `corpus`: text as bytes, split, and cut into batches by step number.
-- `optimizers`: the optimizers under comparison and their schedule.
-- `training`: pure step functions and the loop around them.
+What a run is:
+
+- `config`: everything that decides its numbers, in one frozen dataclass.
+- `command_line`: the flags.
+- `run_folder`: what lies where, how a run begins or continues.
+
+What it computes:
+
+- `model`: a LLaMA-style decoder in Flax NNX, and its presets.
+- `optimizers`: the table of optimizers and their schedule.
+- `training`: the training step, pure functions of a state and a batch.
+- `sharding`: where arrays live on a mesh of devices.
+- `ahead_of_time`: the same step, compiled for devices that are not at hand.
+- `hardware`: peak and memory of the devices.
+
+What it reads:
+
+- `data`: batches, by host, with a place that can be saved.
+- `corpus`, `streaming`: text files, and Hugging Face data sets.
+- `tokenization`: bytes, a BPE of its own, or a pretrained one.
+
+How it runs:
+
+- `loop`: step after step, and what is recorded of them.
+- `hosts`: several processes, and requests to stop.
 - `checkpoints`: Orbax, one folder an optimizer.
-- `records`: metrics.jsonl and TensorBoard events.
+
+What it shows:
+
+- `records`: metrics.jsonl, TensorBoard, Weights & Biases.
 - `analysis`: the summary, computed from the records alone.
 - `console`: progress bar and tables.
-- `picture`: the figure.
+- `picture`, `report`: the figure, and the page at the end.
 """

@@ -1,8 +1,25 @@
 """What a training run is."""
 
 import dataclasses
+from typing import Any
 
-OPTIMIZERS = ("adam", "adam_clip", "spam", "clip_spam")
+OPTIMIZERS = (
+    "adam",
+    "adam_clip",
+    "adamw",
+    "adamw_clip",
+    "adafactor",
+    "lion",
+    "spam",
+    "clip_spam",
+    "spam_chain",
+    "sparse_spam",
+)
+DEMONSTRATION = ("adam", "adam_clip", "spam", "clip_spam")
+EMBEDDINGS = ("plain", "scaled", "normed")
+INITIALIZATIONS = ("standard", "stable")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "dots", "full")
 KINDS = ("noise", "scale", "nan", "inf")
 BURST_LENGTH = 3  # consecutive steps
 
@@ -13,25 +30,47 @@ class UsageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides the numbers of a run; written to its config.json."""
+    """Everything that decides the numbers of a run; written to its config.json.
 
-    optimizers: tuple[str, ...] = OPTIMIZERS
-    model: str = "tiny"  # a key of model.PRESETS
+    On how many devices it runs is not among it: see `sharding.Parallelism`.
+    """
+
+    optimizers: tuple[str, ...] = DEMONSTRATION
     steps: int = 400  # optimizer steps, for each optimizer
+    seed: int = 0  # of parameters, batches, masks and faults
+
+    preset: str = "tiny"  # a key of model.PRESETS
+    embedding: str = "plain"  # one of EMBEDDINGS
+    initialization: str = "standard"  # one of INITIALIZATIONS; stable: Spike No More
+    untied_head: bool = False  # a head of its own rather than the embedding, transposed
+    z_loss: float = 0.0  # weight of the mean squared log-partition function
+    compute_dtype: str = "float32"  # of activations; parameters and moments are float32
+    remat: str = "none"  # what the backward pass computes again, one of REMAT
+
+    data: str | None = None  # None is the embedded Shakespeare; see data.load
+    tokenizer: str = "bytes"  # see tokenization.load
+    batch_size: int = 12  # sequences a step, on all devices together
+    accumulate: int = 1  # parts that a batch is computed in, one after the other
+    sequence_length: int = 64  # tokens
+
     learning_rate: float = 4e-3  # at its peak
-    batch_size: int = 12  # sequences a step
-    sequence_length: int = 64  # bytes
-    data: str | None = None  # a text file; None is the embedded Shakespeare
-    seed: int = 0  # of parameters, batches and faults
+    warmup_steps: int | None = None  # None is a tenth of the run
+    weight_decay: float | None = None  # None: 0.1 for adamw and lion, else 0
+    clip_norm: float = 1.0  # of the global norm, for the optimizers called clip
+    threshold: float = 5000.0  # SPAM's, on g**2 / v
+    reset_interval: int | None = None  # SPAM's, in steps; None is a quarter of the run
+    density: float = 0.25  # of sparse_spam's momentum
+    row_blocks: int = 16  # of sparse_spam: devices that may share a matrix's rows
+
     bursts: int = 4  # faults, each BURST_LENGTH steps long
     spike_rate: float = 1.0  # fraction of the gradient's coordinates hit in a burst
     spike_factor: float = 1000.0  # noise as a multiple of the tensor's RMS, or a factor
     spike_kind: str = "noise"  # one of KINDS
-    threshold: float = 5000.0  # SPAM's, on g**2 / v
-    reset_interval: int | None = None  # SPAM's, in steps; None is a quarter of the run
+
     eval_every: int = 100  # steps
     eval_sequences: int = 512  # at most, evenly spaced in the validation text
     checkpoint_every: int = 100  # steps
+    keep_checkpoints: int = 2  # the newest ones
 
     @property
     def tokens_per_step(self) -> int:
@@ -55,10 +94,9 @@ class RunConfig:
         }
         return tuple(sorted(step for step in steps if step <= self.steps))
 
-    def evaluations(self, steps: int) -> int:
-        """How often a run evaluates in its first `steps` steps."""
-        extra = steps == self.steps and steps % self.eval_every != 0
-        return steps // self.eval_every + extra
+    def evaluates_at(self, step: int) -> bool:
+        """Whether a run evaluates after `step`."""
+        return step == self.steps or step % self.eval_every == 0
 
     @property
     def spam_intervals(self) -> dict[str, int]:
@@ -74,3 +112,34 @@ class RunConfig:
             "warmup_steps": round(0.3 * interval),
             "grace_steps": min(20, interval - 1),
         }
+
+
+# The settings of the papers that trained these shapes on C4: GaLore's steps, SPAM's
+# learning rates. A preset brings them along; flags change them one by one.
+PUBLISHED = {
+    "9m": {"steps": 10_000, "learning_rate": 1e-3},
+    "60m": {"steps": 10_000, "learning_rate": 1e-3},
+    "130m": {"steps": 20_000, "learning_rate": 8e-4},
+    "350m": {"steps": 60_000, "learning_rate": 4e-4},
+    "1b": {"steps": 100_000, "learning_rate": 2e-4},
+}
+COMMON = {
+    "optimizers": ("spam",),
+    "batch_size": 512,
+    "sequence_length": 256,
+    "warmup_steps": 1000,
+    "reset_interval": 500,
+    "untied_head": True,
+    "compute_dtype": "bfloat16",
+    "remat": "full",
+    "bursts": 0,
+    "eval_every": 1000,
+    "checkpoint_every": 1000,
+}
+
+
+def complete(given: dict[str, Any]) -> RunConfig:
+    """A run with the settings `given`; the rest come with the preset."""
+    preset = given.get("preset", RunConfig.preset)
+    defaults = {**COMMON, **PUBLISHED[preset]} if preset in PUBLISHED else {}
+    return RunConfig(**{**defaults, **given})

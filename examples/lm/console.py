@@ -1,19 +1,23 @@
 """What a run shows while it goes and when it ends."""
 
 import sys
+import textwrap
 
 import jax
 import optax
 import rich
 import rich.box
+import rich.console
 import rich.progress
 import rich.table
 import rich.text
 
-from lm.analysis import SPIKE_FACTOR
+from lm import analysis, hosts, training
 from lm.config import BURST_LENGTH, RunConfig
 from lm.records import Row
 from lm.training import Task, TrainState
+
+WIDE = 120  # of the table where there is no terminal
 
 
 class StatusColumn(rich.progress.ProgressColumn):
@@ -24,20 +28,24 @@ class StatusColumn(rich.progress.ProgressColumn):
 
 
 class Progress:
-    """A bar for each optimizer on a terminal; elsewhere a line an evaluation."""
+    """A bar for each optimizer on a terminal; elsewhere a line an evaluation.
+
+    Only host 0 shows anything.
+    """
 
     def __init__(self, config: RunConfig):
         self._config = config
+        self._name_width = max(map(len, config.optimizers))
         self._last_step: Row = {}
         self._spikes = 0
         self._bars = None
         self._task = None
-        if sys.stdout.isatty():
-            width = rich.get_console().width
+        if hosts.is_main() and sys.stdout.isatty():
+            width = rich.get_console().width - self._name_width
             fixed = rich.table.Column(no_wrap=True)  # a narrow window cuts the status
             self._bars = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description:9}"),
-                rich.progress.BarColumn(bar_width=max(5, width - 85)),
+                rich.progress.TextColumn(f"{{task.description:{self._name_width}}}"),
+                rich.progress.BarColumn(bar_width=max(5, width - 76)),
                 rich.progress.MofNCompleteColumn(table_column=fixed),
                 StatusColumn(),
                 rich.progress.TimeRemainingColumn(True, table_column=fixed),
@@ -71,68 +79,76 @@ class Progress:
             if self._bars:
                 status = self._status()
                 self._bars.update(self._task, completed=row["step"], status=status)
-        elif not self._bars:
+        elif hosts.is_main() and not self._bars:
             position = f"step {row['step']:>{len(str(self._config.steps))}}"
             print(
-                f"{row['optimizer']:9} {position}/{self._config.steps}"
+                f"{row['optimizer']:{self._name_width}} {position}/{self._config.steps}"
                 f" {self._status()} validation loss {row['eval_loss']:.3f}",
                 flush=True,
             )
 
     def _status(self) -> str:
         row = self._last_step
-        speed = row["tokens_per_second"]
+        share = row["flops_utilization"]
         return (
             f"loss {row['loss']:.3f} spikes {self._spikes:,}"
             f" lr {row['learning_rate']:.1e}"
-            f" {'-' if speed is None else format(speed, ',.0f')} tokens/s"
+            f" {analysis.number(row['tokens_per_second'], ',.0f')} tokens/s"
+            + ("" if share is None else f" MFU {share:.1%}")
         )
 
 
 def announce(task: Task) -> None:
     """Says what is going to be trained."""
     config = task.config
-    size = sum(leaf.size for leaf in jax.tree.leaves(task.initial_params))
-    bursts = ", ".join(
-        f"{start}-{start + BURST_LENGTH - 1}" for start in config.burst_starts
-    )
+    size = sum(leaf.size for leaf in jax.tree.leaves(training.abstract_params(task)))
+    devices = task.mesh.devices
+    axes = " x ".join(f"{name} {length}" for name, length in task.mesh.shape.items())
     print(
-        f"{config.model} model, {size:,} parameters, on {jax.devices()[0].platform};"
-        f" {config.steps} steps of {config.batch_size} x {config.sequence_length} bytes"
-        f" for each of {', '.join(config.optimizers)}\n"
-        + (f"Faults in steps {bursts}" if bursts else "No faults"),
+        f"{config.preset} model, {size:,} parameters, on {devices.size}"
+        f" {devices.flat[0].platform}{f' ({axes})' if devices.size > 1 else ''};"
+        f" {work(config)}\n{faults(config)}",
         flush=True,
     )
 
 
-def table(summary: dict[str, dict]) -> rich.table.Table:
+def work(config: RunConfig) -> str:
+    return (
+        f"{config.steps:,} steps of {config.batch_size} x {config.sequence_length}"
+        f" tokens for each of {', '.join(config.optimizers)}"
+    )
+
+
+def faults(config: RunConfig) -> str:
+    bursts = ", ".join(
+        f"{start}-{start + BURST_LENGTH - 1}" for start in config.burst_starts
+    )
+    return f"Faults in steps {bursts}" if bursts else "No faults"
+
+
+def table(summary: dict[str, dict], config: RunConfig) -> rich.table.Table:
     """The summary as a table; a dash where there is no finite number."""
+    shown = analysis.columns(summary, config)
     result = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     result.add_column("\noptimizer", no_wrap=True)
-    columns = {
-        "final_eval_loss": ("final\neval loss", ".3f"),
-        "worst_loss_jump": ("worst\nloss jump", "+.3f"),
-        "worst_burst": ("worst\nburst", ".1f"),
-        "spikes_seen": ("spikes\nseen", ","),
-        "spikes_clipped": ("coordinates\nclipped", ","),
-        "tokens_per_second": ("\ntokens/s", ",.0f"),
-    }
-    for heading, _ in columns.values():
-        result.add_column(heading, justify="right")
+    for column in shown.values():
+        result.add_column(column.heading, justify="right")
     for name, values in summary.items():
-        cells = [
-            "-" if values[key] is None else format(values[key], style)
-            for key, (_, style) in columns.items()
-        ]
-        result.add_row(name, *cells)
+        result.add_row(name, *analysis.cells(values, shown))
     return result
 
 
-NOTES = """\
-Losses are in nats per byte. Worst loss jump: the largest training loss within 40 steps
-after a burst began, less the mean of the 20 steps before it. Worst burst: the largest
-corrupted gradient that entered the moments, after all clipping, in units of the running
-median of the gradient norm. Spikes seen: steps with 10 times that median or more."""
+def notes(summary: dict[str, dict], config: RunConfig) -> str:
+    """What to know when reading the table."""
+    meanings = (
+        f"{' '.join(column.heading.split())}: {column.meaning}."
+        for column in analysis.columns(summary, config).values()
+        if column.meaning
+    )
+    sentences = f"Losses are in {analysis.loss_unit(config)}.", *meanings
+    text = " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+    return textwrap.fill(text, 88)
+
 
 EXPLANATION = """\
 Why SPAM alone does not stop a burst: threshold {threshold:g} limits a coordinate to
@@ -143,9 +159,20 @@ every coordinate still reached the moments at up to {left:.0f} x the usual norm.
 
 def show(summary: dict[str, dict], config: RunConfig) -> None:
     """Prints the table and what to know when reading it."""
-    rich.print(table(summary))
-    print(NOTES)
+    width = None if sys.stdout.isatty() else WIDE
+    rich.console.Console(width=width).print(table(summary, config))
+    print(notes(summary, config))
     left = summary.get("spam", {}).get("worst_burst")
-    if left is not None and left > SPIKE_FACTOR:
+    if left is not None and left > analysis.SPIKE_FACTOR:
         limit = config.threshold**0.5
         print(EXPLANATION.format(threshold=config.threshold, limit=limit, left=left))
+
+
+def warn(message: str) -> None:
+    say(f"pretrain.py: {message}")
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal, not for what reads the output."""
+    if hosts.is_main():
+        print(message, file=sys.stderr, flush=True)

@@ -11,32 +11,108 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import spam_optax.nnx
+from lm import sharding
+from lm.config import RunConfig
+from spam_optax import initializers
+
+EMBEDDINGS = {
+    "plain": nnx.Embed,
+    "scaled": spam_optax.nnx.ScaledEmbed,
+    "normed": spam_optax.nnx.NormedEmbed,
+}
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder."""
+    """Shape of a decoder, and how it computes."""
 
-    layers: int  # residual blocks
+    layers: int  # residual blocks, N
     width: int  # of the residual stream, D; divisible by twice the heads
     heads: int  # attention heads, H
     ffn_width: int  # inner width of the gated feed-forward layer
-    vocabulary: int = 256  # tokens, V: bytes
+    vocabulary: int = 32_000  # tokens, V
     rotary_base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi times this
+    embedding: str = "plain"  # a key of EMBEDDINGS
+    initialization: str = "standard"  # or stable: Spike No More
+    untied_head: bool = False  # the head is not the embedding, transposed
+    compute_dtype: str = "float32"  # of activations; parameters are float32
+    remat: str = "none"  # or a key of REMAT_POLICIES
     scan_unroll: int = 1  # layers per scan iteration: faster on CPU, slower to compile
+    attention: str = "xla"  # implementation of jax.nn.dot_product_attention
 
     @property
-    def init_std(self) -> float:
-        """Of every matrix: GPT-2's 0.02 at width 625, more in a narrower model."""
-        return 0.5 / self.width**0.5
+    def matrix_parameters(self) -> int:
+        """Parameters that a token is multiplied with: all but norms and the lookup."""
+        block = 4 * self.width**2 + 3 * self.width * self.ffn_width
+        return self.layers * block + self.vocabulary * self.width
+
+    def flops_per_token(self, tokens: int) -> int:
+        """Of one training step, for sequences of so many tokens.
+
+        Twice the matrix parameters forward, twice that backward, and attention's two
+        products over the whole sequence, masked half included: the convention of PaLM,
+        appendix B. What rematerialization computes again does not count.
+        """
+        return 6 * self.matrix_parameters + 12 * self.layers * self.width * tokens
 
 
 PRESETS = {
-    "nano": ModelConfig(layers=2, width=32, heads=2, ffn_width=64),
-    "tiny": ModelConfig(layers=3, width=96, heads=3, ffn_width=256, scan_unroll=3),
-    "small": ModelConfig(layers=6, width=256, heads=8, ffn_width=688),
-    # The paper's 60M shape; a byte vocabulary leaves 26M of it.
-    "base": ModelConfig(layers=8, width=512, heads=8, ffn_width=1376),
+    "nano": ModelConfig(layers=2, width=32, heads=2, ffn_width=64, vocabulary=256),
+    "tiny": ModelConfig(
+        layers=3, width=96, heads=3, ffn_width=256, vocabulary=256, scan_unroll=3
+    ),
+    # The LLaMA shapes of GaLore, SPAM and their relatives.
+    "9m": ModelConfig(layers=4, width=128, heads=4, ffn_width=352),
+    "60m": ModelConfig(layers=8, width=512, heads=8, ffn_width=1376),
+    "130m": ModelConfig(layers=12, width=768, heads=12, ffn_width=2048),
+    "350m": ModelConfig(layers=24, width=1024, heads=16, ffn_width=2736),
+    "1b": ModelConfig(layers=24, width=2048, heads=32, ffn_width=5461),
 }
+
+
+def configure(config: RunConfig, vocabulary: int, platform: str) -> ModelConfig:
+    """The model of a run, for a tokenizer's vocabulary and a kind of device."""
+    fused = platform == "gpu" and has_fused_attention(config.compute_dtype)
+    return dataclasses.replace(
+        PRESETS[config.preset],
+        vocabulary=vocabulary,
+        embedding=config.embedding,
+        initialization=config.initialization,
+        untied_head=config.untied_head,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        attention="cudnn" if fused else "xla",
+    )
+
+
+def has_fused_attention(dtype: str) -> bool:
+    """Whether cuDNN is here, with a kernel for this dtype: half precision only."""
+    x = jax.ShapeDtypeStruct((1, 64, 1, 64), dtype)
+    attend = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+    )
+    try:
+        jax.eval_shape(attend, x, x, x)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
+def make_initializers(config: ModelConfig) -> initializers.StableInitializers:
+    """For kernels, those that write to the residual stream, and the embedding.
+
+    The standard one is a normal distribution for all: GPT-2's deviation of 0.02 at
+    width 625, more in a narrower model.
+    """
+    if config.initialization == "stable":
+        return initializers.stable(config.width, config.layers)
+    normal = nnx.initializers.normal(0.5 / config.width**0.5)
+    return initializers.StableInitializers(normal, normal, normal)
 
 
 def flat_dot_general(x, kernel, dimension_numbers, **kwargs):
@@ -53,15 +129,29 @@ def flat_dot_general(x, kernel, dimension_numbers, **kwargs):
     return product.reshape(*x.shape[:-1], product.shape[-1])
 
 
-def linear(config: ModelConfig, inputs: int, outputs: int, rngs: nnx.Rngs):
+def linear(
+    config: ModelConfig,
+    inputs: int,
+    outputs: int,
+    rngs: nnx.Rngs,
+    *,
+    residual: bool = False,
+) -> nnx.Linear:
+    """A matrix without bias; `residual` if its output is added to the stream."""
+    init = make_initializers(config)
     return nnx.Linear(
         inputs,
         outputs,
         use_bias=False,
-        kernel_init=nnx.initializers.normal(config.init_std),
+        dtype=config.compute_dtype,
+        kernel_init=init.residual if residual else init.kernel,
         dot_general=flat_dot_general,
         rngs=rngs,
     )
+
+
+def norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.width, dtype=config.compute_dtype, rngs=rngs)
 
 
 def rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
@@ -75,7 +165,8 @@ def rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
     angle = jnp.arange(tokens)[:, None] * frequency[None, :]
     cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
     a, b = jnp.split(x_BTHK, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return turned.astype(x_BTHK.dtype)
 
 
 class Attention(nnx.Module):
@@ -87,7 +178,7 @@ class Attention(nnx.Module):
         self.query = project()
         self.key = project()
         self.value = project()
-        self.out = project()
+        self.out = project(residual=True)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
@@ -101,6 +192,7 @@ class Attention(nnx.Module):
             rotate(key, self.config.rotary_base),
             value,
             is_causal=True,
+            implementation=self.config.attention,
         )
         return self.out(attended_BTHK.reshape(B, T, D))
 
@@ -111,7 +203,7 @@ class FeedForward(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.gate = linear(config, config.width, config.ffn_width, rngs)
         self.up = linear(config, config.width, config.ffn_width, rngs)
-        self.down = linear(config, config.ffn_width, config.width, rngs)
+        self.down = linear(config, config.ffn_width, config.width, rngs, residual=True)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down(nnx.silu(self.gate(x_BTD)) * self.up(x_BTD))
@@ -121,9 +213,9 @@ class Block(nnx.Module):
     """One pre-norm residual block."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.attention_norm = norm(config, rngs)
         self.attention = Attention(config, rngs=rngs)
-        self.ffn_norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.ffn_norm = norm(config, rngs)
         self.ffn = FeedForward(config, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -132,7 +224,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens in, logits of the next token out; the head is the embedding, transposed.
+    """Tokens in, float32 logits of the next token out.
 
     The blocks are one module whose parameters have a leading axis of layers, so a deep
     model compiles as fast as a shallow one.
@@ -140,28 +232,54 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.embed = nnx.Embed(
+        self.embed = EMBEDDINGS[config.embedding](
             config.vocabulary,
             config.width,
-            embedding_init=nnx.initializers.normal(config.init_std),
+            dtype=config.compute_dtype,
+            promote_dtype=cast_table,
+            embedding_init=make_initializers(config).embedding,
             rngs=rngs,
         )
         self.blocks = stack_blocks(config, rngs)
-        self.norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.norm = norm(config, rngs)
+        if config.untied_head:
+            self.head = linear(config, config.width, config.vocabulary, rngs)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        @nnx.scan(
-            in_axes=(nnx.Carry, 0),
-            out_axes=nnx.Carry,
-            unroll=self.config.scan_unroll,
-        )
-        def through_blocks(x_BTD, block):
-            return block(x_BTD)
+        x_BTD = sharding.constrain_batch(self.embed(tokens_BT))
+        x_BTD = self.norm(through_blocks(self.config, x_BTD, self.blocks))
+        if self.config.untied_head:
+            return self.head(x_BTD).astype(jnp.float32)
+        (embedding_VD,) = cast_table((self.embed.embedding[...],), dtype=x_BTD.dtype)
+        logits_BTV = flat_dot_general(x_BTD, embedding_VD, (((2,), (1,)), ((), ())))
+        return logits_BTV.astype(jnp.float32)
 
-        x_BTD = through_blocks(self.embed(tokens_BT), self.blocks)
-        return flat_dot_general(
-            self.norm(x_BTD), self.embed.embedding[...], (((2,), (1,)), ((), ()))
-        )
+
+def through_blocks(config: ModelConfig, x_BTD: jax.Array, blocks: Block) -> jax.Array:
+    """Applies the stacked blocks in turn."""
+
+    def apply(x_BTD, block):
+        return sharding.constrain_batch(block(x_BTD))
+
+    if config.remat != "none":
+        apply = nnx.remat(apply, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
+    scan = nnx.scan(
+        apply,
+        in_axes=(nnx.Carry, 0),
+        out_axes=nnx.Carry,
+        unroll=config.scan_unroll,
+    )
+    return scan(x_BTD, blocks)
+
+
+def cast_table(arrays: tuple[jax.Array, ...], *, dtype: str, **options):
+    """An embedding's `promote_dtype` that makes its table whole for the lookup.
+
+    It is the table that devices exchange, then, rather than what they looked up.
+    """
+    del options  # Flax's, for inputs that are not floats yet
+    cast = (x.astype(dtype) for x in arrays)
+    return tuple(sharding.gather_columns(x) if x.ndim == 2 else x for x in cast)
 
 
 def stack_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:

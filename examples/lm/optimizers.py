@@ -1,29 +1,41 @@
-"""The optimizers under comparison; all share one learning-rate schedule."""
+"""The optimizers by name; all share one learning-rate schedule. A row adds one."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import optax
 
 import spam_optax
-from lm.config import RunConfig
+from lm.config import RunConfig, UsageError
 
 B1 = 0.9
 B2 = 0.999
-CLIP_NORM = 1.0
+LION_B2 = 0.99
 
 
 class Optimizer(NamedTuple):
     """A transformation, and what a trainer must know to read its state."""
 
     name: str
-    transform: optax.GradientTransformation
+    transform: optax.GradientTransformation  # in a spam_optax.track_spikes
     schedule: optax.Schedule
+    momentum_decay: float | None  # of `mu` in its state; None: there is none
     reset_interval: int | None  # steps after which the moments are zeroed; None: never
 
 
+class Row(NamedTuple):
+    """What makes an optimizer of a run and its schedule."""
+
+    make: Callable[[RunConfig, optax.Schedule], optax.GradientTransformation]
+    momentum_decay: float | None = B1
+    resets: bool = False
+
+
 def schedule(config: RunConfig) -> optax.Schedule:
-    """Linear warm-up over a tenth of the run, then a cosine to a tenth of the peak."""
-    warmup_steps = max(1, config.steps // 10)
+    """Linear warm-up, then a cosine to a tenth of the peak."""
+    warmup_steps = config.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = max(1, config.steps // 10)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
@@ -33,20 +45,115 @@ def schedule(config: RunConfig) -> optax.Schedule:
     )
 
 
-def make(name: str, config: RunConfig) -> Optimizer:
-    """The optimizer called `name`, one of `config.OPTIMIZERS`."""
-    learning_rate = schedule(config)
-    intervals = config.spam_intervals
-    clip = optax.clip_by_global_norm(CLIP_NORM)
-    adam = optax.adam(learning_rate, b1=B1, b2=B2)
-    spam = spam_optax.spam(
-        learning_rate, b1=B1, b2=B2, threshold=config.threshold, **intervals
+def decay(config: RunConfig, default: float = 0.0) -> float:
+    return default if config.weight_decay is None else config.weight_decay
+
+
+def adam(config, learning_rate):
+    return optax.adam(learning_rate, b1=B1, b2=B2)
+
+
+def adamw(config, learning_rate):
+    return optax.adamw(learning_rate, b1=B1, b2=B2, weight_decay=decay(config, 0.1))
+
+
+def adafactor(config, learning_rate):
+    # Its other defaults are those of its paper; the rate is not relative to a tensor's
+    # scale here, so that all optimizers are swept over the same rates.
+    return optax.adafactor(
+        learning_rate,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=config.weight_decay or None,
     )
-    transforms = {
-        "adam": adam,
-        "adam_clip": optax.chain(clip, adam),
-        "spam": spam,
-        "clip_spam": optax.chain(clip, spam),
-    }
-    resets = intervals["reset_interval"] if "spam" in name else None
-    return Optimizer(name, transforms[name], learning_rate, resets)
+
+
+def lion(config, learning_rate):
+    return optax.lion(learning_rate, B1, LION_B2, weight_decay=decay(config, 0.1))
+
+
+def spam(config, learning_rate, make=spam_optax.spam, **kwargs):
+    return make(
+        learning_rate,
+        b1=B1,
+        b2=B2,
+        threshold=config.threshold,
+        weight_decay=decay(config),
+        **config.spam_intervals,
+        **kwargs,
+    )
+
+
+def spam_chain(config, learning_rate):
+    intervals = config.spam_intervals
+    clip = spam_optax.spam_clip(
+        config.threshold,
+        b2=B2,
+        reset_interval=intervals["reset_interval"],
+        grace_steps=intervals["grace_steps"],
+    )
+    adam = spam_optax.spam_adam(
+        learning_rate,
+        b1=B1,
+        b2=B2,
+        weight_decay=decay(config),
+        reset_interval=intervals["reset_interval"],
+        warmup_steps=intervals["warmup_steps"],
+        count_dropped=False,  # spam_clip counts
+    )
+    return optax.chain(clip, adam)
+
+
+def sparse_spam(config, learning_rate):
+    """Momentum for a fraction of the attention and feed-forward matrices."""
+    return spam(
+        config,
+        learning_rate,
+        spam_optax.sparse_spam,
+        density=config.density,
+        row_blocks=config.row_blocks,
+        key=config.seed,
+    )
+
+
+def clipped(make):
+    """The same optimizer behind a limit on the global norm of the gradient."""
+
+    def make_clipped(config, learning_rate):
+        clip = optax.clip_by_global_norm(config.clip_norm)
+        return optax.chain(clip, make(config, learning_rate))
+
+    return make_clipped
+
+
+TABLE = {
+    "adam": Row(adam),
+    "adam_clip": Row(clipped(adam)),
+    "adamw": Row(adamw),
+    "adamw_clip": Row(clipped(adamw)),
+    "adafactor": Row(adafactor, momentum_decay=None),
+    "lion": Row(lion, momentum_decay=LION_B2),
+    "spam": Row(spam, resets=True),
+    "clip_spam": Row(clipped(spam), resets=True),
+    "spam_chain": Row(spam_chain, resets=True),
+    "sparse_spam": Row(sparse_spam, resets=True),
+}
+
+
+def make(name: str, config: RunConfig) -> Optimizer:
+    """The optimizer called `name`, a key of TABLE, with spike statistics in its state.
+
+    Raises UsageError if a setting does not suit it.
+    """
+    row = TABLE[name]
+    learning_rate = schedule(config)
+    try:
+        transform = row.make(config, learning_rate)
+    except ValueError as error:
+        raise UsageError(f"optimizer {name}: {error}") from error
+    return Optimizer(
+        name,
+        spam_optax.track_spikes(transform),
+        learning_rate,
+        row.momentum_decay,
+        config.spam_intervals["reset_interval"] if row.resets else None,
+    )

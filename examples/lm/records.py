@@ -1,49 +1,67 @@
-"""Records of a run: metrics.jsonl and TensorBoard events.
+"""Records of a run: metrics.jsonl, TensorBoard events and, if asked for, wandb.
 
 metrics.jsonl has one JSON object a line: a step,
 
     optimizer, step            from 1
-    loss                       of this step's batch, before its update; nats per byte
+    loss                       of this step's batch, before its update; nats per token
     learning_rate
     grad_norm                  global norm of the gradient, fault included
     clipped_grad_norm          of what entered the first moment, after all clipping
+    update_norm, param_norm    of the update, and of the parameters after it
     spikes_clipped             coordinates clipped by SPAM in this step
+    tensors                    the same norms of every tensor, its spike score (norm
+                               over running mean) and the steps so far in which it
+                               exceeded 10; tensors.json has the names
     fault                      whether this step's gradient was corrupted
     tokens_per_second          null where compilation or other work came between
+    flops_utilization          of the devices' bfloat16 peak, by the model; null for a
+                               device that lm.hardware does not know
 
-or an evaluation: `optimizer`, `step` and `eval_loss`. JSON knows no NaN or infinity:
-a number that is not finite is null.
+or an evaluation: `optimizer`, `step`, `eval_loss` and `eval_perplexity`. JSON knows no
+NaN or infinity: a number that is not finite is null.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import tensorboardX
 
-from lm.config import UsageError
+from lm import hosts, training
+from lm.config import RunConfig, UsageError
 
 Row = dict[str, Any]
 
-SCALARS = (
-    "loss",
-    "eval_loss",
-    "learning_rate",
-    "grad_norm",
-    "clipped_grad_norm",
-    "spikes_clipped",
-    "tokens_per_second",
-)
+TENSORS_EVERY = 10  # steps between the norms of single tensors in TensorBoard, wandb
 
 
 def finite(value: Any) -> Any:
-    """`value`, or None in place of a NaN or an infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    """`value`, with None in place of every NaN or infinity in it."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: finite(part) for key, part in value.items()}
+        case list():
+            return [finite(part) for part in value]
     return value
+
+
+def scalars(row: Row, tensor_names: Iterable[str]) -> dict[str, float]:
+    """The numbers of a row under one name each; single tensors' every few steps."""
+    row = finite(row)
+    others = ("optimizer", "step", "fault", "tensors")
+    numbers = {name: value for name, value in row.items() if name not in others}
+    if "tensors" in row and row["step"] % TENSORS_EVERY == 0:
+        for kind, values in row["tensors"].items():
+            for name, value in zip(tensor_names, values, strict=True):
+                numbers[f"{kind}/{name}"] = value
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 class Metrics:
@@ -59,8 +77,7 @@ class Metrics:
         self._file.close()
 
     def __call__(self, row: Row) -> None:
-        clean = {name: finite(value) for name, value in row.items()}
-        self._file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(row), allow_nan=False) + "\n")
 
     def sync(self) -> None:
         """Waits until what was written would survive a loss of power."""
@@ -70,7 +87,10 @@ class Metrics:
 class TensorBoard:
     """Writes the numbers of one optimizer's rows as TensorBoard scalars."""
 
-    def __init__(self, folder: pathlib.Path, first_step: int):
+    def __init__(
+        self, folder: pathlib.Path, first_step: int, tensor_names: Iterable[str]
+    ):
+        self._tensor_names = tensor_names
         self._writer = tensorboardX.SummaryWriter(
             str(folder), purge_step=first_step, flush_secs=10
         )
@@ -82,19 +102,85 @@ class TensorBoard:
         self._writer.close()
 
     def __call__(self, row: Row) -> None:
-        for name in SCALARS:
-            if row.get(name) is not None:
-                self._writer.add_scalar(name, row[name], row["step"])
+        for name, value in scalars(row, self._tensor_names).items():
+            self._writer.add_scalar(name, value, row["step"])
 
 
-def tee(*writers: Callable[[Row], None]) -> Callable[[Row], None]:
-    """One function that hands a row to all `writers`, in order."""
+class Wandb:
+    """Sends the numbers of one optimizer's rows to Weights & Biases.
 
-    def write(row: Row) -> None:
-        for writer in writers:
+    The run's id is that of its folder and optimizer: a resumed run goes on there.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        run_id: str,
+        config: dict[str, Any],
+        tensor_names: Iterable[str],
+    ):
+        wandb = import_wandb()
+        self._tensor_names = tensor_names
+        self._run = wandb.init(
+            project=project, id=run_id, name=run_id, config=config, resume="allow"
+        )
+
+    def __enter__(self) -> "Wandb":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._run.finish()
+
+    def __call__(self, row: Row) -> None:
+        self._run.log(scalars(row, self._tensor_names), step=row["step"])
+
+
+def import_wandb():
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError(
+            "--wandb needs the package wandb: pip install wandb"
+        ) from error
+    return wandb
+
+
+class Writers:
+    """Everything that takes the rows of one optimizer; on host 0 alone."""
+
+    def __init__(
+        self, folder, task, optimizer: str, step: int, progress, wandb_project
+    ):
+        self._open = contextlib.ExitStack()
+        self._writers = []
+        self._metrics = None
+        if not hosts.is_main():
+            return
+        names = training.tensor_names(task)
+        self._metrics = Metrics(folder.metrics)
+        tensorboard = TensorBoard(folder.tensorboard / optimizer, step + 1, names)
+        writers = [self._metrics, tensorboard]
+        if wandb_project:
+            run_id = f"{folder.path.name}-{optimizer}"
+            settings = dataclasses.asdict(task.config)
+            writers.append(Wandb(wandb_project, run_id, settings, names))
+        self._writers = [self._open.enter_context(writer) for writer in writers]
+        self._writers.append(progress)
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._open.close()
+
+    def write(self, row: Row) -> None:
+        for writer in self._writers:
             writer(row)
 
-    return write
+    def sync(self) -> None:
+        """Waits until all rows so far would survive a loss of power."""
+        if self._metrics:
+            self._metrics.sync()
 
 
 def read(path: pathlib.Path) -> list[Row]:
@@ -114,23 +200,27 @@ def read(path: pathlib.Path) -> list[Row]:
     return rows
 
 
-def keep(path: pathlib.Path, wanted: Callable[[Row], bool]) -> None:
-    """Rewrites a metrics.jsonl with the `wanted` rows only."""
-    rows = filter(wanted, read(path))
-    replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def check_complete(
-    path: pathlib.Path, optimizer: str, steps: int, evaluations: int
-) -> None:
-    """Raises `UsageError` unless all rows up to an optimizer's checkpoint are there."""
+def recorded(path: pathlib.Path, optimizer: str, config: RunConfig) -> int:
+    """The last step up to which an optimizer's rows are all there."""
     rows = read(path)
-    has = len(steps_of(rows, optimizer)), len(evaluations_of(rows, optimizer))
-    if has != (steps, evaluations):
-        raise UsageError(
-            f"{path} holds {has[0]} steps and {has[1]} evaluations of {optimizer}, its"
-            f" checkpoint {steps} and {evaluations}: start again in another folder"
-        )
+    steps = {row["step"] for row in steps_of(rows, optimizer)}
+    evaluations = {row["step"] for row in evaluations_of(rows, optimizer)}
+    step = 0
+    while step + 1 in steps and (
+        step + 1 in evaluations or not config.evaluates_at(step + 1)
+    ):
+        step += 1
+    return step
+
+
+def cut(path: pathlib.Path, optimizer: str, step: int) -> None:
+    """Leaves of an optimizer's rows those up to its checkpoint."""
+    rows = (
+        row
+        for row in read(path)
+        if row["optimizer"] != optimizer or row["step"] <= step
+    )
+    replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def replace(path: pathlib.Path, text: str) -> None:

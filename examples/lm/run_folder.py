@@ -1,14 +1,57 @@
 """The folder of a run: what lies where, and how a run begins or continues."""
 
 import dataclasses
-import hashlib
+import fcntl
 import json
+import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
-from lm import corpus, records
-from lm.config import KINDS, OPTIMIZERS, RunConfig, UsageError
+from lm import records
+from lm.config import (
+    COMPUTE_DTYPES,
+    EMBEDDINGS,
+    INITIALIZATIONS,
+    KINDS,
+    OPTIMIZERS,
+    REMAT,
+    RunConfig,
+    UsageError,
+    complete,
+)
 from lm.model import PRESETS
+
+CHOICES = {
+    "optimizers": OPTIMIZERS,
+    "preset": PRESETS,
+    "embedding": EMBEDDINGS,
+    "initialization": INITIALIZATIONS,
+    "compute_dtype": COMPUTE_DTYPES,
+    "remat": REMAT,
+    "spike_kind": KINDS,
+}
+
+
+class Run(NamedTuple):
+    """What config.json holds."""
+
+    config: RunConfig
+    checkpoints: str | None  # a folder or a bucket; None: beside config.json
+    data_digest: str | None = None  # of text and tokenizer; None: not yet known
+
+    def to_json(self) -> str:
+        """As config.json has it: the settings, and the rest beside them."""
+        rest = {"checkpoints": self.checkpoints, "data_digest": self.data_digest}
+        return json.dumps({**dataclasses.asdict(self.config), **rest}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Run":
+        content = json.loads(text)
+        rest = content.pop("checkpoints"), content.pop("data_digest")
+        content["optimizers"] = tuple(content["optimizers"])
+        config = RunConfig(**content)
+        check_fields(config)
+        return cls(config, *rest)
 
 
 class RunFolder:
@@ -18,36 +61,33 @@ class RunFolder:
         self.path = path
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
+        self.tensors = path / "tensors.json"
         self.summary = path / "summary.json"
         self.picture = path / "spike_suppression.png"
+        self.report = path / "report.html"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self._lock: int | None = None
 
-    def create(self, config: RunConfig, text: bytes) -> None:
+    def create(self, run: Run) -> None:
         """Makes the folder and writes config.json; never over another run."""
         if any(p.exists() for p in (self.config, self.metrics, self.checkpoints)):
             raise UsageError(
                 f"{self.path} already holds a run: continue it with --resume, or"
                 " choose another folder with --output"
             )
-        content = {**dataclasses.asdict(config), "data_sha256": digest(text)}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            records.replace(self.config, json.dumps(content, indent=2) + "\n")
+            records.replace(self.config, run.to_json())
         except OSError as error:
             raise UsageError(
                 f"cannot write to the output folder {self.path}: {error.strerror}"
             ) from error
 
-    def read_config(self) -> tuple[RunConfig, str]:
-        """The configuration of the run, and the digest of its text."""
+    def read(self) -> Run:
+        """The run that was begun here."""
         try:
-            content = json.loads(self.config.read_text(encoding="utf-8"))
-            text_digest = content.pop("data_sha256")
-            content["optimizers"] = tuple(content["optimizers"])
-            config = RunConfig(**content)
-            check_fields(config)
-            return config, text_digest
+            return Run.from_json(self.config.read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(
                 f"there is no run to resume in {self.path}: {error.strerror}"
@@ -55,78 +95,74 @@ class RunFolder:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{self.config} is damaged: {error}") from error
 
+    def write_tensor_names(self, names: tuple[str, ...]) -> None:
+        """What the lists in the rows of metrics.jsonl are of."""
+        records.replace(self.tensors, json.dumps(names) + "\n")
+
+    def lock(self) -> None:
+        """Keeps other programs from continuing this run, until `close`."""
+        self._lock = os.open(self.config, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another program is running in {self.path}: wait for it, or choose"
+                " another folder with --output"
+            ) from error
+        except OSError:
+            pass  # some network file systems know no locks
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
 
 def check_fields(config: RunConfig) -> None:
     """Raises ValueError if a field is not what a flag could have made it."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        allowed = {int: int, float: int | float, str: str, tuple: tuple}
-        kind = allowed.get(type(field.default), str | int | None)
-        if isinstance(value, bool) or not isinstance(value, kind):
+        allowed = {bool: bool, int: int, float: int | float, str: str, tuple: tuple}
+        kind = allowed.get(type(field.default), str | int | float | None)
+        is_flag = isinstance(field.default, bool)
+        if isinstance(value, bool) != is_flag or not isinstance(value, kind):
             raise ValueError(f"{field.name} cannot be {value!r}")
-    for value, known in (
-        ((config.model,), PRESETS),
-        (config.optimizers, OPTIMIZERS),
-        ((config.spike_kind,), KINDS),
-    ):
-        for name in value:
-            if name not in known:
-                raise ValueError(f"unknown name {name!r}")
+        if field.name in CHOICES:
+            for name in value if isinstance(value, tuple) else (value,):
+                if name not in CHOICES[field.name]:
+                    raise ValueError(f"unknown name {name!r}")
 
 
-def begin(folder: RunFolder, given: dict[str, Any]) -> tuple[RunConfig, bytes]:
-    """Starts a run with the settings `given`; the rest are defaults."""
-    config = RunConfig(**given)
-    text = load_text(config)
-    check_lengths(config, text)
-    folder.create(config, text)
-    return config, text
+def begin(folder: RunFolder, given: dict[str, Any], checkpoints: str | None) -> Run:
+    """A run with the settings `given`; the rest are defaults. Nothing is written."""
+    del folder
+    return Run(complete(given), checkpoints)
 
 
-def resume(folder: RunFolder, given: dict[str, Any]) -> tuple[RunConfig, bytes]:
-    """Continues the run in `folder`; settings may be repeated, not changed."""
-    config, text_digest = folder.read_config()
+def resume(folder: RunFolder, given: dict[str, Any], checkpoints: str | None) -> Run:
+    """The run in `folder`; settings may be repeated, not changed."""
+    run = folder.read()
+    folder.lock()
     for name, value in given.items():
-        if value != (stored := getattr(config, name)):
+        if value != (stored := getattr(run.config, name)):
             raise UsageError(
                 f"cannot resume {folder.path} with {name} = {shown(value)}: the run"
                 f" was started with {shown(stored)}"
             )
-    text = load_text(config)
-    if digest(text) != text_digest:
+    return run._replace(checkpoints=checkpoints or run.checkpoints)
+
+
+def enter(folder: RunFolder, run: Run, data_digest: str) -> Run:
+    """Creates the folder of a new run; checks that an old one has its data still."""
+    if run.data_digest is None:
+        run = run._replace(data_digest=data_digest)
+        folder.create(run)
+        folder.lock()
+    elif run.data_digest != data_digest:
         raise UsageError(
-            f"cannot resume {folder.path}: its data file has changed since"
+            f"cannot resume {folder.path}: its data or tokenizer has changed since"
         )
-    return config, text
-
-
-def load_text(config: RunConfig) -> bytes:
-    """The text to train on."""
-    path = corpus.SHAKESPEARE if config.data is None else pathlib.Path(config.data)
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UsageError(
-            f"cannot read the data file {config.data}: {error.strerror}"
-        ) from error
-    if not text:
-        raise UsageError(f"the data file {config.data} is empty")
-    return text
-
-
-def check_lengths(config: RunConfig, text: bytes) -> None:
-    """Checks that both parts of the text hold a sequence."""
-    needed = config.sequence_length + 1
-    for part, tokens in corpus.split(text)._asdict().items():
-        if len(tokens) < needed:
-            raise UsageError(
-                f"the text is too short: its {part} part has {len(tokens)} bytes, one"
-                f" sequence of {config.sequence_length} and its next byte take {needed}"
-            )
-
-
-def digest(text: bytes) -> str:
-    return hashlib.sha256(text).hexdigest()
+    return run
 
 
 def shown(value: Any) -> str:

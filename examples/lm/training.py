@@ -1,14 +1,7 @@
-"""Pure step functions, and the loop that calls them.
-
-A step is two compiled functions. `faulty_gradients` does nearly all the work and knows
-nothing of the optimizer, so a program that compares four optimizers compiles it once;
-`apply_gradients` is small and is compiled for each.
-"""
+"""The training step: pure functions of a state and a batch."""
 
 import functools
-import time
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -16,18 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 import spam_optax
+from lm import model, sharding
 from lm.config import RunConfig
-from lm.model import PRESETS, Decoder
-from lm.optimizers import B1, Optimizer
-from lm.records import Row
+from lm.optimizers import Optimizer
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step, and so all that a checkpoint holds."""
+    """All that changes from step to step, on the devices.
+
+    There is no random state of its own: sparse_spam keeps the seeds of its masks in
+    `opt_state`, faults are drawn from the run's seed and the step in `fault_state`, and
+    the order of the data is in the position of its iterator.
+    """
 
     step: jax.Array  # finished steps; shape=(), dtype=jnp.int32.
+    halted: jax.Array  # a step was not finite: this is the state before it; bool.
     params: optax.Params
     opt_state: optax.OptState
     fault_state: optax.OptState
@@ -37,17 +36,21 @@ class Task(NamedTuple):
     """What is the same for every optimizer."""
 
     config: RunConfig
+    model: model.ModelConfig
     graphdef: nnx.GraphDef
-    initial_params: optax.Params
     faults: optax.GradientTransformation
-    batches: grain.MapDataset
-    validation: np.ndarray  # (batches, batch size, sequence length + 1)
+    mesh: Mesh
+    train: grain.IterDataset  # this host's (accumulate, rows, sequence length + 1)
+    validation: jax.Array  # (batches, rows, sequence length + 1)
 
 
-def initialize(config: RunConfig) -> tuple[nnx.GraphDef, optax.Params]:
+def initialize(
+    config: RunConfig, model_config: model.ModelConfig | None = None
+) -> tuple[nnx.GraphDef, optax.Params]:
     """The structure of the model, and its first parameters as a plain tree."""
-    model = Decoder(PRESETS[config.model], rngs=nnx.Rngs(config.seed))
-    graphdef, state = nnx.split(model)
+    model_config = model_config or model.PRESETS[config.preset]
+    decoder = model.Decoder(model_config, rngs=nnx.Rngs(config.seed))
+    graphdef, state = nnx.split(decoder)
     return graphdef, nnx.to_pure_dict(state)
 
 
@@ -64,56 +67,163 @@ def make_faults(config: RunConfig) -> optax.GradientTransformation:
     )
 
 
+@functools.partial(jax.jit, static_argnames=("config", "model_config"))
+def initial_params(config: RunConfig, model_config: model.ModelConfig) -> optax.Params:
+    """The first parameters, each part where it belongs."""
+    return sharding.constrain(initialize(config, model_config)[1])
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "faults"))
+def first_state(
+    params: optax.Params, optimizer: Optimizer, faults: optax.GradientTransformation
+) -> TrainState:
+    return TrainState(
+        step=jnp.zeros([], jnp.int32),
+        halted=jnp.zeros([], bool),
+        params=params,
+        opt_state=sharding.constrain(optimizer.transform.init(params)),
+        fault_state=faults.init(params),
+    )
+
+
+def initial_state(
+    config: RunConfig,
+    model_config: model.ModelConfig,
+    optimizer: Optimizer,
+    faults: optax.GradientTransformation,
+) -> TrainState:
+    """The state before the first step."""
+    # Apart, so that the program for the parameters is compiled once for all optimizers.
+    params = initial_params(config, model_config)
+    return first_state(params, optimizer, faults)
+
+
+def token_losses(params: optax.Params, windows: jax.Array, graphdef: nnx.GraphDef):
+    """Cross-entropy of every next token, in nats, and the log-partition function."""
+    tokens = windows.astype(jnp.int32)
+    logits = nnx.merge(graphdef, params)(tokens[:, :-1])
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    # Picked by comparing: the gradient of an indexed read is a scatter into the logits,
+    # which TPUs are slow at, and their compiler too.
+    vocabulary = jnp.arange(logits.shape[-1])
+    is_target = tokens[:, 1:, None] == vocabulary[None, None, :]
+    return log_z - jnp.sum(logits, axis=-1, where=is_target), log_z
+
+
 def loss_fn(
     params: optax.Params, windows: jax.Array, graphdef: nnx.GraphDef
 ) -> jax.Array:
-    """Mean cross-entropy of the next byte, in nats."""
-    tokens = windows.astype(jnp.int32)
-    logits = nnx.merge(graphdef, params)(tokens[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+    """Mean cross-entropy of the next token, in nats."""
+    return token_losses(params, windows, graphdef)[0].mean()
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "faults"))
-def faulty_gradients(params, fault_state, windows, *, graphdef, faults):
-    """The loss, its gradient with this step's fault, and the next fault state."""
-    loss, gradients = jax.value_and_grad(loss_fn)(params, windows, graphdef)
-    gradients, fault_state = faults.update(gradients, fault_state, params)
-    return loss, gradients, fault_state
+def gradient_of_batch(params, batch, graphdef, z_loss):
+    """Loss and gradient of (parts, rows, tokens), computed one part after the other.
+
+    The gradient is that of the loss plus the z-loss, PaLM's ``z_loss * log_z ** 2``,
+    which keeps the logits from drifting; the loss is reported without it.
+    """
+
+    def objective(params, windows):
+        losses, log_z = token_losses(params, windows, graphdef)
+        loss = losses.mean()
+        total = loss + z_loss * jnp.mean(log_z**2) if z_loss else loss
+        return total, loss
+
+    def add_part(sums, windows):
+        gradient, loss = jax.grad(objective, has_aux=True)(params, windows)
+        return jax.tree.map(jnp.add, sums, (loss, sharding.constrain(gradient))), None
+
+    if len(batch) == 1:
+        gradient, loss = jax.grad(objective, has_aux=True)(params, batch[0])
+        return loss, sharding.constrain(gradient)
+    zeros = jnp.zeros([]), sharding.constrain(optax.tree.zeros_like(params))
+    sums, _ = jax.lax.scan(add_part, zeros, batch)
+    return jax.tree.map(lambda x: x / len(batch), sums)
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer",), donate_argnames=("state",))
-def apply_gradients(state: TrainState, gradients, fault_state, *, optimizer: Optimizer):
-    """The next state, and what to record of the update."""
-    step = state.step + 1
-    updates, opt_state = optimizer.transform.update(
-        gradients, state.opt_state, state.params
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "faults", "optimizer", "z_loss"),
+    donate_argnames="state",
+)
+def train_step(
+    state: TrainState,
+    batch: jax.Array,
+    *,
+    graphdef: nnx.GraphDef,
+    faults: optax.GradientTransformation,
+    optimizer: Optimizer,
+    z_loss: float = 0.0,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step on one batch: the next state, and what to record.
+
+    If the loss or the update is not finite, the state stays as it was and is marked as
+    halted; every later step then leaves it alone.
+    """
+    loss, gradient = gradient_of_batch(state.params, batch, graphdef, z_loss)
+    gradient, fault_state = faults.update(gradient, state.fault_state, state.params)
+    update, opt_state = optimizer.transform.update(
+        gradient, state.opt_state, state.params
     )
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(state.params, update)
     metrics = {
+        "loss": loss,
         "learning_rate": optimizer.schedule(state.step),
-        "grad_norm": optax.tree.norm(gradients),
-        "clipped_grad_norm": optax.tree.norm(
-            gradient_behind_mu(state.opt_state, opt_state, step, optimizer)
-        ),
         "spikes_clipped": optax.tree.get(opt_state, "spike_count", 0),
+        **tensor_metrics(state, gradient, params, opt_state, optimizer),
     }
-    return TrainState(step, params, opt_state, fault_state), metrics
+    finite = jnp.isfinite(loss) & jnp.isfinite(metrics["update_norm"])
+    going = finite & ~state.halted
+    new = TrainState(state.step + 1, state.halted, params, opt_state, fault_state)
+    kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), new, state)
+    return sharding.constrain(kept._replace(halted=~going)), metrics
 
 
-def gradient_behind_mu(old_state, new_state, step, optimizer: Optimizer):
+def tensor_metrics(state, gradient, params, opt_state, optimizer) -> dict[str, Any]:
+    """Norms of every tensor, in `spam_optax.tensor_names`' order, and global ones."""
+    statistics = {
+        name: optax.tree.get(opt_state, f"tensor_{name}")
+        for name in ("grad_norm", "update_norm", "spike_score", "spike_steps")
+    }
+    bad = optax.tree.get(opt_state, "tensor_nonfinite") > 0
+    norms = {
+        "grad_norm": jnp.where(bad, jnp.nan, statistics["grad_norm"]),
+        "clipped_grad_norm": norms_of(
+            gradient_behind_mu(state, gradient, opt_state, optimizer)
+        ),
+        "update_norm": statistics["update_norm"],
+        "param_norm": norms_of(params),
+    }
+    totals = {name: jnp.sqrt(jnp.sum(norm**2)) for name, norm in norms.items()}
+    scores = {name: statistics[name] for name in ("spike_score", "spike_steps")}
+    return {**totals, "tensors": {**norms, **scores}}
+
+
+def norms_of(tree: Any) -> jax.Array:
+    return jnp.stack([optax.tree.norm(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def gradient_behind_mu(state, gradient, opt_state, optimizer: Optimizer):
     """The gradient that entered the first moment: after all clipping.
 
     Solved from ``mu_new = b1 * mu_old + (1 - b1) * g``, with ``mu_old`` 0 in a reset
-    step. That is true of every optimizer here, wherever in it the clipping happens,
-    and repeats none of the library's clipping rules. It costs a few digits: with plain
-    Adam the norm agrees with that of the raw gradient to about 1e-4, not exactly.
+    step. That is true of every optimizer with a first moment, wherever in it the
+    clipping happens, and repeats none of the library's clipping rules. It costs a few
+    digits: with plain Adam the norm agrees with that of the raw gradient to about 1e-4,
+    not exactly. Of a tensor with sparse momentum it is the part that has momentum.
     """
-    reset = spam_optax.functional.reset_position(step, optimizer.reset_interval) == 0
-    keep = jnp.where(reset, 0.0, B1)
+    if optimizer.momentum_decay is None:
+        return gradient
+    b1 = optimizer.momentum_decay
+    position = spam_optax.functional.reset_position(
+        state.step + 1, optimizer.reset_interval
+    )
+    keep = jnp.where(position == 0, 0.0, b1)
     return jax.tree.map(
-        lambda old, new: (new - keep * old) / (1.0 - B1),
-        optax.tree.get(old_state, "mu"),
-        optax.tree.get(new_state, "mu"),
+        lambda old, new: (new - keep * old) / (1.0 - b1),
+        optax.tree.get(state.opt_state, "mu"),
+        optax.tree.get(opt_state, "mu"),
     )
 
 
@@ -124,113 +234,33 @@ def evaluate(params, validation, *, graphdef) -> jax.Array:
     return losses.mean()
 
 
-def initial_state(task: Task, optimizer: Optimizer) -> TrainState:
-    return TrainState(
-        step=jnp.zeros([], jnp.int32),
-        params=jax.tree.map(jnp.copy, task.initial_params),  # a step donates its state
-        opt_state=optimizer.transform.init(task.initial_params),
-        fault_state=task.faults.init(task.initial_params),
+def make_task(
+    config: RunConfig,
+    model_config: model.ModelConfig,
+    mesh: Mesh,
+    train: grain.IterDataset,
+    validation: np.ndarray,
+) -> Task:
+    """Everything the optimizers have in common, with nothing yet on the devices."""
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(lambda: model.Decoder(model_config, rngs=nnx.Rngs(0)))
+    )
+    return Task(
+        config=config,
+        model=model_config,
+        graphdef=graphdef,
+        faults=make_faults(config),
+        mesh=mesh,
+        train=train,
+        validation=sharding.put_everywhere(validation, mesh),
     )
 
 
-def train_step(state: TrainState, windows, task: Task, optimizer: Optimizer):
-    """One step on one batch: the next state and its metrics, still on the device."""
-    loss, gradients, fault_state = faulty_gradients(
-        state.params,
-        state.fault_state,
-        windows,
-        graphdef=task.graphdef,
-        faults=task.faults,
-    )
-    state, metrics = apply_gradients(state, gradients, fault_state, optimizer=optimizer)
-    return state, {"loss": loss, **metrics}
+def abstract_params(task: Task) -> optax.Params:
+    """Shapes and dtypes of the parameters."""
+    return jax.eval_shape(lambda: initialize(task.config, task.model)[1])
 
 
-class StepRecorder:
-    """Turns device metrics into rows, one step behind the device.
-
-    Fetching a value waits for it. Fetched a step late, it is there already, and the
-    device never stands idle while the host writes.
-    """
-
-    def __init__(self, task: Task, optimizer: Optimizer, record: Callable[[Row], None]):
-        self._config = task.config
-        self._fault_steps = frozenset(task.config.fault_steps)
-        self._optimizer = optimizer
-        self._record = record
-        self._pending = None
-        self._last_time = None  # None: the next step's time would not be its own
-
-    def push(self, step: int, metrics) -> None:
-        """Takes the metrics of `step` and records those of the step before."""
-        self._record_pending()
-        self._pending = step, metrics
-
-    def flush(self) -> None:
-        """Records what is pending; call it before other work than steps."""
-        self._record_pending()
-        self._last_time = None
-
-    def _record_pending(self) -> None:
-        if self._pending is None:
-            return
-        step, metrics = self._pending
-        self._pending = None
-        row = {
-            "optimizer": self._optimizer.name,
-            "step": step,
-            **{name: value.item() for name, value in jax.device_get(metrics).items()},
-            "fault": step in self._fault_steps,
-            "tokens_per_second": self._tokens_per_second(),
-        }
-        self._record(row)
-
-    def _tokens_per_second(self) -> float | None:
-        now = time.perf_counter()
-        before, self._last_time = self._last_time, now
-        return None if before is None else self._config.tokens_per_step / (now - before)
-
-
-def train(
-    state: TrainState,
-    task: Task,
-    optimizer: Optimizer,
-    *,
-    record: Callable[[Row], None],
-    save: Callable[[TrainState], None],
-    interrupted: Callable[[], bool],
-) -> TrainState:
-    """Trains from `state` to the last step of the run, or until `interrupted`.
-
-    Args:
-      state: Where to start: `initial_state`, or a restored checkpoint.
-      task: Model, data and faults.
-      optimizer: What turns gradients into updates.
-      record: Called with one row a step and one an evaluation, in order.
-      save: Called with the state at every checkpoint, at the last step and on an
-        interrupt; all rows up to that step have been recorded by then.
-      interrupted: Asked after every step.
-
-    Returns:
-      The last state.
-    """
-    config = task.config
-    recorder = StepRecorder(task, optimizer, record)
-    for step in range(int(state.step) + 1, config.steps + 1):
-        windows = task.batches[step - 1]
-        state, metrics = train_step(state, windows, task, optimizer)
-        recorder.push(step, metrics)
-
-        last = step == config.steps
-        stop = interrupted()
-        if last or step % config.eval_every == 0:
-            recorder.flush()
-            loss = evaluate(state.params, task.validation, graphdef=task.graphdef)
-            row = {"step": step, "eval_loss": loss.item()}
-            record({"optimizer": optimizer.name, **row})
-        if last or stop or step % config.checkpoint_every == 0:
-            recorder.flush()
-            save(state)
-        if stop:
-            break
-    return state
+def tensor_names(task: Task) -> tuple[str, ...]:
+    """In the order of the norms that a step records."""
+    return spam_optax.tensor_names(abstract_params(task))

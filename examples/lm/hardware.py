@@ -1,0 +1,35 @@
+"""What the devices can do, from their makers' data sheets."""
+
+from typing import NamedTuple
+
+
+class Device(NamedTuple):
+    """One chip, as JAX counts devices."""
+
+    flops: float  # a second, of dense bfloat16 products
+    memory: int  # bytes
+
+
+# By the beginning of jax.Device.device_kind; the longer of two that fit comes first.
+DEVICES = {
+    "TPU v4": Device(275e12, 32 << 30),
+    "TPU v5 lite": Device(197e12, 16 << 30),
+    "TPU v5e": Device(197e12, 16 << 30),
+    "TPU v5p": Device(459e12, 95 << 30),
+    "TPU v5": Device(459e12, 95 << 30),
+    "TPU v6 lite": Device(918e12, 32 << 30),
+    "TPU v6e": Device(918e12, 32 << 30),
+    "NVIDIA A100-SXM4-40GB": Device(312e12, 40 << 30),
+    "NVIDIA A100": Device(312e12, 80 << 30),
+    "NVIDIA H100": Device(989e12, 80 << 30),
+    "NVIDIA H200": Device(989e12, 141 << 30),
+    "NVIDIA B200": Device(2250e12, 180 << 30),
+}
+
+
+def find(device_kind: str) -> Device | None:
+    """The data of a kind of device; None if it is not in the table."""
+    for beginning, device in DEVICES.items():
+        if device_kind.startswith(beginning):
+            return device
+    return None
