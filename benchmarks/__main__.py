@@ -13,9 +13,26 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from benchmarks import compiled, environment, pictures, report, scaling, state, step
+from benchmarks import (
+    compiled,
+    environment,
+    pictures,
+    presets,
+    report,
+    scaling,
+    state,
+    step,
+    trainer,
+)
 
-SECTIONS = {"step": step, "compiled": compiled, "state": state, "scaling": scaling}
+SECTIONS = {
+    "step": step,
+    "compiled": compiled,
+    "state": state,
+    "scaling": scaling,
+    "presets": presets,
+    "trainer": trainer,
+}
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 DESCRIPTION = """\
@@ -32,11 +49,14 @@ Measure the optimizers of spam_optax beside those of Optax and PyTorch.
   state     bytes of state for LLaMA models of 60M to 1B parameters, beside the
             memory that the papers print. Nothing is allocated.
   scaling   time of a step from 1M to 200M parameters, and from 1 to 256 arrays.
+  presets   memory of examples/pretrain.py's step for its presets, on TPU v5e and H100,
+            from their compilers: libtpu, and the wheels of JAX's CUDA plugin.
+  trainer   tokens a second of that step, 60M shape, beside a plain PyTorch loop.
 """
 
 EPILOG = """\
 examples:
-  everything, ten to fifteen minutes  python -m benchmarks
+  everything, about an hour           python -m benchmarks
   does it run?                        python -m benchmarks --quick
   two parts again, the others stay    python -m benchmarks --only step scaling
   tables and pictures, no measuring   python -m benchmarks --only
@@ -84,8 +104,8 @@ def _arguments():
         choices=SECTIONS,
         default=list(SECTIONS),
         metavar="SECTION",
-        help="sections to measure: step, compiled, state, scaling; the results of the "
-        "others are kept from the last run",
+        help=f"sections to measure: {', '.join(SECTIONS)}; the results of the others "
+        "are kept from the last run",
     )
     parser.add_argument(
         "--quick",

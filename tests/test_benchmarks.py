@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,3 +40,16 @@ def test_a_section_by_itself(tmp_path):
 def test_the_report_shows_the_results():
     results = json.loads((RESULTS / "results.json").read_text())
     assert (RESULTS / "results.md").read_text() == report.render(results)
+
+
+@pytest.mark.parametrize("kind", ["tpu", "gpu"])
+def test_memory_tables_of_the_launch_scripts_are_those_measured(kind):
+    results = json.loads((RESULTS / "results.json").read_text())
+    rows = [
+        row
+        for row in results["presets"]["data"]
+        if row["target"].partition(":")[0] == kind
+    ]
+    assert rows
+    page = (ROOT / "examples" / kind / "README.md").read_text()
+    assert report.preset_table(rows) in page
