@@ -179,7 +179,7 @@ def run(program: str, given: dict, options: argparse.Namespace) -> int:
             halted = train_all(
                 task, folder, Run.from_json(entered), stop, options.wandb
             )
-        done = show_report(task, folder) if hosts.is_main() else True
+        done = hosts.from_main(lambda: str(show_report(task, folder))) == "True"
     for message in halted:
         console.warn(message)
     if stop.signal is not None and not done:
@@ -200,7 +200,8 @@ def make_task(
     config = this_run.config
     for name in config.optimizers:
         optimizers.make(name, config)  # so that a mistake shows before the work
-    loaded = data.load(config, data.Host(jax.process_index(), jax.process_count()))
+    host = data.Host(jax.process_index(), jax.process_count())
+    loaded = hosts.everywhere(lambda: data.load(config, host))
     if len(set(hosts.gather(loaded.digest))) > 1:
         raise UsageError("the hosts do not see the same data and tokenizer")
     mesh = sharding.make_mesh(parallelism, config.batch_size // config.accumulate)

@@ -114,11 +114,11 @@ class Checkpoints:
           warn: Told of those and of damaged ones, which are renamed.
 
         Returns:
-          The state and this host's place in the data, or None if there is no checkpoint.
+          The state and this host's place in the data; None if there is no checkpoint.
 
         Raises:
-          UsageError: If none is good, or the place in the data does not fit. Then all is
-            left as it is.
+          UsageError: If none is good, or the place in the data does not fit. Then all
+            is left as it is.
         """
         passed_over = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -146,7 +146,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: TrainState):
-        """State and places of one checkpoint, and what is wrong with it, if anything."""
+        """State and places of one checkpoint, and what is wrong with it if it is."""
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(like), rest=ocp.args.JsonRestore()
         )

@@ -60,7 +60,7 @@ class RunConfig:
     threshold: float = 5000.0  # SPAM's, on g**2 / v
     reset_interval: int | None = None  # SPAM's, in steps; None is a quarter of the run
     density: float = 0.25  # of sparse_spam's momentum
-    row_blocks: int = 16  # of sparse_spam: devices that may share a matrix's rows
+    row_blocks: int = 1  # of sparse_spam: devices that may share a matrix's rows
 
     bursts: int = 4  # faults, each BURST_LENGTH steps long
     spike_rate: float = 1.0  # fraction of the gradient's coordinates hit in a burst
@@ -129,6 +129,7 @@ COMMON = {
     "sequence_length": 256,
     "warmup_steps": 1000,
     "reset_interval": 500,
+    "row_blocks": 16,
     "untied_head": True,
     "compute_dtype": "bfloat16",
     "remat": "full",

@@ -1,19 +1,24 @@
 """The processes of a run: one on every host, or a single one.
 
-All run the same program. Host 0 alone reads and writes the folder of the run, except for
-checkpoints, to which every host writes its part.
+All run the same program. Host 0 alone reads and writes the folder of the run, except
+for checkpoints, to which every host writes its part.
 """
 
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from lm.config import UsageError
+
+T = TypeVar("T")
+
+
+LEAVING = 60  # seconds that a host which fails waits for the others, and ends them
 
 
 class Cluster(NamedTuple):
@@ -35,7 +40,10 @@ def connect(cluster: Cluster) -> None:
         return
     try:
         jax.distributed.initialize(
-            cluster.coordinator, cluster.num_processes, cluster.process_id
+            cluster.coordinator,
+            cluster.num_processes,
+            cluster.process_id,
+            shutdown_timeout_seconds=LEAVING,
         )
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"cannot join the other processes: {error}") from error
@@ -85,6 +93,18 @@ def any_of(text: str) -> str:
     return next(filter(None, gather(text)), "")
 
 
+def everywhere(make: Callable[[], T]) -> T:
+    """What `make` returns here; its UsageError on any host is raised on all."""
+    made, message = None, ""
+    try:
+        made = make()
+    except UsageError as error:
+        message = str(error)
+    if message := any_of(message):
+        raise UsageError(message)
+    return made
+
+
 def wait_for_all(name: str) -> None:
     """Goes on when every host has come here."""
     if jax.process_count() > 1:
@@ -106,10 +126,11 @@ class StopRequest:
         """Whether to stop after `step`; with several hosts, the same on all of them."""
         del step
         self._asked += 1
-        if jax.process_count() > 1 and self.signal is None:
-            # JAX itself listens for SIGTERM, and finds a number that all will reach.
-            if multihost_utils.reached_preemption_sync_point(self._asked):
-                self.signal = signal.SIGTERM
+        if jax.process_count() == 1 or self.signal is not None:
+            return self.signal is not None
+        # JAX itself listens for SIGTERM, and finds a number that all will reach.
+        if multihost_utils.reached_preemption_sync_point(self._asked):
+            self.signal = signal.SIGTERM
         return self.signal is not None
 
     @contextlib.contextmanager

@@ -27,10 +27,14 @@ import json
 import math
 import os
 import pathlib
+import socket
+import time
 from collections.abc import Iterable
 from typing import Any
 
-import tensorboardX
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from lm import hosts, training
 from lm.config import RunConfig, UsageError
@@ -38,6 +42,7 @@ from lm.config import RunConfig, UsageError
 Row = dict[str, Any]
 
 TENSORS_EVERY = 10  # steps between the norms of single tensors in TensorBoard, wandb
+FLUSH_EVERY = 10  # seconds between what TensorBoard gets to see
 
 
 def finite(value: Any) -> Any:
@@ -85,25 +90,44 @@ class Metrics:
 
 
 class TensorBoard:
-    """Writes the numbers of one optimizer's rows as TensorBoard scalars."""
+    """Writes the numbers of one optimizer's rows as TensorBoard scalars.
+
+    Not by a SummaryWriter of tensorboardX, whose thread dies when the disk is full and
+    lets the program wait for it for ever.
+    """
 
     def __init__(
         self, folder: pathlib.Path, first_step: int, tensor_names: Iterable[str]
     ):
+        folder.mkdir(parents=True, exist_ok=True)
         self._tensor_names = tensor_names
-        self._writer = tensorboardX.SummaryWriter(
-            str(folder), purge_step=first_step, flush_secs=10
-        )
+        file_name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._file = RecordWriter(str(folder / file_name))
+        self._next_flush = 0.0
+        self._add(0, file_version="brain.Event:2")
+        # Hides what was written after the checkpoint from which a run goes on.
+        self._add(first_step, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> "TensorBoard":
         return self
 
     def __exit__(self, *exception) -> None:
-        self._writer.close()
+        self._file.close()
 
     def __call__(self, row: Row) -> None:
-        for name, value in scalars(row, self._tensor_names).items():
-            self._writer.add_scalar(name, value, row["step"])
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in scalars(row, self._tensor_names).items()
+        ]
+        self._add(row["step"], summary=Summary(value=values))
+
+    def _add(self, step: int, **content) -> None:
+        now = time.time()
+        event = Event(wall_time=now, step=step, **content)
+        self._file.write(event.SerializeToString())
+        if now > self._next_flush:
+            self._file.flush()
+            self._next_flush = now + FLUSH_EVERY
 
 
 class Wandb:
@@ -170,8 +194,10 @@ class Writers:
     def __enter__(self) -> "Writers":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._open.close()
+    def __exit__(self, kind, *exception) -> None:
+        # After an error, a full disk fails again when files are closed.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self._open.close()
 
     def write(self, row: Row) -> None:
         for writer in self._writers:

@@ -1,0 +1,252 @@
+"""The trainer on several hosts and devices: processes that talk to each other."""
+
+import json
+import pathlib
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import spam_optax
+from lm import model, optimizers, sharding, training
+from lm.run_folder import Run
+from trainer_process import (
+    Trainer,
+    checkpoint_steps,
+    count_lines,
+    finish_all,
+    freeze_at,
+    read_rows,
+)
+
+ALL = ("spam", "sparse_spam", "adam")
+FLAGS = [
+    "--preset=nano",
+    "--batch-size=8",
+    "--sequence-length=16",
+    "--eval-every=10",
+    "--eval-sequences=16",
+]
+SHORT = [*FLAGS, "--steps=20", "--checkpoint-every=10", "--bursts=1"]
+LONG = [
+    *FLAGS,
+    "--steps=100",
+    "--checkpoint-every=100",
+    "--no-spikes",
+    "--optimizer=adam",
+]
+CONTINUE = "Interrupted. Continue with: pretrain.py --resume --output run"
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    with Trainer(tmp_path_factory.mktemp("cache")) as trainer:
+        yield trainer
+
+
+@pytest.fixture(scope="module")
+def one_device(trainer, tmp_path_factory):
+    """The folder of a run with all optimizers, on one device of one host."""
+    folder = tmp_path_factory.mktemp("one")
+    result = trainer.run(*SHORT, "--optimizer", *ALL, "--output=run", cwd=folder)
+    assert (result.code, result.errors) == (0, "")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def long_run(trainer, tmp_path_factory):
+    """A longer run with one optimizer, on one device of one host."""
+    folder = tmp_path_factory.mktemp("long")
+    assert trainer.run(*LONG, "--output=run", cwd=folder).code == 0
+    return folder / "run"
+
+
+def losses_of(folder: pathlib.Path, optimizer: str) -> dict[tuple[str, int], float]:
+    """The losses of the steps and of the evaluations of an optimizer."""
+    return {
+        (kind, row["step"]): row[kind]
+        for row in read_rows(folder)
+        for kind in ("loss", "eval_loss")
+        if row["optimizer"] == optimizer and kind in row
+    }
+
+
+def assert_same_losses(folder: pathlib.Path, expected: pathlib.Path, optimizer: str):
+    losses, others = losses_of(folder, optimizer), losses_of(expected, optimizer)
+    assert losses.keys() == others.keys()
+    assert len(losses) >= 22
+    for key, loss in losses.items():
+        assert loss == pytest.approx(others[key], abs=1e-4), (optimizer, key)
+
+
+def momentum_mask(folder: pathlib.Path) -> dict:
+    """Which entries have momentum in the last state of sparse_spam."""
+    config = Run.from_json((folder / "config.json").read_text()).config
+    optimizer = optimizers.make("sparse_spam", config)
+    like = jax.eval_shape(
+        lambda: training.initial_state(
+            config,
+            model.configure(config, 256, "cpu"),
+            optimizer,
+            training.make_faults(config),
+        )
+    )
+    mesh = sharding.make_mesh(sharding.Parallelism(data=1), 8)
+    path = folder / "checkpoints" / "sparse_spam" / "20" / "state"
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(path, sharding.abstract(like, mesh))
+    return spam_optax.momentum_mask(state.opt_state, state.params)
+
+
+def own_lines(text: str) -> list[str]:
+    """What is not from Gloo, by which CPUs communicate, or JAX's C++."""
+    lines = text.splitlines()
+    return [line for line in lines if "[Gloo]" not in line and ".cc:" not in line]
+
+
+# ----------------------------------------------------------------------- same numbers
+
+
+@pytest.fixture(scope="module")
+def two_hosts(trainer, tmp_path_factory):
+    """The same run on two hosts, and what they printed."""
+    folder = tmp_path_factory.mktemp("two")
+    flags = [*SHORT, "--optimizer", *ALL, "--output=run"]
+    results = finish_all(trainer.start_hosts(2, *flags, cwd=folder))
+    assert [(result.code, result.errors) for result in results] == [(0, "")] * 2
+    return folder / "run", [result.output for result in results]
+
+
+def test_two_hosts_compute_what_one_does(one_device, two_hosts):
+    folder, _ = two_hosts
+    for name in ALL:
+        assert_same_losses(folder, one_device, name)
+    masks = momentum_mask(folder)
+    jax.tree.map(np.testing.assert_array_equal, masks, momentum_mask(one_device))
+    shares = {float(np.mean(mask)) for mask in jax.tree.leaves(masks)}
+    assert min(shares) == 0.25, "the masks are not all true"
+
+
+def test_host_0_alone_prints_and_both_write_a_checkpoint(two_hosts):
+    folder, (first, second) = two_hosts
+    assert "spam" in first and f"are in {folder.name}" in first
+    assert own_lines(second) == []
+    for name in ALL:
+        assert checkpoint_steps(folder, name) == [10, 20]
+    state = folder / "checkpoints" / "adam" / "20" / "state"
+    for process in (0, 1):
+        files = (state / f"ocdbt.process_{process}").rglob("*")
+        assert sum(file.stat().st_size for file in files if file.is_file()) > 1000
+    assert len(list((folder / "tensorboard" / "adam").iterdir())) == 1
+
+
+def test_four_hosts_compute_what_one_does(one_device, trainer, tmp_path):
+    flags = [*SHORT, "--optimizer=sparse_spam", "--output=run"]
+    results = finish_all(trainer.start_hosts(4, *flags, cwd=tmp_path))
+    assert [(result.code, result.errors) for result in results] == [(0, "")] * 4
+    assert_same_losses(tmp_path / "run", one_device, "sparse_spam")
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        momentum_mask(tmp_path / "run"),
+        momentum_mask(one_device),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "names"),
+    [([], ["sparse_spam"]), (["--fsdp=2", "--tensor=2"], ALL)],
+    ids=["data", "data, fsdp and tensor"],
+)
+def test_eight_devices_compute_what_one_does(
+    one_device, trainer, tmp_path, mesh, names
+):
+    flags = [*SHORT, *mesh, "--optimizer", *names, "--output=run"]
+    code, output, errors = trainer.run(*flags, cwd=tmp_path, devices=8)
+    assert (code, errors) == (0, "")
+    assert "on 8 cpu" in output
+    for name in names:
+        assert_same_losses(tmp_path / "run", one_device, name)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        momentum_mask(tmp_path / "run"),
+        momentum_mask(one_device),
+    )
+
+
+# ------------------------------------------------------------------ stopping, resuming
+
+
+def stop_hosts(trainer, cwd, *signaled):
+    """Runs on two hosts until these of them get a SIGTERM, early; gives the step.
+
+    Host 0 stands still until the notice has been taken.
+    """
+    processes = trainer.start_hosts(2, *LONG, "--fsdp=2", "--output=run", cwd=cwd)
+    metrics = cwd / "run" / "metrics.jsonl"
+    freeze_at(processes[0], lambda: count_lines(metrics) > 2)
+    for number in signaled:
+        processes[number].send_signal(signal.SIGTERM)
+    time.sleep(1.5)  # JAX looks for a signal every second
+    processes[0].send_signal(signal.SIGCONT)
+    results = finish_all(processes)
+    assert [result.code for result in results] == [0, 0]
+    assert [own_lines(result.errors) for result in results] == [[CONTINUE], []]
+    (step,) = checkpoint_steps(cwd / "run", "adam")
+    rows = read_rows(cwd / "run")
+    assert max(row["step"] for row in rows) == step < 100
+    return step
+
+
+def test_two_hosts_stop_together_and_any_number_goes_on(trainer, tmp_path, long_run):
+    stop_hosts(trainer, tmp_path, 1)
+    for devices, mesh in ((1, []), (8, ["--fsdp=4", "--tensor=2"])):
+        folder = tmp_path / f"on-{devices}"
+        shutil.copytree(tmp_path / "run", folder / "run")
+        flags = ["--resume", *mesh, "--output=run"]
+        code, _, errors = trainer.run(*flags, cwd=folder, devices=devices)
+        assert (code, errors) == (0, "")
+        assert_same_losses(folder / "run", long_run, "adam")
+
+
+def test_two_hosts_go_on_where_both_were_stopped(trainer, tmp_path, long_run):
+    stop_hosts(trainer, tmp_path, 0, 1)
+    flags = ["--resume", "--fsdp=2", "--output=run"]
+    results = finish_all(trainer.start_hosts(2, *flags, cwd=tmp_path))
+    assert [(result.code, result.errors) for result in results] == [(0, "")] * 2
+    assert_same_losses(tmp_path / "run", long_run, "adam")
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+def test_mistake_seen_by_host_0_ends_all(trainer, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    processes = trainer.start_hosts(2, *LONG, "--output=run", cwd=tmp_path)
+    results = finish_all(processes)
+    assert [result.code for result in results] == [2, 2]
+    assert results[0].errors == (
+        "pretrain.py: error: run already holds a run: continue it with --resume, or"
+        " choose another folder with --output\n"
+    )
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {}
+
+
+def test_mistake_seen_by_another_host_ends_all(trainer, tmp_path):
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "text.txt").write_text("To be, or not to be. " * 100)
+    flags = [*LONG, "--data=text.txt", f"--output={tmp_path / 'run'}"]
+    results = finish_all(trainer.start_hosts(2, *flags, cwd=folders))
+    assert [result.code for result in results] == [2, 2]
+    for result in results:
+        assert result.errors == (
+            "pretrain.py: error: cannot read the data file text.txt: No such file or"
+            " directory\n"
+        )
+    assert not (tmp_path / "run").exists()
