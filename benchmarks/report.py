@@ -313,8 +313,8 @@ def _presets(data):
         "The very step of `examples/pretrain.py`, compiled for devices that were not "
         "at hand (`--compile-only`), with each preset's published settings: 512 "
         "sequences of 256 tokens a step, bfloat16 compute, full rematerialization, "
-        "float32 parameters and moments, sharded over all devices (`--fsdp`). GiB for each "
-        "device: parameters and optimizer state; what is allocated beside them; "
+        "float32 parameters and moments, sharded over all devices (`--fsdp`). GiB for "
+        "each device: parameters and optimizer state; what is allocated beside them; "
         "together, and of how much. Attention on the GPU is XLA's own here, for want "
         "of cuDNN, which takes more than the fused kernel.",
         preset_table(data),
