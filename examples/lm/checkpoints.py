@@ -1,6 +1,7 @@
 """Orbax checkpoints of one optimizer's run: its state and its place in the data."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -21,7 +22,9 @@ from lm.training import TrainState
 
 Place = dict[str, Any]  # state of the data's iterator, as JSON knows it
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it raises
+# Orbax logs what it raises, and asyncio the errors of reads that Orbax gave up.
+for logger in ("absl", "asyncio"):
+    logging.getLogger(logger).setLevel(logging.CRITICAL)
 
 
 class Manager(ocp.CheckpointManager):
@@ -39,10 +42,10 @@ class Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The newest checkpoints in a folder, or in a bucket (``gs://...``).
 
-    They are written behind the training's back: `save` copies the state and returns. A
-    checkpoint becomes visible when it is complete; one that was being written when the
-    program was killed is never seen. Each has a digest of what it holds, so that a
-    damaged one is told from a good one.
+    They are written behind the training's back: `save` copies the state and returns;
+    leaving the with statement waits. A checkpoint becomes visible when it is complete;
+    one that was being written when the program was killed is never seen. Each has a
+    digest of what it holds, so that a damaged one is told from a good one.
     """
 
     def __init__(self, folder: str, keep: int):
@@ -86,7 +89,11 @@ class Checkpoints:
         return self._manager.latest_step() or 0
 
     def save(self, state: TrainState, place: Place) -> None:
-        """Begins to write a checkpoint; waits for the one before to be complete."""
+        """Begins to write a checkpoint; waits for the one before to be complete.
+
+        Raises:
+          OSError: If either cannot be written.
+        """
         step = int(state.step)
         if step in (0, self.latest_step()):
             return
@@ -97,11 +104,6 @@ class Checkpoints:
         )
         with self._failing_clearly():
             self._manager.save(step, args=items)
-
-    def wait(self) -> None:
-        """Waits until the last checkpoint is complete."""
-        with self._failing_clearly():
-            self._manager.wait_until_finished()
 
     def restore(
         self, like: TrainState, recorded: int, warn: Callable[[str], None]
@@ -174,15 +176,16 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failing_clearly(self) -> Iterator[None]:
-        """Says in one line that nothing can be written, and what is left."""
+        """Raises OSError, with what is left, for all that can go wrong in writing."""
         try:
             yield
         except Exception as error:  # a full disk has many names
-            complete = ocp.utils.checkpoint_steps(self._folder)
-            left = f"that of step {max(complete)} is intact" if complete else "none yet"
-            raise UsageError(
-                f"cannot write a checkpoint to {self._folder}: {reason(error)};"
-                f" the last good one: {left}"
+            steps = sorted(ocp.utils.checkpoint_steps(self._folder))
+            complete = ", ".join(map(str, steps)) or "none"
+            raise OSError(
+                errno.EIO,
+                f"{reason(error)}; complete are the checkpoints of steps: {complete}",
+                str(self._folder),
             ) from error
 
 
