@@ -16,9 +16,12 @@ def measure(quick, track):
     """Seconds a step of each, in processes that take turns; None without torch."""
     if importlib.util.find_spec("torch") is None:
         return None
-    rounds, steps = (1, 1) if quick else (5, 4)
+    rounds, steps = (1, 1) if quick else (3, 4)
     turns = [(n, engine) for n in range(rounds) for engine in ENGINES]
-    runs = [(engine, _run(engine, steps)) for _, engine in track(turns, "trainer")]
+    runs = [
+        (engine, _run(engine, steps))
+        for _, engine in track(turns, description="trainer")
+    ]
     results = {}
     for engine in ENGINES:
         own = [run for name, run in runs if name == engine]

@@ -55,6 +55,7 @@ SHORT = [
 ]
 RESUME = ["--resume", "--output=run"]
 RESUME_SHORT = ["--resume", "--data-parallel=1"]
+LARGE = 2**16  # kilobytes of a disk that holds a run
 CONTINUE = "Interrupted. Continue with: pretrain.py --resume --output run\n"
 
 
@@ -151,7 +152,7 @@ def stream(tmp_path_factory):
 
 
 def test_streamed_run_is_interrupted_and_goes_on(stream, trainer, tmp_path):
-    """SIGTERM, Ctrl-C, SIGKILL: the place in the stream is kept each time."""
+    """By SIGTERM and by Ctrl-C: the place in the stream is kept."""
     flags = [*LONG, "--optimizer=adam", f"--data=hf:{stream}", "--tokenizer=bpe:300"]
     code, _, errors = trainer.run(*flags, "--output=whole", cwd=tmp_path)
     assert (code, errors) == (0, "")
@@ -171,9 +172,6 @@ def test_streamed_run_is_interrupted_and_goes_on(stream, trainer, tmp_path):
         assert json.loads((folder / "summary.json").read_text()) == {}
         flags = RESUME
 
-    watch = Watch(folder)
-    process = trainer.start(*flags, cwd=tmp_path)
-    kill_at(process, lambda: watch.going() and watch.rows_since("adam") > 1)
     code, _, errors = trainer.run(*flags, cwd=tmp_path)
     assert (code, errors) == (0, "")
     assert_same_run(folder, tmp_path / "whole", "adam")
@@ -216,10 +214,12 @@ def compiled_once():
 
         return lambda *args: lookup(*args[:-1], config=args[-1])
 
+    jax.config.update("jax_disable_most_optimizations", True)  # as in `Trainer`
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizers, "make", cached(optimizers.make))
         patch.setattr(training, "make_faults", cached(training.make_faults))
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def refused(capsys, *flags) -> str:
@@ -377,7 +377,7 @@ def small_disk(tmp_path):
         mount("size=64k")
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("only root may mount a disk, and not everywhere")
-    yield folder, lambda size: mount(f"remount,size={size}")
+    yield folder, lambda kilobytes: mount(f"remount,size={kilobytes}k")
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
@@ -385,20 +385,26 @@ def test_full_disk_ends_with_one_line_at_a_checkpoint(
     whole_run, trainer, small_disk, tmp_path
 ):
     disk, resize = small_disk
-    resize("1300k")
-    flags = [*LONG, "--optimizer=adam", "--output=disk/run"]
-    code, _, errors = trainer.run(*flags, cwd=tmp_path)
-    folder = disk / "run"
-    (last,) = checkpoint_steps(folder, "adam")
-    assert code == 2
+    resize(LARGE)
+    flags = [*LONG, "--optimizer=adam", "--output=run"]
+    flags += [f"--checkpoints={disk / 'checkpoints'}"]
+    watch = Watch(disk)
+    process = trainer.start(*flags, cwd=tmp_path)
+    freeze_at(process, lambda: watch.saved("adam") and not watch.saving())
+    resize(shutil.disk_usage(disk).used // 1024 + 150)  # less than a checkpoint takes
+    process.send_signal(signal.SIGCONT)
+    code, _, errors = finish(process)
+    (last,) = checkpoint_steps(disk, "adam")
+    assert code == 1
     assert errors == (
-        f"pretrain.py: error: cannot write a checkpoint to {folder}/checkpoints/adam:"
-        f" No space left on device; the last good one: that of step {last} is intact\n"
+        f"pretrain.py: error: cannot write {disk}/checkpoints/adam: No space left on"
+        f" device; complete are the checkpoints of steps: {last}\n"
     )
-    resize("64m")
-    code, _, errors = trainer.run("--resume", "--output=disk/run", cwd=tmp_path)
+    resize(LARGE)
+    code, _, errors = trainer.run(*RESUME, cwd=tmp_path)
     assert (code, errors) == (0, "")
-    assert_same_run(folder, whole_run, "adam")
+    (tmp_path / "run" / "checkpoints").symlink_to(disk / "checkpoints")
+    assert_same_run(tmp_path / "run", whole_run, "adam")
 
 
 def test_full_disk_ends_with_one_line_at_a_row(
@@ -412,7 +418,7 @@ def test_full_disk_ends_with_one_line_at_a_row(
     assert errors == (
         "pretrain.py: error: cannot write disk/run: No space left on device\n"
     )
-    resize("64m")
+    resize(LARGE)
     code, _, errors = trainer.run("--resume", "--output=disk/run", cwd=tmp_path)
     assert (code, errors) == (0, "")
     (disk / "run" / "checkpoints").symlink_to(tmp_path / "checkpoints")
@@ -446,7 +452,9 @@ def test_halts_before_an_update_that_is_not_finite(tmp_path, capsys):
         line,
     )
     assert checkpoint_steps(folder, "adam") == [5]
-    assert set(json.loads((folder / "summary.json").read_text())) == {"spam"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["adam"]["halted_at"], summary["spam"]["halted_at"]) == (6, None)
+    assert summary["spam"]["final_eval_loss"] < 5.8
     rows = steps_of(folder, "adam")
     assert sorted(rows) == [1, 2, 3, 4, 5, 6]
     assert rows[6]["update_norm"] is None and rows[5]["update_norm"] > 0
@@ -473,7 +481,7 @@ def test_state_kept_is_that_before_the_step(tmp_path, capsys):
 
 
 def test_halts_at_a_loss_that_is_not_finite(tmp_path, capsys):
-    flags = [*SHORT, "--no-spikes", "--optimizer=adam", "--learning-rate=1e18"]
+    flags = [*SHORT, "--no-spikes", "--optimizer=adam", "--learning-rate=1e14"]
     assert pretrain.main([*flags, f"--output={tmp_path / 'run'}"]) == 1
     errors = capsys.readouterr().err
     found = re.match(r"pretrain.py: adam: the loss of step (\d+) is not finite", errors)

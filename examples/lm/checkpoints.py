@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from lm.config import UsageError
 from lm.training import TrainState
 
 Place = dict[str, Any]  # state of the data's iterator, as JSON knows it
+LATE = "Event loop is closed", "Encountered error while reading array index"
 
 # Orbax logs what it raises, and asyncio the errors of reads that Orbax gave up.
 for logger in ("absl", "asyncio"):
@@ -77,11 +79,11 @@ class Checkpoints:
                 self._manager.close()
 
     def _drop_late(self, unraisable) -> None:
-        """Passes over what TensorStore's threads say when another has failed.
+        """Passes over what becomes of reads and writes after another has failed.
 
         Orbax does not listen to them any longer: each would print a traceback.
         """
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not str(unraisable.exc_value).startswith(LATE):
             self._usual_hook(unraisable)
 
     def latest_step(self) -> int:
@@ -159,6 +161,8 @@ class Checkpoints:
             places, expected = rest["data"], rest["digest"]
         except Exception as error:  # whatever becomes of a damaged file
             problem = reason(error)
+        if problem:
+            gc.collect()  # now, while `_drop_late` hears what else went wrong
         problem = hosts.any_of(problem)  # the digest takes the arrays of all hosts
         if not problem and digest(state, places) != expected:
             problem = "it is not what was saved"
