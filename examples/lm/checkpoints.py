@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import gc
+import functools
 import hashlib
 import json
 import logging
@@ -22,11 +22,25 @@ from lm.config import UsageError
 from lm.training import TrainState
 
 Place = dict[str, Any]  # state of the data's iterator, as JSON knows it
+
+# What reads and writes raise that Orbax gave up because another had failed.
 LATE = "Event loop is closed", "Encountered error while reading array index"
 
 # Orbax logs what it raises, and asyncio the errors of reads that Orbax gave up.
 for logger in ("absl", "asyncio"):
     logging.getLogger(logger).setLevel(logging.CRITICAL)
+
+
+@functools.cache
+def pass_over_late_errors() -> None:
+    """From now on; Python would print a traceback for each, whenever it comes."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable):
+        if not str(unraisable.exc_value).startswith(LATE):
+            usual(unraisable)
+
+    sys.unraisablehook = hook
 
 
 class Manager(ocp.CheckpointManager):
@@ -51,6 +65,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str, keep: int):
+        pass_over_late_errors()
         self._folder = epath.Path(folder)
         if "://" not in folder:
             self._folder = self._folder.resolve()  # Orbax insists on it
@@ -66,25 +81,12 @@ class Checkpoints:
         )
 
     def __enter__(self) -> "Checkpoints":
-        self._usual_hook, sys.unraisablehook = sys.unraisablehook, self._drop_late
         return self
 
     def __exit__(self, kind, *exception) -> None:
-        if kind is None:
-            with self._failing_clearly():
-                self._manager.close()
-            sys.unraisablehook = self._usual_hook
-        else:
-            with contextlib.suppress(Exception):  # it raises the same again
-                self._manager.close()
-
-    def _drop_late(self, unraisable) -> None:
-        """Passes over what becomes of reads and writes after another has failed.
-
-        Orbax does not listen to them any longer: each would print a traceback.
-        """
-        if not str(unraisable.exc_value).startswith(LATE):
-            self._usual_hook(unraisable)
+        # After an error, closing may raise the same again.
+        with contextlib.suppress(Exception) if kind else self._failing_clearly():
+            self._manager.close()
 
     def latest_step(self) -> int:
         """The step of the newest checkpoint, good or not; 0 if there is none."""
@@ -161,8 +163,6 @@ class Checkpoints:
             places, expected = rest["data"], rest["digest"]
         except Exception as error:  # whatever becomes of a damaged file
             problem = reason(error)
-        if problem:
-            gc.collect()  # now, while `_drop_late` hears what else went wrong
         problem = hosts.any_of(problem)  # the digest takes the arrays of all hosts
         if not problem and digest(state, places) != expected:
             problem = "it is not what was saved"
