@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-TIMEOUT = 300  # seconds after which a program counts as hung
+TIMEOUT = 900  # seconds after which a program counts as hung
 TIMING = ("tokens_per_second", "flops_utilization")  # differ from run to run
 
 
