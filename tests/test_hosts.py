@@ -1,18 +1,23 @@
 """The trainer on several hosts and devices: processes that talk to each other."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 import spam_optax
-from lm import model, optimizers, sharding, training
+from lm import hosts, model, optimizers, sharding, training
+from lm.checkpoints import Checkpoints
+from lm.config import UsageError
 from lm.run_folder import Run
 from trainer_process import (
     Trainer,
@@ -33,7 +38,8 @@ FLAGS = [
     "--no-spikes",
 ]
 SHORT = [*FLAGS, "--steps=20", "--checkpoint-every=10"]
-LONG = [*FLAGS, "--steps=100", "--checkpoint-every=100", "--optimizer=adam"]
+LONG = [*FLAGS, "--steps=40", "--checkpoint-every=4", "--optimizer=adam"]
+ASK = "reached_preemption_sync_point"
 CONTINUE = "Interrupted. Continue with: pretrain.py --resume --output run"
 
 
@@ -175,14 +181,14 @@ def test_eight_devices_compute_what_one_does(
 # ------------------------------------------------------------------ stopping, resuming
 
 
-def stop_hosts(trainer, cwd, *signaled):
-    """Runs on two hosts until these of them get a SIGTERM, early; gives the step.
+def stop_hosts(trainer, cwd, *signaled) -> int:
+    """Runs on two hosts until these of them get a SIGTERM; gives the step.
 
     Host 0 stands still until the notice has been taken.
     """
     processes = trainer.start_hosts(2, *LONG, "--fsdp=2", "--output=run", cwd=cwd)
     metrics = cwd / "run" / "metrics.jsonl"
-    freeze_at(processes[0], lambda: count_lines(metrics) > 2)
+    freeze_at(processes[0], lambda: count_lines(metrics) > 6)
     for number in signaled:
         processes[number].send_signal(signal.SIGTERM)
     time.sleep(1.5)  # JAX looks for a signal every second
@@ -190,9 +196,8 @@ def stop_hosts(trainer, cwd, *signaled):
     results = finish_all(processes)
     assert [result.code for result in results] == [0, 0]
     assert [own_lines(result.errors) for result in results] == [[CONTINUE], []]
-    (step,) = checkpoint_steps(cwd / "run", "adam")
-    rows = read_rows(cwd / "run")
-    assert max(row["step"] for row in rows) == step < 100
+    step = checkpoint_steps(cwd / "run", "adam")[-1]
+    assert max(row["step"] for row in read_rows(cwd / "run")) == step < 40
     return step
 
 
@@ -207,12 +212,40 @@ def test_two_hosts_stop_together_and_any_number_goes_on(trainer, tmp_path, long_
         assert_same_losses(folder / "run", long_run, "adam")
 
 
-def test_two_hosts_go_on_where_both_were_stopped(trainer, tmp_path, long_run):
-    stop_hosts(trainer, tmp_path, 0, 1)
+def test_two_hosts_go_back_if_one_cannot_read_its_part(trainer, tmp_path, long_run):
+    step = stop_hosts(trainer, tmp_path, 0, 1)
+    newest = tmp_path / "run" / "checkpoints" / "adam" / str(step)
+    files = (newest / "state" / "ocdbt.process_1" / "d").iterdir()
+    os.truncate(max(files, key=lambda file: file.stat().st_size), 1000)
     flags = ["--resume", "--fsdp=2", "--output=run"]
     results = finish_all(trainer.start_hosts(2, *flags, cwd=tmp_path))
-    assert [(result.code, result.errors) for result in results] == [(0, "")] * 2
+    assert [result.code for result in results] == [0, 0]
+    (line,) = results[0].errors.splitlines()
+    assert f"going back from the checkpoint of step {step} to the one before" in line
+    assert results[1].errors == ""
     assert_same_losses(tmp_path / "run", long_run, "adam")
+
+
+def test_jax_is_asked_whether_to_stop_with_numbers_that_grow(monkeypatch):
+    """Though the steps begin again with every optimizer.
+
+    JAX lets the hosts stop at a number that none of them has reached yet.
+    """
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, ASK, lambda number: asked.append(number))
+    stop = hosts.StopRequest()
+    assert not any(stop.seen(step) for step in (1, 2, 3, 1, 2, 3))
+    assert asked == [1, 2, 3, 4, 5, 6]
+
+
+def test_saving_does_not_ask_whether_to_stop(monkeypatch, tmp_path):
+    """Orbax would, and with the step of a checkpoint, which may have gone by."""
+    monkeypatch.setattr(multihost_utils, ASK, lambda number: pytest.fail("asked"))
+    state = training.TrainState(jnp.int32(3), False, {}, (), ())
+    with Checkpoints(str(tmp_path), keep=2) as checkpoints:
+        checkpoints.save(state, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
 
 
 # --------------------------------------------------------------------------- mistakes
@@ -245,3 +278,9 @@ def test_mistake_seen_by_another_host_ends_all(trainer, tmp_path):
             " directory\n"
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:port"])
+def test_coordinator_has_a_port(address):
+    with pytest.raises(UsageError, match=f"must be HOST:PORT, not '{address}'"):
+        hosts.connect(hosts.Cluster(False, address, 2, 0))

@@ -398,7 +398,7 @@ def test_full_disk_ends_with_one_line_at_a_checkpoint(
     assert code == 1
     assert errors == (
         f"pretrain.py: error: cannot write {disk}/checkpoints/adam: No space left on"
-        f" device; complete are the checkpoints of steps: {last}\n"
+        f" device; complete checkpoints: {last}\n"
     )
     resize(LARGE)
     code, _, errors = trainer.run(*RESUME, cwd=tmp_path)
@@ -423,6 +423,18 @@ def test_full_disk_ends_with_one_line_at_a_row(
     assert (code, errors) == (0, "")
     (disk / "run" / "checkpoints").symlink_to(tmp_path / "checkpoints")
     assert_same_run(disk / "run", whole_run, "adam")
+
+
+def test_checkpoints_where_there_can_be_none(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    flags = [*SHORT, "--optimizer=adam", f"--output={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit) as exit_:
+        pretrain.main([*flags, f"--checkpoints={tmp_path / 'file'}"])
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == (
+        f"pretrain.py: error: cannot write {tmp_path / 'file' / 'adam'}: Not a"
+        " directory; complete checkpoints: none\n"
+    )
 
 
 # ------------------------------------------------------------------------- not finite

@@ -69,16 +69,17 @@ class Checkpoints:
         self._folder = epath.Path(folder)
         if "://" not in folder:
             self._folder = self._folder.resolve()  # Orbax insists on it
-        self._manager = Manager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True
-            ),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "rest": ocp.JsonCheckpointHandler(),
-            },
-        )
+        with self._failing_clearly():
+            self._manager = Manager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, cleanup_tmp_directories=True
+                ),
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "rest": ocp.JsonCheckpointHandler(),
+                },
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -152,14 +153,18 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: TrainState):
-        """State and places of one checkpoint, and what is wrong with it if it is."""
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), rest=ocp.args.JsonRestore()
-        )
+        """State and places of one checkpoint, and what is wrong with it, if anything.
+
+        The manager would wait for all hosts, and for ever for one that cannot read.
+        """
+        folder = self._folder / str(step)
+        restore_state = ocp.args.StandardRestore(like)
         state, places, expected, problem = None, [], "", ""
         try:
-            restored = self._manager.restore(step, args=items)
-            state, rest = restored.state, restored.rest
+            state = ocp.StandardCheckpointHandler().restore(
+                folder / "state", args=restore_state
+            )
+            rest = ocp.JsonCheckpointHandler().restore(folder / "rest")
             places, expected = rest["data"], rest["digest"]
         except Exception as error:  # whatever becomes of a damaged file
             problem = reason(error)
@@ -184,13 +189,16 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # a full disk has many names
+            message = f"{reason(error)}; complete checkpoints: {self._complete()}"
+            raise OSError(errno.EIO, message, str(self._folder)) from error
+
+    def _complete(self) -> str:
+        """The steps whose checkpoints are complete, as one reads them."""
+        try:
             steps = sorted(ocp.utils.checkpoint_steps(self._folder))
-            complete = ", ".join(map(str, steps)) or "none"
-            raise OSError(
-                errno.EIO,
-                f"{reason(error)}; complete are the checkpoints of steps: {complete}",
-                str(self._folder),
-            ) from error
+        except Exception:  # the folder itself cannot be reached
+            steps = []
+        return ", ".join(map(str, steps)) or "none"
 
 
 def digest(state: TrainState, places: list[str]) -> str:
@@ -233,6 +241,8 @@ def reason(error: Exception) -> str:
     if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's form
         return os.strerror(int(code[1]))
     error = error.__cause__ or error  # Orbax may wrap it in a long description
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = str(error).strip().splitlines()
     return (
         f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -5,6 +5,7 @@ for checkpoints, to which every host writes its part.
 """
 
 import contextlib
+import re
 import signal
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
@@ -16,7 +17,6 @@ from jax.experimental import multihost_utils
 from lm.config import UsageError
 
 T = TypeVar("T")
-
 
 LEAVING = 60  # seconds that a host which fails waits for the others, and ends them
 
@@ -38,6 +38,9 @@ def connect(cluster: Cluster) -> None:
     """Joins the other processes; must come before anything else that JAX does."""
     if not cluster.given:
         return
+    address = cluster.coordinator
+    if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
+        raise UsageError(f"--coordinator must be HOST:PORT, not {address!r}")
     try:
         jax.distributed.initialize(
             cluster.coordinator,
