@@ -31,6 +31,18 @@ def abs_sq(x: jax.Array) -> jax.Array:
     return x * x
 
 
+def norm(x: jax.Array) -> jax.Array:
+    """Euclidean norm of finite numbers, though the sum of their squares overflow."""
+    unit = 2.0**-40  # Of 2**80 numbers the sum is then finite.
+    total, scaled = jnp.sum(abs_sq(x)), jnp.sum(abs_sq(widen(x) * unit))
+    return jnp.where(jnp.isfinite(total), jnp.sqrt(total), jnp.sqrt(scaled) / unit)
+
+
+def stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A vector of one number a tensor; empty if there is no tensor."""
+    return jnp.stack(scalars).astype(dtype) if scalars else jnp.zeros([0], dtype)
+
+
 def narrow_like(x: jax.Array, nu: jax.Array) -> jax.Array:
     """`x` no wider than arithmetic with `nu`: what does not fit becomes infinite."""
     real = compute_dtype(nu)

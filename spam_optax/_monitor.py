@@ -118,7 +118,7 @@ def track_spikes(
             updates, state.inner_state, params, **extra_args
         )
         norm = _norms([functional.zero_nonfinite(g) for g in gradients])
-        nonfinite = _stack(
+        nonfinite = _arithmetic.stack(
             [_arithmetic.totals(functional.nonfinite_mask(g))[0] for g in gradients],
             jnp.int32,
         )
@@ -173,10 +173,6 @@ def tensor_name(path: tuple) -> str:
     return name.removesuffix("/value")
 
 
-def _stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
-    return jnp.stack(scalars).astype(dtype) if scalars else jnp.zeros([0], dtype)
-
-
 def _norms(tensors: list[jax.Array]) -> jax.Array:
     squares = [jnp.sum(_arithmetic.abs_sq(x)) for x in tensors]
-    return _stack([jnp.sqrt(x) for x in squares], jnp.float32)
+    return _arithmetic.stack([jnp.sqrt(x) for x in squares], jnp.float32)

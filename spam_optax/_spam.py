@@ -5,17 +5,13 @@ Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Trainin
 """
 
 import functools
-import numbers
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _validate, functional
-
-Mask = optax.Params | Callable[[optax.Params], Any]
+from spam_optax import _arithmetic, _moments, _validate, functional
 
 
 class SpamClipState(NamedTuple):
@@ -157,8 +153,8 @@ def spam_clip(
     def init_fn(params: optax.Params) -> SpamClipState:
         return SpamClipState(
             jnp.zeros([], jnp.int32),
-            _init_nu("spam_clip", params, nu_dtype),
-            *_init_counters(count_spikes, 4),
+            _moments.init_nu("spam_clip", params, nu_dtype),
+            *_moments.init_counters(count_spikes, 4),
         )
 
     def update_fn(
@@ -170,16 +166,16 @@ def spam_clip(
         _validate.check_same_tree("spam_clip", updates, state.clip_nu)
         step = optax.safe_increment(state.clip_step)
         position = functional.reset_position(step, reset_interval)
-        nu = _zero_at_reset(state.clip_nu, position)
-        gradients = map_leaves(_arithmetic.narrow_like, updates, nu)
+        nu = _moments.zero_at_reset(state.clip_nu, position)
+        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, nu)
         rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
         counters = (None,) * 4
         if count_spikes:
-            nonfinite = map_leaves(functional.nonfinite_mask, gradients)
+            nonfinite = _moments.map_leaves(functional.nonfinite_mask, gradients)
             nu, counters = _count(gradients, nonfinite, nu, state, rule)
         clipped, nu = _clip(gradients, nu, b2, rule)
-        nu = _cast_like(nu, state.clip_nu)
-        return _cast_like(clipped, updates), SpamClipState(step, nu, *counters)
+        nu = _moments.cast_like(nu, state.clip_nu)
+        return _moments.cast_like(clipped, updates), SpamClipState(step, nu, *counters)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -254,9 +250,9 @@ def scale_by_spam_adam(
     def init_fn(params: optax.Params) -> ScaleBySpamAdamState:
         return ScaleBySpamAdamState(
             jnp.zeros([], jnp.int32),
-            _init_mu("scale_by_spam_adam", params, mu_dtype),
-            _init_nu("scale_by_spam_adam", params, nu_dtype),
-            *_init_counters(count_dropped, 2),
+            _moments.init_mu("scale_by_spam_adam", params, mu_dtype),
+            _moments.init_nu("scale_by_spam_adam", params, nu_dtype),
+            *_moments.init_counters(count_dropped, 2),
         )
 
     def update_fn(
@@ -268,22 +264,26 @@ def scale_by_spam_adam(
         _validate.check_not_complex("scale_by_spam_adam", updates, state.mu)
         step = optax.safe_increment(state.count)
         position = functional.reset_position(step, reset_interval)
-        gradients = map_leaves(_arithmetic.narrow_like, updates, state.nu)
-        finite = map_leaves(functional.zero_nonfinite, gradients)
+        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, state.nu)
+        finite = _moments.map_leaves(functional.zero_nonfinite, gradients)
         counters = (None, None)
         if count_dropped:
-            nonfinite = map_leaves(functional.nonfinite_mask, gradients)
+            nonfinite = _moments.map_leaves(functional.nonfinite_mask, gradients)
             each = map(_arithmetic.totals, jax.tree.leaves(nonfinite))
-            dropped = _total([count for (count,) in each])
+            dropped = _moments.total([count for (count,) in each])
             total = _arithmetic.saturating_add(state.dropped_total, dropped)
             counters = dropped, total
-        mu = _moment(_zero_at_reset(state.mu, position), finite, b1, _arithmetic.widen)
-        nu = _moment(_zero_at_reset(state.nu, position), finite, b2, _arithmetic.abs_sq)
+        mu = _moments.move_all(
+            _moments.zero_at_reset(state.mu, position), finite, b1, _arithmetic.widen
+        )
+        nu = _moments.move_all(
+            _moments.zero_at_reset(state.nu, position), finite, b2, _arithmetic.abs_sq
+        )
         direction = _direction(mu, nu, step_scale(step), eps)
-        return cast_updates(direction, updates, params), ScaleBySpamAdamState(
+        return _moments.cast_updates(direction, updates, params), ScaleBySpamAdamState(
             step,
-            _cast_like(mu, state.mu),
-            _cast_like(nu, state.nu),
+            _moments.cast_like(mu, state.mu),
+            _moments.cast_like(nu, state.nu),
             *counters,
         )
 
@@ -297,7 +297,7 @@ def spam_adam(
     eps: jax.typing.ArrayLike = 1e-6,
     *,
     weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Mask | None = None,
+    mask: _moments.Mask | None = None,
     reset_interval: jax.typing.ArrayLike | None = 500,
     warmup_steps: jax.typing.ArrayLike = 150,
     restart_bias_correction: bool = False,
@@ -387,8 +387,8 @@ def spam_adam(
 
     .. seealso:: :func:`spam`, :func:`reset_moments`
     """
-    check_optimizer("spam_adam", learning_rate, weight_decay)
-    return optax.chain(
+    return _moments.optimizer(
+        "spam_adam",
         scale_by_spam_adam(
             b1,
             b2,
@@ -400,9 +400,9 @@ def spam_adam(
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
-        decay_weights(weight_decay, mask) or optax.identity(),
-        optax.scale_by_learning_rate(learning_rate),
-        optax.stateless(cast_to_params),
+        learning_rate,
+        weight_decay,
+        mask,
     )
 
 
@@ -463,10 +463,10 @@ def scale_by_spam(
     ) -> tuple[optax.Updates, ScaleBySpamState]:
         _validate.check_same_tree("scale_by_spam", updates, state.mu)
         _validate.check_not_complex("scale_by_spam", updates, state.mu)
-        gradients = map_leaves(_arithmetic.narrow_like, updates, state.nu)
-        nonfinite = map_leaves(functional.nonfinite_mask, gradients)
+        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, state.nu)
+        nonfinite = _moments.map_leaves(functional.nonfinite_mask, gradients)
         direction, state = spam_step(gradients, nonfinite, state, settings)
-        return cast_updates(direction, updates, params), state
+        return _moments.cast_updates(direction, updates, params), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -482,7 +482,7 @@ def spam(
     clip_unseen: bool = False,
     count_spikes: bool = True,
     weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Mask | None = None,
+    mask: _moments.Mask | None = None,
     reset_interval: jax.typing.ArrayLike | None = 500,
     warmup_steps: jax.typing.ArrayLike = 150,
     restart_bias_correction: bool = False,
@@ -585,8 +585,8 @@ def spam(
 
     .. seealso:: :func:`spam_clip`, :func:`spam_adam`
     """
-    check_optimizer("spam", learning_rate, weight_decay)
-    return optax.chain(
+    return _moments.optimizer(
+        "spam",
         scale_by_spam(
             b1,
             b2,
@@ -601,13 +601,13 @@ def spam(
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
-        decay_weights(weight_decay, mask) or optax.identity(),
-        optax.scale_by_learning_rate(learning_rate),
-        optax.stateless(cast_to_params),
+        learning_rate,
+        weight_decay,
+        mask,
     )
 
 
-# What the transformations above share: checks, initial state, one step, casts.
+# What the transformations above share: checks, initial state, one step.
 
 
 def _check_clip(function, threshold, b2, reset_interval, grace_steps) -> None:
@@ -622,11 +622,6 @@ def _check_adam(function, b1, b2, eps, reset_interval, warmup_steps) -> None:
     _validate.check_number(function, "eps", eps, above=0)
     _validate.check_reset(function, reset_interval)
     _validate.check_steps(function, "warmup_steps", warmup_steps, low=0)
-
-
-def check_optimizer(function, learning_rate, weight_decay) -> None:
-    _validate.check_learning_rate(function, learning_rate)
-    _validate.check_number(function, "weight_decay", weight_decay, at_least=0)
 
 
 class SpamSettings(NamedTuple):
@@ -673,9 +668,9 @@ def init_spam(
     """The state of :func:`scale_by_spam` for moments shaped like `params`."""
     return ScaleBySpamState(
         jnp.zeros([], jnp.int32),
-        _init_mu(function, params, settings.mu_dtype),
-        _init_nu(function, params, settings.nu_dtype),
-        *_init_counters(settings.count_spikes, 4),
+        _moments.init_mu(function, params, settings.mu_dtype),
+        _moments.init_nu(function, params, settings.nu_dtype),
+        *_moments.init_counters(settings.count_spikes, 4),
     )
 
 
@@ -702,15 +697,15 @@ def spam_step(
     )
     step = optax.safe_increment(state.count)
     position = functional.reset_position(step, interval)
-    mu, nu = (_zero_at_reset(x, position) for x in (state.mu, state.nu))
+    mu, nu = (_moments.zero_at_reset(x, position) for x in (state.mu, state.nu))
     # Widened first: nothing forces a clipped bfloat16 gradient back to bfloat16.
-    gradients = map_leaves(_arithmetic.widen, gradients)
+    gradients = _moments.map_leaves(_arithmetic.widen, gradients)
     rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
     counters = (None,) * 4
     if count_spikes:
         nu, counters = _count(gradients, nonfinite, nu, state, rule)
     clipped, nu = _clip(gradients, nu, b2, rule)
-    mu = _moment(mu, clipped, b1, _arithmetic.widen)
+    mu = _moments.move_all(mu, clipped, b1, _arithmetic.widen)
     scale = _step_scale(
         step,
         b1=b1,
@@ -720,45 +715,8 @@ def spam_step(
         restart_bias_correction=settings.restart_bias_correction,
     )
     direction = _direction(mu, nu, scale, eps)
-    mu, nu = _cast_like(mu, state.mu), _cast_like(nu, state.nu)
+    mu, nu = _moments.cast_like(mu, state.mu), _moments.cast_like(nu, state.nu)
     return direction, ScaleBySpamState(step, mu, nu, *counters)
-
-
-def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Maps `f` over the leaves; None, a parameter without a gradient, stays None."""
-    return jax.tree.map(
-        lambda x, *xs: None if x is None else f(x, *xs),
-        tree,
-        *rest,
-        is_leaf=lambda x: x is None,
-    )
-
-
-def _init_mu(function: str, params: optax.Params, dtype: Any) -> optax.Updates:
-    def zeros(path, p):
-        wide = _validate.check_inexact(function, path, p)
-        narrow = dtype is not None and not jnp.iscomplexobj(p)
-        return jnp.zeros_like(p, dtype=dtype if narrow else wide)
-
-    return jax.tree_util.tree_map_with_path(zeros, params)
-
-
-def _init_nu(function: str, params: optax.Params, dtype: Any) -> optax.Updates:
-    def zeros(path, p):
-        wide = _validate.check_inexact(function, path, p)
-        return jnp.zeros_like(p, dtype=dtype or jnp.finfo(wide).dtype)
-
-    return jax.tree_util.tree_map_with_path(zeros, params)
-
-
-def _init_counters(is_counted: bool, n: int) -> tuple[jax.Array | None, ...]:
-    return tuple(jnp.zeros([], jnp.int32) if is_counted else None for _ in range(n))
-
-
-def _zero_at_reset(moments: optax.Updates, position: jax.Array) -> optax.Updates:
-    return jax.tree.map(
-        lambda x: jnp.where(position == 0, jnp.zeros_like(x), x), moments
-    )
 
 
 class SpikeRule(NamedTuple):
@@ -793,10 +751,10 @@ def _clip(
     """
 
     def move(v, g):
-        return _move(v, functional.clipped_square(g, v, **rule.arguments()), b2)
+        return _moments.move(v, functional.clipped_square(g, v, **rule.arguments()), b2)
 
     def clip(g, v):
-        seen = v != _move(jnp.zeros_like(v), _arithmetic.abs_sq(g), b2)
+        seen = v != _moments.move(jnp.zeros_like(v), _arithmetic.abs_sq(g), b2)
         # The margin is rounding's: what is within the limit must pass bit for bit.
         margin = 1 + 16 * float(jnp.finfo(v.dtype).eps)
         threshold = rule.threshold / (b2 + (1 - b2) * rule.threshold) * margin
@@ -805,8 +763,8 @@ def _clip(
             g, v, **rule.arguments(threshold=threshold, active=active)
         )
 
-    nu = _map_moments(move, nu, gradients)
-    return map_leaves(clip, gradients, nu), nu
+    nu = _moments.map_moments(move, nu, gradients)
+    return _moments.map_leaves(clip, gradients, nu), nu
 
 
 def _count(
@@ -822,57 +780,16 @@ def _count(
         spikes = functional.spike_mask(g, v, **rule.arguments())
         return _arithmetic.totals(spikes, bad)
 
-    counts = map_leaves(of_leaf, gradients, nonfinite, nu)
-    nu = _map_moments(lambda v, n: _arithmetic.read_first(v, n[0]), nu, counts)
+    counts = _moments.map_leaves(of_leaf, gradients, nonfinite, nu)
+    nu = _moments.map_moments(lambda v, n: _arithmetic.read_first(v, n[0]), nu, counts)
     each = jax.tree.leaves(counts)
-    spike_count, nonfinite_count = _total(each[::2]), _total(each[1::2])
+    spike_count, nonfinite_count = _moments.total(each[::2]), _moments.total(each[1::2])
     return nu, (
         spike_count,
         _arithmetic.saturating_add(state.spike_total, spike_count),
         nonfinite_count,
         _arithmetic.saturating_add(state.nonfinite_total, nonfinite_count),
     )
-
-
-def _total(counts: list[jax.Array]) -> jax.Array:
-    return functools.reduce(
-        _arithmetic.saturating_add, counts, jnp.zeros([], jnp.int32)
-    )
-
-
-def _map_moments(
-    f: Callable[..., jax.Array], moments: optax.Updates, gradients: Any
-) -> optax.Updates:
-    """Maps `f` over moments and gradients; without a gradient a moment stays."""
-    leaves, structure = jax.tree.flatten(moments)
-    return jax.tree.unflatten(
-        structure,
-        [
-            moment if g is None else f(moment, g)
-            for moment, g in zip(
-                leaves, structure.flatten_up_to(gradients), strict=True
-            )
-        ],
-    )
-
-
-def _move(
-    moment: jax.Array, target: jax.Array, decay: jax.typing.ArrayLike
-) -> jax.Array:
-    """Moves a moment towards `target`, in the wide dtype."""
-    moment = _arithmetic.widen(moment)
-    dtype = jnp.promote_types(moment.dtype, target.dtype)
-    # Cast: an injected float64 decay must not widen a float32 moment.
-    return (decay * moment + (1 - decay) * target).astype(dtype)
-
-
-def _moment(
-    moments: optax.Updates,
-    gradients: optax.Updates,
-    decay: jax.typing.ArrayLike,
-    power: Callable[[jax.Array], jax.Array],
-) -> optax.Updates:
-    return _map_moments(lambda m, g: _move(m, power(g), decay), moments, gradients)
 
 
 def _step_scale(
@@ -891,41 +808,6 @@ def _step_scale(
 def _direction(
     mu: optax.Updates, nu: optax.Updates, scale: jax.Array, eps: jax.typing.ArrayLike
 ) -> optax.Updates:
-    return map_leaves(
+    return _moments.map_leaves(
         lambda m, v: (scale * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu
     )
-
-
-def _cast_like(tree: Any, like: Any) -> Any:
-    return map_leaves(
-        lambda x, y: _arithmetic.cast(x, jnp.asarray(y).dtype), tree, like
-    )
-
-
-def cast_updates(
-    direction: optax.Updates, updates: optax.Updates, params: optax.Params | None
-) -> optax.Updates:
-    """Casts to the parameters' dtype, or the gradients'; None where no gradient was."""
-    like = updates if params is None else params
-    return map_leaves(
-        lambda g, d, y: _arithmetic.cast(d, jnp.asarray(y).dtype),
-        updates,
-        direction,
-        like,
-    )
-
-
-def cast_to_params(
-    updates: optax.Updates, params: optax.Params | None
-) -> optax.Updates:
-    """Undoes the widening by an injected learning rate or weight decay."""
-    return updates if params is None else _cast_like(updates, params)
-
-
-def decay_weights(
-    weight_decay: jax.typing.ArrayLike, mask: Mask | None
-) -> optax.GradientTransformation | None:
-    """Decoupled weight decay; None if there is nothing to decay."""
-    if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
-        return None
-    return optax.add_decayed_weights(weight_decay, mask)

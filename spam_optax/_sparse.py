@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spam_optax import _arithmetic, _monitor, _spam, _validate, functional
+from spam_optax import _arithmetic, _moments, _monitor, _spam, _validate, functional
 
 SparseParams = Any | Callable[[optax.Params], Any]
 
@@ -130,7 +130,7 @@ def sparse_spam(
     clip_unseen: bool = False,
     count_spikes: bool = True,
     weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: _spam.Mask | None = None,
+    mask: _moments.Mask | None = None,
     reset_interval: jax.typing.ArrayLike | None = 500,
     warmup_steps: jax.typing.ArrayLike = 150,
     restart_bias_correction: bool = False,
@@ -245,7 +245,7 @@ def sparse_spam(
 
     .. seealso:: :func:`spam_optax.spam`, :func:`matrices_only`, :func:`momentum_mask`
     """
-    _spam.check_optimizer("sparse_spam", learning_rate, weight_decay)
+    _moments.check_optimizer("sparse_spam", learning_rate, weight_decay)
     return optax.chain(
         _scale_and_decay(
             "sparse_spam",
@@ -264,10 +264,10 @@ def sparse_spam(
                 nu_dtype=nu_dtype,
             ),
             _MaskSettings(density, sparse_params, key, selection, row_blocks),
-            _spam.decay_weights(weight_decay, mask),
+            _moments.decay_weights(weight_decay, mask),
         ),
         optax.scale_by_learning_rate(learning_rate),
-        optax.stateless(_spam.cast_to_params),
+        optax.stateless(_moments.cast_to_params),
     )
 
 
@@ -470,21 +470,21 @@ def _scale_and_decay(
         seeds, lanes = _draw(function, updates, state, params, settings, masks)
         moments = state.inner_state
         groups = _groups(seeds, lanes, moments.mu, updates)
-        gradients = _spam.map_leaves(_arithmetic.narrow_like, updates, moments.nu)
-        picked = _spam.map_leaves(lambda g, group: group.pick(g), gradients, groups)
-        nonfinite = _spam.map_leaves(
+        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, moments.nu)
+        picked = _moments.map_leaves(lambda g, group: group.pick(g), gradients, groups)
+        nonfinite = _moments.map_leaves(
             lambda g, group: group.count(functional.nonfinite_mask, g),
             gradients,
             groups,
         )
         direction, moments = _spam.spam_step(picked, nonfinite, moments, settings)
-        direction = _spam.cast_updates(direction, updates, params)
+        direction = _moments.cast_updates(direction, updates, params)
         place = lambda x, group: group.place(x)  # noqa: E731
-        updates = _spam.map_leaves(place, direction, groups)
+        updates = _moments.map_leaves(place, direction, groups)
         if decay is not None:
             updates, _ = decay.update(updates, decay.init(params), params)
             keep = lambda x, group: jnp.where(group.mask, x, 0)  # noqa: E731
-            updates = _spam.map_leaves(keep, updates, groups)
+            updates = _moments.map_leaves(keep, updates, groups)
         return updates, ScaleBySparseSpamState(seeds, lanes, moments)
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -1,0 +1,163 @@
+"""What all optimizers with moments share: their state, one step of it, casts, decay.
+
+A moment is an exponential moving average of a power of the gradient, stored in a dtype
+of its own. ``function`` is the name of the transformation, for messages.
+"""
+
+import functools
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _arithmetic, _validate
+
+Mask = optax.Params | Callable[[optax.Params], Any]
+
+
+def check_optimizer(function: str, learning_rate: Any, weight_decay: Any) -> None:
+    """Raises if what all optimizers take is out of range."""
+    _validate.check_learning_rate(function, learning_rate)
+    _validate.check_number(function, "weight_decay", weight_decay, at_least=0)
+
+
+def init_mu(function: str, params: optax.Params, dtype: Any) -> optax.Updates:
+    """First moments: in `dtype`, or wide; complex ones stay complex."""
+
+    def zeros(path, p):
+        wide = _validate.check_inexact(function, path, p)
+        narrow = dtype is not None and not jnp.iscomplexobj(p)
+        return jnp.zeros_like(p, dtype=dtype if narrow else wide)
+
+    return jax.tree_util.tree_map_with_path(zeros, params)
+
+
+def init_nu(function: str, params: optax.Params, dtype: Any) -> optax.Updates:
+    """Second moments, always real."""
+
+    def zeros(path, p):
+        wide = _validate.check_inexact(function, path, p)
+        return jnp.zeros_like(p, dtype=dtype or jnp.finfo(wide).dtype)
+
+    return jax.tree_util.tree_map_with_path(zeros, params)
+
+
+def init_counters(is_counted: bool, n: int) -> tuple[jax.Array | None, ...]:
+    """`n` counters, or in their places None."""
+    return tuple(jnp.zeros([], jnp.int32) if is_counted else None for _ in range(n))
+
+
+def zero_at_reset(moments: optax.Updates, position: jax.Array) -> optax.Updates:
+    """The moments, or zeros in a reset step, whose `position` is 0."""
+    return jax.tree.map(
+        lambda x: jnp.where(position == 0, jnp.zeros_like(x), x), moments
+    )
+
+
+def move(
+    moment: jax.Array, target: jax.Array, decay: jax.typing.ArrayLike
+) -> jax.Array:
+    """Moves a moment towards `target`, in the wide dtype."""
+    moment = _arithmetic.widen(moment)
+    dtype = jnp.promote_types(moment.dtype, target.dtype)
+    # Cast: an injected float64 decay must not widen a float32 moment.
+    return (decay * moment + (1 - decay) * target).astype(dtype)
+
+
+def move_all(
+    moments: optax.Updates,
+    gradients: optax.Updates,
+    decay: jax.typing.ArrayLike,
+    power: Callable[[jax.Array], jax.Array],
+) -> optax.Updates:
+    """Moves all moments towards that power of their gradients."""
+    return map_moments(lambda m, g: move(m, power(g), decay), moments, gradients)
+
+
+def map_moments(
+    f: Callable[..., jax.Array], moments: optax.Updates, gradients: Any
+) -> optax.Updates:
+    """Maps `f` over moments and gradients; without a gradient a moment stays."""
+    leaves, structure = jax.tree.flatten(moments)
+    return jax.tree.unflatten(
+        structure,
+        [
+            moment if g is None else f(moment, g)
+            for moment, g in zip(
+                leaves, structure.flatten_up_to(gradients), strict=True
+            )
+        ],
+    )
+
+
+def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps `f` over the leaves; None, a parameter without a gradient, stays None."""
+    return jax.tree.map(
+        lambda x, *xs: None if x is None else f(x, *xs),
+        tree,
+        *rest,
+        is_leaf=lambda x: x is None,
+    )
+
+
+def total(counts: list[jax.Array]) -> jax.Array:
+    """Sum of counts that stops at the largest int32."""
+    return functools.reduce(
+        _arithmetic.saturating_add, counts, jnp.zeros([], jnp.int32)
+    )
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Casts every leaf to the dtype of its counterpart in `like`."""
+    return map_leaves(
+        lambda x, y: _arithmetic.cast(x, jnp.asarray(y).dtype), tree, like
+    )
+
+
+def cast_updates(
+    direction: optax.Updates, updates: optax.Updates, params: optax.Params | None
+) -> optax.Updates:
+    """Casts to the parameters' dtype, or the gradients'; None where no gradient was."""
+    like = updates if params is None else params
+    return map_leaves(
+        lambda g, d, y: _arithmetic.cast(d, jnp.asarray(y).dtype),
+        updates,
+        direction,
+        like,
+    )
+
+
+def cast_to_params(
+    updates: optax.Updates, params: optax.Params | None
+) -> optax.Updates:
+    """Undoes the widening by an injected learning rate or weight decay."""
+    return updates if params is None else cast_like(updates, params)
+
+
+def decay_weights(
+    weight_decay: jax.typing.ArrayLike, mask: Mask | None
+) -> optax.GradientTransformation | None:
+    """Decoupled weight decay; None if there is nothing to decay."""
+    if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
+        return None
+    return optax.add_decayed_weights(weight_decay, mask)
+
+
+def optimizer(
+    function: str,
+    scale: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: jax.typing.ArrayLike,
+    mask: Mask | None,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale` with decoupled weight decay and a learning rate."""
+    check_optimizer(function, learning_rate, weight_decay)
+    return optax.chain(
+        scale,
+        decay_weights(weight_decay, mask) or optax.identity(),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.stateless(cast_to_params),
+    )
