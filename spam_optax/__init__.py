@@ -26,5 +26,14 @@ from spam_optax._sparse import momentum_density as momentum_density
 from spam_optax._sparse import momentum_mask as momentum_mask
 from spam_optax._sparse import scale_by_sparse_spam as scale_by_sparse_spam
 from spam_optax._sparse import sparse_spam as sparse_spam
+from spam_optax._stable_spam import AdaclipState as AdaclipState
+from spam_optax._stable_spam import AdagnState as AdagnState
+from spam_optax._stable_spam import GradientStabilizerState as GradientStabilizerState
+from spam_optax._stable_spam import ScaleByStableSpamState as ScaleByStableSpamState
+from spam_optax._stable_spam import adaclip as adaclip
+from spam_optax._stable_spam import adagn as adagn
+from spam_optax._stable_spam import gradient_stabilizer as gradient_stabilizer
+from spam_optax._stable_spam import scale_by_stable_spam as scale_by_stable_spam
+from spam_optax._stable_spam import stable_spam as stable_spam
 
 __version__ = "0.1.0"

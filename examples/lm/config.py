@@ -14,6 +14,8 @@ OPTIMIZERS = (
     "clip_spam",
     "spam_chain",
     "sparse_spam",
+    "stable_spam",
+    "stabilizer_adam",
 )
 DEMONSTRATION = ("adam", "adam_clip", "spam", "clip_spam")
 EMBEDDINGS = ("plain", "scaled", "normed")

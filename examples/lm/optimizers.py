@@ -72,15 +72,14 @@ def lion(config, learning_rate):
 
 
 def spam(config, learning_rate, make=spam_optax.spam, **kwargs):
-    return make(
-        learning_rate,
-        b1=B1,
-        b2=B2,
-        threshold=config.threshold,
-        weight_decay=decay(config),
+    settings = {
+        "b1": B1,
+        "b2": B2,
+        "threshold": config.threshold,
+        "weight_decay": decay(config),
         **config.spam_intervals,
-        **kwargs,
-    )
+    }
+    return make(learning_rate, **(settings | kwargs))
 
 
 def spam_chain(config, learning_rate):
@@ -115,6 +114,20 @@ def sparse_spam(config, learning_rate):
     )
 
 
+def stable_spam(config, learning_rate):
+    return spam_optax.stable_spam(
+        learning_rate,
+        b1=B1,
+        b2=B2,
+        reset_interval=config.spam_intervals["reset_interval"],
+        weight_decay=decay(config),
+    )
+
+
+def stabilizer_adam(config, learning_rate):
+    return optax.chain(spam_optax.gradient_stabilizer(), adam(config, learning_rate))
+
+
 def clipped(make):
     """The same optimizer behind a limit on the global norm of the gradient."""
 
@@ -136,6 +149,8 @@ TABLE = {
     "clip_spam": Row(clipped(spam), resets=True),
     "spam_chain": Row(spam_chain, resets=True),
     "sparse_spam": Row(sparse_spam, resets=True),
+    "stable_spam": Row(stable_spam, resets=True),
+    "stabilizer_adam": Row(stabilizer_adam),
 }
 
 

@@ -1,0 +1,752 @@
+"""Stable-SPAM: adaptive clipping, adaptive norm, momentum reset; and its successor.
+
+Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
+<https://arxiv.org/abs/2502.17055>`_, 2025; from its third version on the paper is
+`GradientStabilizer`, another transformation.
+
+All statistics are of whole tensors: a vector with one number a tensor, in the order of
+``jax.tree.leaves``. A tensor none of whose coordinates is finite leaves its own alone.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _arithmetic, _moments, _validate, functional
+
+
+class AdaclipState(NamedTuple):
+    """State of :func:`adaclip`: statistics of every tensor, and counters.
+
+    Attributes:
+      adaclip_steps: Steps that entered the running mean.
+      adaclip_mean: Running mean of the largest size of a coordinate.
+      adaclip_count: Coordinates limited in the last step.
+      adaclip_total: The same, of all steps.
+      adaclip_nonfinite_count: NaN, infinite or overflowing coordinates in the last
+        step.
+      adaclip_nonfinite_total: The same, of all steps.
+    """
+
+    adaclip_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
+    adaclip_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    adaclip_count: jax.Array  # shape=(), dtype=jnp.int32.
+    adaclip_total: jax.Array  # shape=(), dtype=jnp.int32.
+    adaclip_nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
+    adaclip_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+
+
+class AdagnState(NamedTuple):
+    """State of :func:`adagn`: statistics of every tensor, and counters.
+
+    Attributes:
+      adagn_count: Steps taken.
+      adagn_steps: Steps that entered the running means.
+      adagn_mean: Running mean of the norm.
+      adagn_square: Running mean of its square.
+      adagn_nonfinite_count: NaN, infinite or overflowing coordinates in the last step.
+      adagn_nonfinite_total: The same, of all steps.
+    """
+
+    adagn_count: jax.Array  # shape=(), dtype=jnp.int32.
+    adagn_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
+    adagn_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    adagn_square: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    adagn_nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
+    adagn_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+
+
+class GradientStabilizerState(NamedTuple):
+    """State of :func:`gradient_stabilizer`: statistics of every tensor, and counters.
+
+    Attributes:
+      stabilizer_mean: Running mean of the norm, not bias corrected.
+      stabilizer_square: Running mean of its square, not bias corrected.
+      stabilizer_nonfinite_count: NaN, infinite or overflowing coordinates in the last
+        step.
+      stabilizer_nonfinite_total: The same, of all steps.
+    """
+
+    stabilizer_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    stabilizer_square: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    stabilizer_nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
+    stabilizer_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+
+
+class ScaleByStableSpamState(NamedTuple):
+    """State of :func:`scale_by_stable_spam`.
+
+    Attributes:
+      count: Steps taken.
+      mu: First moment.
+      nu: Second moment.
+      max_steps: Steps that entered `max_mean`, of every tensor.
+      max_mean: Running mean of the largest size of a coordinate, of every tensor.
+      norm_steps: Steps that entered `norm_mean` and `norm_square`, of every tensor.
+      norm_mean: Running mean of the norm, of every tensor.
+      norm_square: Running mean of the norm's square, of every tensor.
+      spike_count: Coordinates that the adaptive clip limited in the last step.
+      spike_total: The same, of all steps.
+      nonfinite_count: NaN, infinite or overflowing coordinates in the last step.
+      nonfinite_total: The same, of all steps.
+    """
+
+    count: jax.Array  # shape=(), dtype=jnp.int32.
+    mu: optax.Updates
+    nu: optax.Updates
+    max_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
+    max_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    norm_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
+    norm_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    norm_square: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    spike_count: jax.Array  # shape=(), dtype=jnp.int32.
+    spike_total: jax.Array  # shape=(), dtype=jnp.int32.
+    nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
+    nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+
+
+def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformation:
+    r"""Limits the coordinates of a tensor by the running mean of their largest.
+
+    For each tensor, with :math:`k` the number of steps:
+
+    .. math::
+      G &= \max_i |g_i| \\
+      M &\leftarrow \gamma_3 M + (1 - \gamma_3) G, \quad
+        \hat M = M / (1 - \gamma_3^k) \\
+      g_i &\leftarrow \hat M g_i / G \quad \text{where } |g_i| > \hat M
+
+    The largest coordinate becomes :math:`\hat M`. The others above it are scaled by the
+    same factor, so that one just above ends up far below one just under: as published.
+    Coordinates that are not finite become 0.
+
+    Args:
+      gamma3: Decay of the running mean, in [0, 1).
+
+    Returns:
+      The transformation. Its updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the number of
+        tensors is not that of ``init``.
+      TypeError: If an argument is not a number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> tx = spam_optax.adaclip(gamma3=0.9)
+      >>> state = tx.init(jnp.zeros(3))
+      >>> gradients, state = tx.update(jnp.array([1.0, -2.0, 0.5]), state)
+      >>> gradients, state = tx.update(jnp.array([1.0, -200.0, 0.5]), state)
+      >>> print(gradients.round(), optax.tree.get(state, "adaclip_count"))
+      [   1. -106.    0.] 1
+
+    References:
+      Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055v2>`_, 2025,
+      section 3: AdaClip.
+    """
+    _validate.check_decay("adaclip", "gamma3", gamma3)
+
+    def init_fn(params: optax.Params) -> AdaclipState:
+        steps, mean = _init_statistics("adaclip", params, 1)
+        return AdaclipState(steps, mean, *_moments.init_counters(True, 4))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: AdaclipState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, AdaclipState]:
+        del params
+        gradients, structure = _flatten("adaclip", updates, state.adaclip_steps)
+        finite, nonfinite, usable = _screen(gradients)
+        clipped, spikes, steps, mean = _adaclip(
+            finite, usable, state.adaclip_steps, state.adaclip_mean, gamma3
+        )
+        add = _arithmetic.saturating_add
+        return jax.tree.unflatten(structure, _cast(clipped, gradients)), AdaclipState(
+            steps,
+            mean,
+            spikes,
+            add(state.adaclip_total, spikes),
+            nonfinite,
+            add(state.adaclip_nonfinite_total, nonfinite),
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def adagn(
+    gamma1: jax.typing.ArrayLike = 0.7,
+    gamma2: jax.typing.ArrayLike = 0.9,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    total_steps: jax.typing.ArrayLike | None = None,
+) -> optax.GradientTransformation:
+    r"""Rescales each tensor to a norm made of its norm's running moments.
+
+    For each tensor, with :math:`k` the number of steps:
+
+    .. math::
+      n_1 &\leftarrow \gamma_1 n_1 + (1 - \gamma_1) \lVert g \rVert, \quad
+        \hat n_1 = n_1 / (1 - \gamma_1^k) \\
+      n_2 &\leftarrow \gamma_2 n_2 + (1 - \gamma_2) \lVert g \rVert^2, \quad
+        \hat n_2 = n_2 / (1 - \gamma_2^k) \\
+      g &\leftarrow \frac{g}{\lVert g \rVert}
+        \cdot \frac{\hat n_1}{\sqrt{\hat n_2} + \varepsilon}
+
+    The gradient's own scale is gone: the norm that comes out is about 1. Coordinates
+    that are not finite become 0, and a gradient of zeros stays one.
+
+    Args:
+      gamma1: Decay of the norm's mean, in [0, 1). The paper: 0.7 in 4 bits, 0.85 in
+        bfloat16.
+      gamma2: Decay of the square's mean, in [0, 1). The paper: 0.9, 0.99999.
+      eps: Term added to the denominator, >= 0.
+      total_steps: Steps :math:`T` of the run, over which `gamma1` falls to half along
+        a cosine, ``gamma1 * (0.5 + 0.25 * (1 + cos(pi * t / (T + 1))))``, and stays
+        there from step T on. None: it is constant.
+
+    Returns:
+      The transformation. Its updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the number of
+        tensors is not that of ``init``.
+      TypeError: If an argument is not a number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> tx = spam_optax.adagn()
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for gradients in jnp.array([[3.0, 4.0], [3.0, 4.0], [3e6, 4e6]]):
+      ...     gradients, state = tx.update(gradients, state)
+      ...     print(f"{gradients[0]:.2f} {gradients[1]:.2f}")
+      0.60 0.80
+      0.60 0.80
+      0.45 0.60
+
+    References:
+      Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055v2>`_, 2025,
+      section 3: AdaGN.
+    """
+    _check_norm("adagn", gamma1, gamma2, eps, total_steps)
+
+    def init_fn(params: optax.Params) -> AdagnState:
+        return AdagnState(
+            jnp.zeros([], jnp.int32),
+            *_init_statistics("adagn", params, 2),
+            *_moments.init_counters(True, 2),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: AdagnState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, AdagnState]:
+        del params
+        gradients, structure = _flatten("adagn", updates, state.adagn_steps)
+        finite, nonfinite, usable = _screen(gradients)
+        step = optax.safe_increment(state.adagn_count)
+        scaled, *statistics = _adagn(
+            finite,
+            usable,
+            (state.adagn_steps, state.adagn_mean, state.adagn_square),
+            gamma1 * _decay_scale(step, total_steps),
+            gamma2,
+            eps,
+        )
+        return jax.tree.unflatten(structure, _cast(scaled, gradients)), AdagnState(
+            step,
+            *statistics,
+            nonfinite,
+            _arithmetic.saturating_add(state.adagn_nonfinite_total, nonfinite),
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def gradient_stabilizer(
+    gamma1: jax.typing.ArrayLike = 0.6, gamma2: jax.typing.ArrayLike = 0.999
+) -> optax.GradientTransformation:
+    r"""Replaces the norm of each tensor by the ratio of its norm's running moments.
+
+    For each tensor:
+
+    .. math::
+      m &\leftarrow \gamma_1 m + (1 - \gamma_1) \lVert g \rVert \\
+      v &\leftarrow \gamma_2 v + (1 - \gamma_2) \lVert g \rVert^2 \\
+      g &\leftarrow \frac{g}{\lVert g \rVert} \cdot \frac{m}{\sqrt v}
+
+    The successor of :func:`stable_spam`: no clip, no reset, no bias correction. Without
+    the last, the norms that come out fall from 12.6, with the defaults, towards 1 in
+    the first thousand steps. Coordinates that are not finite become 0, and a gradient
+    of zeros stays one. Use it before any optimizer:
+    ``optax.chain(gradient_stabilizer(), optax.adamw(1e-3))``.
+
+    Args:
+      gamma1: Decay of the norm's mean, in [0, 1).
+      gamma2: Decay of the square's mean, in [0, 1).
+
+    Returns:
+      The transformation. Its updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the number of
+        tensors is not that of ``init``.
+      TypeError: If an argument is not a number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> tx = spam_optax.gradient_stabilizer()
+      >>> state = tx.init(jnp.zeros(2))
+      >>> gradients, state = tx.update(jnp.array([3.0, 4.0]), state)
+      >>> print(f"{gradients[0]:.2f} {gradients[1]:.2f}")
+      7.59 10.12
+
+    References:
+      Huang et al., `GradientStabilizer <https://arxiv.org/abs/2502.17055>`_, 2026.
+    """
+    _check_norm("gradient_stabilizer", gamma1, gamma2)
+
+    def init_fn(params: optax.Params) -> GradientStabilizerState:
+        _, mean, square = _init_statistics("gradient_stabilizer", params, 2)
+        return GradientStabilizerState(mean, square, *_moments.init_counters(True, 2))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: GradientStabilizerState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, GradientStabilizerState]:
+        del params
+        gradients, structure = _flatten(
+            "gradient_stabilizer", updates, state.stabilizer_mean
+        )
+        finite, nonfinite, usable = _screen(gradients)
+        norm, usable = _norms(finite, usable)
+        mean = _average(state.stabilizer_mean, norm, gamma1, usable)
+        square = _average(state.stabilizer_square, norm**2, gamma2, usable)
+        wanted = mean / jnp.sqrt(_or_one(square))
+        scaled = _rescale(finite, norm, wanted, square > 0)
+        return (
+            jax.tree.unflatten(structure, _cast(scaled, gradients)),
+            GradientStabilizerState(
+                mean,
+                square,
+                nonfinite,
+                _arithmetic.saturating_add(state.stabilizer_nonfinite_total, nonfinite),
+            ),
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def scale_by_stable_spam(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    gamma1: jax.typing.ArrayLike = 0.7,
+    gamma2: jax.typing.ArrayLike = 0.9,
+    gamma3: jax.typing.ArrayLike = 0.999,
+    reset_interval: jax.typing.ArrayLike | None = 1000,
+    total_steps: jax.typing.ArrayLike | None = None,
+    reference_resets: bool = False,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Rescales by Stable-SPAM: adaptive clip, adaptive norm, Adam with momentum reset.
+
+    :func:`stable_spam` without learning rate and weight decay; formulas and arguments
+    are there.
+
+    Returns:
+      The transformation. Its updates have the dtype of the parameters, or without
+      these of the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the tree of updates
+        is not that of the parameters.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> tx = spam_optax.scale_by_stable_spam()
+      >>> params = jnp.zeros(2)
+      >>> updates, _ = tx.update(jnp.array([2.0, -0.5]), tx.init(params), params)
+      >>> print(updates.round(3))
+      [ 1. -1.]
+    """
+    function = "scale_by_stable_spam"
+    _check_norm(function, gamma1, gamma2, eps, total_steps)
+    for name, decay in (("b1", b1), ("b2", b2), ("gamma3", gamma3)):
+        _validate.check_decay(function, name, decay)
+    _validate.check_reset(function, reset_interval)
+    _validate.check_flags(function, reference_resets=reference_resets)
+    mu_dtype = _validate.check_moment_dtype(function, "mu_dtype", mu_dtype)
+    nu_dtype = _validate.check_moment_dtype(function, "nu_dtype", nu_dtype)
+
+    def init_fn(params: optax.Params) -> ScaleByStableSpamState:
+        return ScaleByStableSpamState(
+            jnp.zeros([], jnp.int32),
+            _moments.init_mu(function, params, mu_dtype),
+            _moments.init_nu(function, params, nu_dtype),
+            *_init_statistics(function, params, 1),
+            *_init_statistics(function, params, 2),
+            *_moments.init_counters(True, 4),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByStableSpamState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, ScaleByStableSpamState]:
+        _validate.check_same_tree(function, updates, state.mu)
+        _validate.check_not_complex(function, updates, state.mu)
+        step = optax.safe_increment(state.count)
+        scale = _decay_scale(step, total_steps)
+        narrowed = _moments.map_leaves(_arithmetic.narrow_like, updates, state.nu)
+        structure = jax.tree.structure(state.mu)
+        finite, nonfinite, usable = _screen(structure.flatten_up_to(narrowed))
+        clipped, spikes, max_steps, max_mean = _adaclip(
+            finite, usable, state.max_steps, state.max_mean, gamma3
+        )
+        scaled, norm_steps, norm_mean, norm_square = _adagn(
+            clipped,
+            usable,
+            (state.norm_steps, state.norm_mean, state.norm_square),
+            gamma1 * scale,
+            gamma2,
+            eps,
+        )
+        position = functional.reset_position(step, reset_interval)
+        if reference_resets:
+            max_steps, norm_steps = (
+                jnp.where(position == 0, 1, steps) for steps in (max_steps, norm_steps)
+            )
+        direction, mu, nu = _adam(
+            jax.tree.unflatten(structure, scaled),
+            state,
+            (b1 * scale, b2, eps),
+            position,
+            reference_resets,
+        )
+        add = _arithmetic.saturating_add
+        return _moments.cast_updates(
+            direction, updates, params
+        ), ScaleByStableSpamState(
+            step,
+            mu,
+            nu,
+            max_steps,
+            max_mean,
+            norm_steps,
+            norm_mean,
+            norm_square,
+            spikes,
+            add(state.spike_total, spikes),
+            nonfinite,
+            add(state.nonfinite_total, nonfinite),
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def stable_spam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    gamma1: jax.typing.ArrayLike = 0.7,
+    gamma2: jax.typing.ArrayLike = 0.9,
+    gamma3: jax.typing.ArrayLike = 0.999,
+    reset_interval: jax.typing.ArrayLike | None = 1000,
+    total_steps: jax.typing.ArrayLike | None = None,
+    reference_resets: bool = False,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: _moments.Mask | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Stable-SPAM: adaptive clipping, adaptive norm, and Adam with momentum reset.
+
+    Every gradient goes through :func:`adaclip` and then :func:`adagn`; in step
+    :math:`t`, with the result :math:`g`, learning rate :math:`\alpha` and weight decay
+    :math:`\lambda`:
+
+    .. math::
+      m, v &\leftarrow 0, \; k \leftarrow 0 \quad \text{if } t \bmod D = 0 \\
+      k &\leftarrow k + 1 \\
+      m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+      v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+      p &\leftarrow p - \alpha \left( \frac{m / (1 - \beta_1^k)}
+        {\sqrt{v / (1 - \beta_2^k)} + \varepsilon} + \lambda p \right)
+
+    Unlike :func:`spam`'s, the bias corrections restart with the moments, and there is
+    no ramp after a reset. The defaults are those for training in 4 bits; for bfloat16
+    the paper has ``gamma1=0.85, gamma2=0.99999``.
+
+    Since each tensor is clipped by the mean of its own maxima, a coordinate is limited
+    in about every other step: ``spike_count`` counts those, not rare events.
+
+    Args:
+      learning_rate: A number >= 0 or a schedule.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Term added to the denominators, here and in the adaptive norm, >= 0.
+      gamma1: Decay of the norm's mean in the adaptive norm, in [0, 1).
+      gamma2: Decay of the norm's square's mean, in [0, 1).
+      gamma3: Decay of the mean of the maxima in the adaptive clip, in [0, 1).
+      reset_interval: Steps between resets of the moments. None: never.
+      total_steps: Steps :math:`T` of the run, over which `b1` and `gamma1` fall to half
+        along a cosine, times ``0.5 + 0.25 * (1 + cos(pi * t / (T + 1)))``, and stay
+        there from step T on. None: they are constant.
+      reference_resets: Whether resets are those of the authors' implementation: in a
+        reset step the old moments are used once more, with the bias corrections of a
+        first step, and then zeroed, so that this step's gradient is lost; and the
+        corrections of the adaptive clip and norm restart too, with means that do not,
+        so that little is clipped in much of the next window.
+      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate. 0
+        adds nothing and needs no parameters.
+      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
+        of them, or a function from parameters to such a tree. None: everything.
+      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
+        parameters. Complex parameters keep a complex first moment.
+      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
+        for the first, but real.
+
+    Returns:
+      The optimizer. Its updates have the dtype of the parameters, or of the gradients
+      if `params` is not passed.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the tree of updates
+        is not that of the parameters, or weight decay is asked for without parameters.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> f = lambda x: jnp.sum(x**2)
+      >>> tx = spam_optax.stable_spam(learning_rate=0.1)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> state = tx.init(params)
+      >>> for step in range(4):
+      ...     gradients = jax.grad(f)(params)
+      ...     if step == 2:
+      ...         gradients = gradients.at[0].set(1e9)
+      ...     updates, state = tx.update(gradients, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(f"objective: {f(params):.2f}")
+      objective: 12.83
+      objective: 11.72
+      objective: 10.88
+      objective: 10.08
+
+    References:
+      Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
+      <https://arxiv.org/abs/2502.17055v2>`_, 2025, algorithm 1.
+
+    .. seealso:: :func:`spam`, :func:`gradient_stabilizer`
+    """
+    return _moments.optimizer(
+        "stable_spam",
+        scale_by_stable_spam(
+            b1,
+            b2,
+            eps,
+            gamma1=gamma1,
+            gamma2=gamma2,
+            gamma3=gamma3,
+            reset_interval=reset_interval,
+            total_steps=total_steps,
+            reference_resets=reference_resets,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+        ),
+        learning_rate,
+        weight_decay,
+        mask,
+    )
+
+
+# What they share. Gradients are lists of tensors, None where a parameter has none;
+# statistics are vectors over that list.
+
+
+def _check_norm(function, gamma1, gamma2, eps=0.0, total_steps=None) -> None:
+    _validate.check_decay(function, "gamma1", gamma1)
+    _validate.check_decay(function, "gamma2", gamma2)
+    _validate.check_number(function, "eps", eps, at_least=0)
+    if total_steps is not None:
+        _validate.check_steps(function, "total_steps", total_steps, low=1)
+
+
+def _init_statistics(
+    function: str, params: optax.Params, n: int
+) -> tuple[jax.Array, ...]:
+    """Steps, and `n` running means, of every tensor."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+        _validate.check_inexact(function, path, leaf)
+    zeros = (jnp.zeros([len(leaves)], jnp.float32) for _ in range(n))
+    return jnp.zeros([len(leaves)], jnp.int32), *zeros
+
+
+def _flatten(
+    function: str, updates: optax.Updates, statistic: jax.Array
+) -> tuple[list[jax.Array], Any]:
+    gradients, structure = jax.tree.flatten(updates)
+    if len(gradients) != statistic.shape[0]:
+        raise ValueError(
+            f"{function}: the tree of updates must have the {statistic.shape[0]} leaves"
+            f" of init's parameters, got {len(gradients)}."
+        )
+    return gradients, structure
+
+
+def _screen(
+    gradients: list[jax.Array | None],
+) -> tuple[list[jax.Array | None], jax.Array, jax.Array]:
+    """Zeros what is not finite.
+
+    Returns:
+      The gradients in the dtype of arithmetic, the number of non-finite coordinates,
+      and of every tensor whether its statistics may move: not if there is no gradient,
+      or if only coordinates that are not finite keep it from being 0.
+    """
+    finite, counts, usable = [], [], []
+    for g in gradients:
+        if g is None:
+            finite.append(None)
+            usable.append(jnp.asarray(False))
+            continue
+        (count,) = _arithmetic.totals(functional.nonfinite_mask(g))
+        finite.append(_arithmetic.widen(functional.zero_nonfinite(g)))
+        counts.append(count)
+        usable.append((count == 0) | jnp.any(finite[-1] != 0))
+    return finite, _moments.total(counts), _arithmetic.stack(usable, bool)
+
+
+def _adaclip(finite, usable, steps, mean, gamma3):
+    """Clipped gradients, coordinates limited, and the statistics after the step."""
+    largest = _arithmetic.stack(
+        [jnp.zeros([]) if g is None else jnp.abs(g).max(initial=0) for g in finite],
+        jnp.float32,
+    )
+    usable = usable & jnp.isfinite(largest)
+    steps = steps + usable
+    mean = _average(mean, largest, gamma3, usable)
+    limit = _corrected(mean, gamma3, steps)
+    clipped, counts = [], []
+    for i, g in enumerate(finite):
+        if g is None:
+            clipped.append(None)
+            continue
+        above = jnp.abs(g) > limit[i]
+        factor = limit[i] / _or_one(largest[i])
+        clipped.append(jnp.where(above, g * factor, g).astype(g.dtype))
+        counts += _arithmetic.totals(above)
+    return clipped, _moments.total(counts), steps, mean
+
+
+def _adagn(finite, usable, statistics, gamma1, gamma2, eps):
+    """Rescaled gradients, and the statistics after the step."""
+    steps, mean, square = statistics
+    norm, usable = _norms(finite, usable)
+    steps = steps + usable
+    mean = _average(mean, norm, gamma1, usable)
+    square = _average(square, norm**2, gamma2, usable)
+    root = jnp.sqrt(_corrected(square, gamma2, steps)) + eps
+    wanted = _corrected(mean, gamma1, steps) / _or_one(root)
+    return _rescale(finite, norm, wanted, steps > 0), steps, mean, square
+
+
+def _adam(gradients, state, decays, position, reference_resets):
+    """Adam's direction, and the moments to store."""
+    b1, b2, eps = decays
+    step = optax.safe_increment(state.count)
+    since_reset = jnp.where(position < step, position + 1, step)
+    mu, nu = state.mu, state.nu
+    if not reference_resets:
+        mu, nu = (_moments.zero_at_reset(x, position) for x in (mu, nu))
+    mu = _moments.move_all(mu, gradients, b1, _arithmetic.widen)
+    nu = _moments.move_all(nu, gradients, b2, _arithmetic.abs_sq)
+    first = functional.bias_correction(b1, since_reset)
+    second = functional.bias_correction(b2, since_reset)
+
+    def direct(m, v):
+        # 0 / 0 where every gradient was 0, should eps be 0.
+        root = jnp.sqrt(v / second) + eps
+        return (m / first / _or_one(root)).astype(m.dtype)
+
+    direction = _moments.map_leaves(direct, mu, nu)
+    if reference_resets:
+        mu, nu = (_moments.zero_at_reset(x, position) for x in (mu, nu))
+    return (
+        direction,
+        _moments.cast_like(mu, state.mu),
+        _moments.cast_like(nu, state.nu),
+    )
+
+
+def _decay_scale(step, total_steps) -> jax.typing.ArrayLike:
+    """The factor on `b1` and `gamma1` in this step."""
+    if total_steps is None:
+        return 1.0
+    step = jnp.minimum(step, total_steps).astype(float)
+    return 0.5 + 0.25 * (1 + jnp.cos(jnp.pi * step / (total_steps + 1.0)))
+
+
+def _norms(
+    finite: list[jax.Array | None], usable: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Norm of every tensor, and whether its statistics may move.
+
+    They may not if the square of the norm would be infinite.
+    """
+    norms = [jnp.zeros([]) if g is None else _arithmetic.norm(g) for g in finite]
+    norm = _arithmetic.stack(norms, jnp.float32)
+    return norm, usable & jnp.isfinite(norm**2)
+
+
+def _average(mean, value, decay, usable) -> jax.Array:
+    """The running mean after this step; where not `usable`, as it was."""
+    return jnp.where(usable, _moments.move(mean, value, decay), mean)
+
+
+def _corrected(mean, decay, steps) -> jax.Array:
+    """The running mean, bias corrected; 0 without a step."""
+    correction = functional.bias_correction(decay, jnp.maximum(steps, 1))
+    return (mean / correction).astype(jnp.float32)
+
+
+def _rescale(
+    finite: list[jax.Array | None],
+    norm: jax.Array,
+    wanted: jax.Array,
+    has_history: jax.Array,
+) -> list[jax.Array | None]:
+    """Rescales every tensor that has a history from its norm to the one `wanted`."""
+    factor = jnp.where(has_history & (norm > 0), wanted / _or_one(norm), 1)
+    return [
+        None if g is None else (g * factor[i]).astype(g.dtype)
+        for i, g in enumerate(finite)
+    ]
+
+
+def _or_one(x: jax.Array) -> jax.Array:
+    """`x` as a divisor: 1 instead of 0."""
+    return jnp.where(x > 0, x, 1)
+
+
+def _cast(tensors: list[jax.Array], like: list[jax.Array]) -> list[jax.Array]:
+    return [_arithmetic.cast(x, y.dtype) for x, y in zip(tensors, like, strict=True)]
