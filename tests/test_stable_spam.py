@@ -301,6 +301,6 @@ def test_the_number_of_tensors_may_not_change():
     tx = spam_optax.adaclip()
     state = tx.init({"a": jnp.ones(2)})
     with pytest.raises(
-        ValueError, match="adaclip: the tree of updates must have the 1"
+        ValueError, match="adaclip: .* must have the 1"
     ):
         tx.update({"a": jnp.ones(2), "b": jnp.ones(2)}, state)

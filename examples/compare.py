@@ -1,0 +1,264 @@
+"""Compare optimizers, each at its own best learning rate, on many small runs.
+
+    python examples/compare.py
+
+trains a small LLaMA-style transformer with every optimizer, learning rate and seed of
+the chosen experiments, clean and under faults:
+
+    clean        nothing is injected
+    noise        three bursts of three steps whose gradient gets noise of 1000 x its RMS
+    coordinates  in the same steps, one coordinate in 1000 is multiplied by 1000
+    batches      in the same steps, the batch is random tokens
+
+A run is one compiled program and takes seconds; two or more go on side by side. Each
+leaves a JSON file behind, and a run whose file is there is not run again: stop with
+Ctrl-C and repeat the command to go on, or add experiments later. At the end it writes
+
+    runs/*.json        settings, losses and gradient norms of every run
+    comparison.md      a table for every experiment: final loss at the best learning
+                       rate, its spread over the seeds, learning-rate sensitivity,
+                       spikes, recovery, divergences, optimizer memory, step time
+    summary.json       the same numbers
+    <experiment>.png   final loss over learning rate
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Sequence
+
+import rich.progress
+
+from lm import command_line, comparison, experiments, records
+from lm.config import UsageError
+from lm.experiments import EXPERIMENTS, SCENARIOS, Spec
+from lm.model import PRESETS
+
+QUESTIONS = "experiments:\n" + "\n".join(
+    f"  {name:15}{experiment.question}" for name, experiment in EXPERIMENTS.items()
+)
+EXAMPLES = """
+examples:
+  the main comparison                   compare.py
+  everything                            compare.py --experiment all
+  two optimizers, a finer sweep         compare.py --optimizer adam spam
+                                          --learning-rate 1e-3 1.4e-3 2e-3 2.8e-3
+  a larger text                         compare.py --data book.txt
+"""
+POLL = 0.5  # seconds between looks at what is done
+
+
+def parse(arguments: Sequence[str] | None):
+    parser = command_line.Parser(
+        prog="compare.py",
+        description=__doc__,
+        epilog=QUESTIONS + "\n" + EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    base = experiments.BASE
+    labels = sorted({x for e in EXPERIMENTS.values() for x in e.labels})
+    add = parser.add_argument
+    add(
+        "--experiment",
+        nargs="+",
+        default=["main"],
+        choices=[*EXPERIMENTS, "all"],
+        metavar="NAME",
+        help="one or more of those below, or all (default: main)",
+    )
+    add(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/compare"),
+        metavar="FOLDER",
+        help="where runs are kept and looked for (default: %(default)s)",
+    )
+    add(
+        "--optimizer",
+        nargs="+",
+        choices=labels,
+        metavar="NAME",
+        help="only these rows of the tables: " + ", ".join(map(repr, labels)),
+    )
+    add(
+        "--scenario",
+        nargs="+",
+        choices=SCENARIOS,
+        metavar="NAME",
+        help=f"only these: {', '.join(SCENARIOS)}",
+    )
+    add(
+        "--learning-rate",
+        nargs="+",
+        type=command_line.real(exclude_low=True),
+        metavar="RATE",
+        help="peak learning rates, instead of the experiments' own",
+    )
+    add(
+        "--seeds",
+        type=command_line.whole(1, 100),
+        default=len(experiments.SEEDS),
+        metavar="N",
+        help="runs of each kind, with the seeds 0, 1, ... (default: %(default)s)",
+    )
+    add(
+        "--steps",
+        type=command_line.whole(40),
+        default=base.steps,
+        metavar="STEPS",
+        help="of every run (default: %(default)s)",
+    )
+    add(
+        "--preset",
+        choices=PRESETS,
+        default=base.preset,
+        help="model (default: %(default)s)",
+    )
+    add("--data", metavar="DATA", help="a text file (default: the embedded text)")
+    add(
+        "--workers",
+        type=command_line.whole(1, 512),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="runs at a time, one core each (default: %(default)s, the cores here)",
+    )
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit code: 0 when done, 2, or 130 after Ctrl-C."""
+    parser, options = parse(arguments)
+    names = list(EXPERIMENTS) if "all" in options.experiment else options.experiment
+    try:
+        grids = {name: grid(name, options) for name in dict.fromkeys(names)}
+        if not any(grids.values()):
+            raise UsageError("the chosen experiments have no such optimizer, scenario")
+        runs = options.output / "runs"
+        runs.mkdir(parents=True, exist_ok=True)
+        done = train_all(grids, runs, options.workers)
+        report(grids, options.output)
+    except UsageError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: {error.filename}: {error.strerror}\n")
+    if not done:
+        print("Interrupted: repeat the command to go on", file=sys.stderr)
+        return 130
+    print(f"Tables are in {options.output / 'comparison.md'}")
+    return 0
+
+
+def grid(name: str, options: argparse.Namespace) -> list[Spec]:
+    base = experiments.BASE
+    settings = {"steps": options.steps, "preset": options.preset, "data": options.data}
+    return experiments.specs(
+        name,
+        type(base)(**{**vars(base), **settings}),
+        range(options.seeds),
+        labels=options.optimizer,
+        scenarios=options.scenario,
+        rates=options.learning_rate,
+    )
+
+
+def train_all(grids: dict[str, list[Spec]], folder: pathlib.Path, workers: int) -> bool:
+    """Trains what is missing; False if it was interrupted."""
+    wanted = {spec.file_name(): spec for specs in grids.values() for spec in specs}
+    missing = [spec for spec in wanted.values() if spec.read(folder) is None]
+    by_program = {}
+    for spec in missing:
+        by_program.setdefault(spec.program(), []).append(spec)
+    # A program is compiled once; only where there are few are they shared out.
+    tasks = list(by_program.values())
+    if len(tasks) < workers:
+        size = math.ceil(len(missing) / workers) or 1
+        tasks = [
+            task[start : start + size]
+            for task in tasks
+            for start in range(0, len(task), size)
+        ]
+    # One core each: two small programs side by side are faster than one on two cores.
+    os.environ["NPROC"] = "1"
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(tasks)) or 1,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+    futures = [pool.submit(train, task, folder) for task in tasks]
+    try:
+        show_progress(futures, folder, missing, len(wanted))
+    except KeyboardInterrupt:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        return False
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    for future in futures:
+        future.result()
+    return True
+
+
+def show_progress(
+    futures: Sequence[concurrent.futures.Future],
+    folder: pathlib.Path,
+    missing: Sequence[Spec],
+    total: int,
+) -> None:
+    """Shows how many runs are there, until all are or one failed."""
+    columns = (
+        *rich.progress.Progress.get_default_columns()[:-1],
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    paths = [folder / spec.file_name() for spec in missing]
+    began = time.time()
+    with rich.progress.Progress(*columns) as progress:
+        bar = progress.add_task("runs", total=total, completed=total - len(missing))
+        waiting = set(futures)
+        while waiting:
+            done, waiting = concurrent.futures.wait(waiting, POLL)
+            new = sum(p.exists() and p.stat().st_mtime >= began for p in paths)
+            progress.update(bar, completed=total - len(missing) + new)
+            if any(future.exception() for future in done):
+                break
+
+
+def train(specs: Sequence[Spec], folder: pathlib.Path) -> None:
+    """Trains runs of one program; in a process of its own."""
+    from lm import single_run  # here, for it starts JAX
+
+    program = single_run.Program(specs[0])
+    for spec in specs:
+        text = json.dumps(program(spec), allow_nan=False)
+        records.replace(folder / spec.file_name(), text + "\n")
+
+
+def report(grids: dict[str, list[Spec]], folder: pathlib.Path) -> None:
+    """Writes tables, numbers and pictures of the runs that are there."""
+    tables, summary = [], {}
+    for name, specs in grids.items():
+        found = comparison.lines(comparison.read(folder / "runs", specs))
+        if not found:
+            continue
+        tables.append(comparison.markdown(name, EXPERIMENTS[name], found))
+        summary[name] = [records.finite(line._asdict()) for line in found]
+        comparison.picture(found).savefig(folder / f"{name}.png")
+    text = "\n".join(["# Comparison\n", *tables, comparison.NOTES])
+    records.replace(folder / "comparison.md", text)
+    records.replace(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())
