@@ -7,6 +7,12 @@ Flax and are imported by name.
 from spam_optax import functional as functional
 from spam_optax import initializers as initializers
 from spam_optax import testing as testing
+from spam_optax._adagc import AdaGCState as AdaGCState
+from spam_optax._adagc import adagc as adagc
+from spam_optax._adam_mini import ScaleByAdamMiniState as ScaleByAdamMiniState
+from spam_optax._adam_mini import adam_mini as adam_mini
+from spam_optax._adam_mini import adam_mini_partition as adam_mini_partition
+from spam_optax._adam_mini import scale_by_adam_mini as scale_by_adam_mini
 from spam_optax._monitor import TrackSpikesState as TrackSpikesState
 from spam_optax._monitor import tensor_names as tensor_names
 from spam_optax._monitor import track_spikes as track_spikes
@@ -26,6 +32,9 @@ from spam_optax._sparse import momentum_density as momentum_density
 from spam_optax._sparse import momentum_mask as momentum_mask
 from spam_optax._sparse import scale_by_sparse_spam as scale_by_sparse_spam
 from spam_optax._sparse import sparse_spam as sparse_spam
+from spam_optax._stable_adamw import ScaleByStableAdamWState as ScaleByStableAdamWState
+from spam_optax._stable_adamw import scale_by_stable_adamw as scale_by_stable_adamw
+from spam_optax._stable_adamw import stable_adamw as stable_adamw
 from spam_optax._stable_spam import AdaclipState as AdaclipState
 from spam_optax._stable_spam import AdagnState as AdagnState
 from spam_optax._stable_spam import GradientStabilizerState as GradientStabilizerState
@@ -35,5 +44,7 @@ from spam_optax._stable_spam import adagn as adagn
 from spam_optax._stable_spam import gradient_stabilizer as gradient_stabilizer
 from spam_optax._stable_spam import scale_by_stable_spam as scale_by_stable_spam
 from spam_optax._stable_spam import stable_spam as stable_spam
+from spam_optax._zclip import ZClipState as ZClipState
+from spam_optax._zclip import zclip as zclip
 
 __version__ = "0.1.0"

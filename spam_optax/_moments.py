@@ -78,18 +78,27 @@ def move_all(
 
 
 def map_moments(
-    f: Callable[..., jax.Array], moments: optax.Updates, gradients: Any
+    f: Callable[..., jax.Array], moments: optax.Updates, gradients: Any, *rest: Any
 ) -> optax.Updates:
     """Maps `f` over moments and gradients; without a gradient a moment stays."""
     leaves, structure = jax.tree.flatten(moments)
+    trees = [structure.flatten_up_to(tree) for tree in (gradients, *rest)]
     return jax.tree.unflatten(
         structure,
         [
-            moment if g is None else f(moment, g)
-            for moment, g in zip(
-                leaves, structure.flatten_up_to(gradients), strict=True
-            )
+            moment if g is None else f(moment, g, *others)
+            for moment, g, *others in zip(leaves, *trees, strict=True)
         ],
+    )
+
+
+def hold(moved: optax.Updates, moments: optax.Updates, bad: Any) -> optax.Updates:
+    """`moved`; as before where all of a tensor is `bad`: 0 says nothing about it."""
+    return map_moments(
+        lambda old, bad, new: jnp.where(jnp.all(bad), old.astype(new.dtype), new),
+        moments,
+        bad,
+        moved,
     )
 
 
@@ -108,6 +117,21 @@ def total(counts: list[jax.Array]) -> jax.Array:
     return functools.reduce(
         _arithmetic.saturating_add, counts, jnp.zeros([], jnp.int32)
     )
+
+
+def vector(scalars: Any, moments: optax.Updates) -> jax.Array:
+    """One float32 a moment, in order; 0 where there was no gradient."""
+    leaves = jax.tree.structure(moments).flatten_up_to(scalars)
+    return _arithmetic.stack(
+        [jnp.zeros([]) if x is None else x for x in leaves], "float32"
+    )
+
+
+def count(masks: Any, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many booleans of a tree are true, and that added to the total `before`."""
+    counts = [_arithmetic.totals(mask)[0] for mask in jax.tree.leaves(masks)]
+    number = total(counts)
+    return number, _arithmetic.saturating_add(before, number)
 
 
 def cast_like(tree: Any, like: Any) -> Any:

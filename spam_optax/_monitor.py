@@ -108,12 +108,7 @@ def track_spikes(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackSpikesState]:
         gradients = jax.tree.leaves(updates)
-        if len(gradients) != state.tensor_steps.shape[0]:
-            raise ValueError(
-                "track_spikes: the tree of updates must have the "
-                f"{state.tensor_steps.shape[0]} leaves of init's parameters, "
-                f"got {len(gradients)}."
-            )
+        _validate.check_tensors("track_spikes", gradients, state.tensor_steps.shape[0])
         new_updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )

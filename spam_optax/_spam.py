@@ -269,10 +269,7 @@ def scale_by_spam_adam(
         counters = (None, None)
         if count_dropped:
             nonfinite = _moments.map_leaves(functional.nonfinite_mask, gradients)
-            each = map(_arithmetic.totals, jax.tree.leaves(nonfinite))
-            dropped = _moments.total([count for (count,) in each])
-            total = _arithmetic.saturating_add(state.dropped_total, dropped)
-            counters = dropped, total
+            counters = _moments.count(nonfinite, state.dropped_total)
         mu = _moments.move_all(
             _moments.zero_at_reset(state.mu, position), finite, b1, _arithmetic.widen
         )

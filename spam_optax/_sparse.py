@@ -10,7 +10,6 @@ elementwise over the slabs, with no index, and on a mesh no group need leave its
 
 import functools
 import math
-import re
 import zlib
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -20,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spam_optax import _arithmetic, _moments, _monitor, _spam, _validate, functional
+from spam_optax import (
+    _arithmetic,
+    _moments,
+    _monitor,
+    _paths,
+    _spam,
+    _validate,
+    functional,
+)
 
 SparseParams = Any | Callable[[optax.Params], Any]
 
@@ -29,14 +36,7 @@ _MOST_LANES = 2**16 - 1
 _MOST_BLOCKS = 2**16
 _MOST_SLICES = 32
 _TILE = 8  # Rows of a tile of TPU memory.
-_DENSE_NAMES = (
-    *("bias", "scale", "norm", "layer_norm", "rms_norm", "group_norm", "batch_norm"),
-    *("input_layernorm", "post_attention_layernorm", "final_norm", "ln", "ln_f"),
-    *("embed", "embedder", "embedding", "embeddings", "scaled_embed", "normed_embed"),
-    *("embed_tokens", "tok_embeddings", "token_embedding", "token_embed"),
-    *("pos_embed", "pos_embedding", "position_embedding", "wte", "wpe"),
-    *("head", "lm_head"),
-)
+_DENSE_NAMES = _paths.NORMS + _paths.EMBEDDINGS + _paths.HEADS
 
 
 class ScaleBySparseSpamState(NamedTuple):
@@ -305,10 +305,10 @@ def matrices_only(
             "matrices_only: exclude must be a collection of names of parts of paths, "
             f"got {exclude!r}."
         )
-    excluded = {_plain(name) for name in exclude}
+    excluded = {_paths.plain(name) for name in exclude}
 
     def is_matrix(path: tuple, p: Any) -> bool:
-        return jnp.ndim(p) >= 2 and not _part_names(path) & excluded
+        return jnp.ndim(p) >= 2 and not _paths.part_names(path) & excluded
 
     return functools.partial(jax.tree_util.tree_map_with_path, is_matrix)
 
@@ -384,17 +384,6 @@ def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
         mu = _moments_for("momentum_density", state, params)
         densities.append(jax.tree.map(density, params, mu))
     return functools.reduce(functools.partial(jax.tree.map, max), densities)
-
-
-def _part_names(path: tuple) -> set[str]:
-    """The parts of a path, and of keys that are paths: ``a/b``, ``a.b``, ``(a, b)``."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return {_plain(part) for part in re.split(r"[/.,()\s\'\"]+", name)}
-
-
-def _plain(name: str) -> str:
-    """In lower case, without underscores and without a number at its end."""
-    return name.lower().replace("_", "").rstrip("0123456789")
 
 
 class _MaskSettings(NamedTuple):

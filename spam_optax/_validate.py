@@ -262,3 +262,13 @@ def check_same_tree(function: str, updates: Any, moments: Any) -> None:
                 f"must have the shape {jnp.shape(want_leaf)} of its parameter, "
                 f"got {jnp.shape(got_leaf)}."
             )
+
+
+def check_tensors(function: str, updates: Any, number: int) -> None:
+    """Raises unless `updates` has as many leaves as the parameters of init had."""
+    got = len(jax.tree.leaves(updates))
+    if got != number:
+        raise ValueError(
+            f"{function}: the tree of updates must have the {number} leaves of init's "
+            f"parameters, got {got}."
+        )

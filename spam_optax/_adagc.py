@@ -1,0 +1,154 @@
+"""AdaGC: clips every tensor by its own recent norms.
+
+Wang et al., `AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping
+<https://arxiv.org/abs/2502.11034>`_, 2025.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _arithmetic, _norms, _validate
+
+
+class AdaGCState(NamedTuple):
+    """State of :func:`adagc`: an entry a tensor, in `tensor_names`' order.
+
+    Attributes:
+      adagc_steps: Steps that entered the running norm.
+      adagc_norm: Running norm of the clipped gradient; 0: no history yet.
+      adagc_scale: Factor by which the last gradient was scaled; 1: not clipped.
+      adagc_nonfinite_count: Coordinates of the last gradient that were not finite, of
+        all tensors.
+      adagc_nonfinite_total: The same, of all steps.
+    """
+
+    adagc_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
+    adagc_norm: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    adagc_scale: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    adagc_nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
+    adagc_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+
+
+def adagc(
+    threshold: jax.typing.ArrayLike = 1.04,
+    decay: jax.typing.ArrayLike = 0.99,
+    *,
+    max_norm: jax.typing.ArrayLike = 1.0,
+    warmup_steps: jax.typing.ArrayLike = 100,
+) -> optax.GradientTransformation:
+    r"""Clips the norm of each tensor's gradient relative to its own history.
+
+    With the norm :math:`n` of a tensor, its running norm :math:`\gamma`, the
+    `threshold` :math:`\lambda` and `decay` :math:`\beta`:
+
+    .. math::
+      h &= \min(1, \lambda \gamma / n) \\
+      g &\leftarrow h g \\
+      \gamma &\leftarrow \beta \gamma + (1 - \beta) h n
+
+    In the first `warmup_steps` instead
+
+    .. math::
+      h = \min(1, n_{\max} / N), \qquad \gamma \leftarrow \min(\gamma, h n)
+
+    with the norm :math:`N` of all tensors together and `max_norm` :math:`n_{\max}`.
+
+    Coordinates that are not finite, or whose square overflows, become 0 first. A tensor
+    whose norm then is 0, for it is all zeros or has no finite coordinate, keeps its
+    running norm and its place in the warm-up.
+
+    Differences from the paper: there, one gradient of zeros in the warm-up would make
+    :math:`\gamma` 0 and so freeze the tensor for good; and each tensor here has a
+    warm-up of its own, which differs where gradients are 0.
+
+    Args:
+      threshold: Limit on the norm over the running norm, > 1, for with 1 the running
+        norm could only fall.
+      decay: Decay of the running norm, in [0, 1).
+      max_norm: Limit on the norm of all tensors in the warm-up, > 0.
+      warmup_steps: Steps of the warm-up. With 0 the first gradient passes whole.
+
+    Returns:
+      The transformation. Its updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the number of
+        tensors is not that of ``init``.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> tx = spam_optax.adagc(warmup_steps=1)
+      >>> params = {"bias": jnp.zeros(2), "kernel": jnp.zeros((2, 2))}
+      >>> state = tx.init(params)
+      >>> gradients = {"bias": jnp.full(2, 0.1), "kernel": jnp.full((2, 2), 0.1)}
+      >>> _, state = tx.update(gradients, state)
+      >>> gradients["kernel"] *= 100
+      >>> _, state = tx.update(gradients, state)
+      >>> print(spam_optax.tensor_names(params), state.adagc_scale)
+      ('bias', 'kernel') [1.     0.0104]
+
+    References:
+      Wang et al., `AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
+      Clipping <https://arxiv.org/abs/2502.11034>`_, 2025.
+
+    .. seealso:: :func:`spam_optax.zclip` for a limit on the norm of all tensors.
+    """
+    _validate.check_number("adagc", "threshold", threshold, above=1)
+    _validate.check_decay("adagc", "decay", decay)
+    _validate.check_number("adagc", "max_norm", max_norm, above=0)
+    _validate.check_steps("adagc", "warmup_steps", warmup_steps, low=0)
+
+    def init_fn(params: optax.Params) -> AdaGCState:
+        _norms.check_params("adagc", params)
+        tensors = len(jax.tree.leaves(params))
+        return AdaGCState(
+            adagc_steps=jnp.zeros([tensors], jnp.int32),
+            adagc_norm=jnp.zeros([tensors], jnp.float32),
+            adagc_scale=jnp.ones([tensors], jnp.float32),
+            adagc_nonfinite_count=jnp.zeros([], jnp.int32),
+            adagc_nonfinite_total=jnp.zeros([], jnp.int32),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: AdaGCState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, AdaGCState]:
+        del params
+        _validate.check_tensors("adagc", updates, state.adagc_steps.shape[0])
+        gradients, counters = _norms.finite(
+            "adagc", updates, state.adagc_nonfinite_total
+        )
+        norm, history = _norms.of_tensors(gradients), state.adagc_norm
+        is_warm = state.adagc_steps >= warmup_steps
+        limit = jnp.where(history > 0, threshold * history, norm)
+        scale = jnp.where(
+            is_warm,
+            _norms.factor(norm, limit),
+            _norms.factor(_arithmetic.norm(norm), max_norm),
+        )
+        clipped = scale * norm
+        running = jnp.where(
+            is_warm,
+            decay * history + (1 - decay) * clipped,
+            jnp.minimum(history, clipped),
+        )
+        running = jnp.where(history > 0, running, clipped).astype(jnp.float32)
+        is_news = norm > 0
+        gradients = _norms.scale(gradients, list(scale))
+        return gradients, AdaGCState(
+            jnp.where(
+                is_news, optax.safe_increment(state.adagc_steps), state.adagc_steps
+            ),
+            jnp.where(is_news, running, history),
+            scale,
+            *counters,
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)

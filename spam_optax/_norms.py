@@ -1,0 +1,58 @@
+"""What clips by the norms of whole tensors share."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _arithmetic, _moments, _validate, functional
+
+
+def check_params(function: str, params: optax.Params) -> None:
+    """Raises unless every parameter has a floating or complex dtype."""
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        _validate.check_inexact(function, path, p)
+
+
+def finite(
+    function: str, updates: optax.Updates, total: jax.Array
+) -> tuple[optax.Updates, tuple[jax.Array, jax.Array]]:
+    """The gradients with 0 for what is not finite; how many those were, new total.
+
+    Not finite is what has no square in float32, since the norms are float32.
+    """
+    for path, g in jax.tree_util.tree_leaves_with_path(updates):
+        _validate.check_inexact(function, path, g, "update")
+    single = jnp.zeros([], jnp.float32)
+
+    def is_bad(g):
+        return functional.nonfinite_mask(_arithmetic.narrow_like(g, single))
+
+    bad = _moments.map_leaves(lambda g: is_bad(jnp.asarray(g)), updates)
+    gradients = _moments.map_leaves(
+        lambda g, b: jnp.where(b, jnp.zeros_like(g), g), updates, bad
+    )
+    return gradients, _moments.count(bad, total)
+
+
+def of_tensors(gradients: optax.Updates) -> jax.Array:
+    """The norm of every tensor, float32."""
+    norms = [_arithmetic.norm(g) for g in jax.tree.leaves(gradients)]
+    return _arithmetic.stack(norms, jnp.float32)
+
+
+def factor(norm: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
+    """What brings `norm` down to `limit`: 1 if it is not above, so for a norm of 0."""
+    is_above = norm > limit
+    return jnp.where(is_above, limit / jnp.where(is_above, norm, 1), 1).astype(
+        jnp.float32
+    )
+
+
+def scale(gradients: optax.Updates, factors: list[jax.Array]) -> optax.Updates:
+    """The tensors times one factor each, in their dtypes."""
+    leaves, structure = jax.tree.flatten(gradients)
+    scaled = [
+        (_arithmetic.widen(g) * by).astype(jnp.asarray(g).dtype)
+        for g, by in zip(leaves, factors, strict=True)
+    ]
+    return structure.unflatten(scaled)

@@ -1,0 +1,231 @@
+"""StableAdamW: AdamW with Adafactor's update clipping.
+
+Wortsman et al., `Stable and low-precision training for large-scale vision-language
+models <https://arxiv.org/abs/2304.13013>`_, NeurIPS 2023.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _arithmetic, _moments, _validate, functional
+
+
+class ScaleByStableAdamWState(NamedTuple):
+    """State of :func:`scale_by_stable_adamw`.
+
+    Attributes:
+      count: Steps taken.
+      mu: First moment.
+      nu: Second moment.
+      update_rms: What the update of each tensor was divided by in the last step if it
+        was above 1: the root mean square of the gradient in units of the second moment.
+        In `tensor_names`' order; 0 where the gradient had no finite coordinate.
+      nonfinite_count: Coordinates of the last gradient that were not finite.
+      nonfinite_total: The same, of all steps.
+    """
+
+    count: jax.Array  # shape=(), dtype=jnp.int32.
+    mu: optax.Updates
+    nu: optax.Updates
+    update_rms: jax.Array  # shape=(tensors,), dtype=jnp.float32.
+    nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
+    nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+
+
+def scale_by_stable_adamw(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformation:
+    """Rescales by Adam with update clipping.
+
+    :func:`stable_adamw` without learning rate and weight decay; the formulas are there.
+
+    Args:
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Term added to the root of the second moment, and its least value, > 0.
+      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
+        parameters. Complex parameters keep a complex first moment.
+      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
+        for the first, but real.
+
+    Returns:
+      The transformation. Its updates have the dtype of the parameters, or without
+      these of the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the tree of updates
+        is not that of the parameters.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> tx = spam_optax.scale_by_stable_adamw()
+      >>> params = jnp.zeros(2)
+      >>> updates, _ = tx.update(jnp.array([2.0, -0.5]), tx.init(params), params)
+      >>> print(updates.round(3))
+      [ 1. -1.]
+    """
+    function = "scale_by_stable_adamw"
+    _validate.check_decay(function, "b1", b1)
+    _validate.check_decay(function, "b2", b2)
+    _validate.check_number(function, "eps", eps, above=0)
+    mu_dtype = _validate.check_moment_dtype(function, "mu_dtype", mu_dtype)
+    nu_dtype = _validate.check_moment_dtype(function, "nu_dtype", nu_dtype)
+
+    def init_fn(params: optax.Params) -> ScaleByStableAdamWState:
+        return ScaleByStableAdamWState(
+            jnp.zeros([], jnp.int32),
+            _moments.init_mu(function, params, mu_dtype),
+            _moments.init_nu(function, params, nu_dtype),
+            jnp.zeros([len(jax.tree.leaves(params))], jnp.float32),
+            *_moments.init_counters(True, 2),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByStableAdamWState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, ScaleByStableAdamWState]:
+        _validate.check_same_tree(function, updates, state.mu)
+        _validate.check_not_complex(function, updates, state.mu)
+        step = optax.safe_increment(state.count)
+        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, state.nu)
+        bad = _moments.map_leaves(functional.nonfinite_mask, gradients)
+        gradients = _moments.map_leaves(functional.zero_nonfinite, gradients)
+        mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
+        nu = _moments.move_all(state.nu, gradients, b2, _arithmetic.abs_sq)
+        mu, nu = _moments.hold(mu, state.mu, bad), _moments.hold(nu, state.nu, bad)
+        corrections = [functional.bias_correction(b, step) for b in (b1, b2)]
+        rms = _moments.map_leaves(
+            lambda g, v: _rms(g, v / corrections[1], eps), gradients, nu
+        )
+        direction = _moments.map_leaves(
+            lambda bad, m, v, r: _direction(bad, m, v, r, corrections, eps),
+            bad,
+            mu,
+            nu,
+            rms,
+        )
+        return (
+            _moments.cast_updates(direction, updates, params),
+            ScaleByStableAdamWState(
+                step,
+                _moments.cast_like(mu, state.mu),
+                _moments.cast_like(nu, state.nu),
+                _moments.vector(rms, state.mu),
+                *_moments.count(bad, state.nonfinite_total),
+            ),
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def stable_adamw(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.99,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: _moments.Mask | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW that takes a smaller step where the gradient outgrew its second moment.
+
+    A second moment that lags behind a signal suddenly larger makes Adam's step too
+    long. In step :math:`t`, for each tensor with gradient :math:`g`, learning rate
+    :math:`\alpha` and weight decay :math:`\lambda`:
+
+    .. math::
+      m &\leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        \hat m = m / (1 - \beta_1^t) \\
+      v &\leftarrow \beta_2 v + (1 - \beta_2) |g|^2, \quad
+        \hat v = v / (1 - \beta_2^t) \\
+      \mathrm{RMS} &= \sqrt{\mathrm{mean}(|g|^2 / \max(\hat v, \varepsilon^2))} \\
+      p &\leftarrow p - \alpha \left( \frac{1}{\max(1, \mathrm{RMS})} \,
+        \frac{\hat m}{\sqrt{\hat v} + \varepsilon} + \lambda p \right)
+
+    The paper corrects the bias by decays that change with :math:`t`, which gives these
+    same :math:`\hat m` and :math:`\hat v`. The RMS is in the state as ``update_rms``.
+
+    Coordinates that are not finite, or whose square overflows, become 0 first. A tensor
+    without a finite coordinate keeps its moments, and they do not move it.
+
+    Differences from the paper: the weight decay is multiplied by the learning rate and
+    not by ``1 / max(1, RMS)``; it is 0 by default. `b2` and `eps` are those of the
+    authors' implementation.
+
+    Args:
+      learning_rate: The learning rate, a number >= 0 or a schedule.
+      b1: Decay of the first moment, in [0, 1).
+      b2: Decay of the second moment, in [0, 1).
+      eps: Term added to the root of the second moment, and its least value, > 0.
+      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate. 0
+        adds nothing and needs no parameters.
+      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
+        of them, or a function from parameters to such a tree. None: everything.
+      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
+        parameters. Complex parameters keep a complex first moment.
+      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
+        for the first, but real.
+
+    Returns:
+      The optimizer. Its updates have the dtype of the parameters, or of the gradients
+      if `params` is not passed.
+
+    Raises:
+      ValueError: If an argument is out of range; by ``update``, if the tree of updates
+        is not that of the parameters, or weight decay is asked for without parameters.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> tx = spam_optax.stable_adamw(learning_rate=0.1)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for size in (1.0, 1.0, 30.0):
+      ...     updates, state = tx.update(jnp.full(2, size), state, params)
+      ...     (rms,) = optax.tree.get(state, "update_rms")
+      ...     print(f"{updates[0]:.3f} {rms:.2f}")
+      -0.100 1.00
+      -0.100 1.00
+      -0.039 1.72
+
+    References:
+      Wortsman et al., `Stable and low-precision training for large-scale
+      vision-language models <https://arxiv.org/abs/2304.13013>`_, 2023, algorithm 2.
+    """
+    return _moments.optimizer(
+        "stable_adamw",
+        scale_by_stable_adamw(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        learning_rate,
+        weight_decay,
+        mask,
+    )
+
+
+def _rms(g: jax.Array, v_hat: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
+    """Root mean square of a gradient in units of its second moment."""
+    # eps**2 may underflow, and 0 / 0 is no ratio.
+    floor = jnp.maximum(jnp.square(eps), jnp.finfo(v_hat.dtype).tiny)
+    ratio = _arithmetic.abs_sq(g) / jnp.maximum(v_hat, floor)
+    return jnp.sqrt(jnp.sum(ratio) / max(g.size, 1))
+
+
+def _direction(bad, m, v, rms, corrections, eps) -> jax.Array:
+    """Adam's, divided by the RMS if that is above 1; 0 without a finite gradient."""
+    first, second = corrections
+    step = m / first / (jnp.sqrt(v / second) + eps) / jnp.maximum(rms, 1)
+    return jnp.where(jnp.all(bad), 0, step).astype(m.dtype)

@@ -1,0 +1,171 @@
+"""ZClip: clips the gradient when its norm is an outlier among the recent ones.
+
+Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
+<https://arxiv.org/abs/2504.02507>`_, 2025.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _arithmetic, _norms, _validate
+
+
+class ZClipState(NamedTuple):
+    """State of :func:`zclip`.
+
+    Attributes:
+      zclip_steps: Steps that entered the statistics.
+      zclip_mean: Running mean of the norm of the gradient.
+      zclip_std: Running standard deviation of the norm: not its square, which would
+        overflow.
+      zclip_scale: Factor by which the last gradient was scaled; 1: not clipped.
+      zclip_nonfinite_count: Coordinates of the last gradient that were not finite.
+      zclip_nonfinite_total: The same, of all steps.
+    """
+
+    zclip_steps: jax.Array  # shape=(), dtype=jnp.int32.
+    zclip_mean: jax.Array  # shape=(), dtype=jnp.float32.
+    zclip_std: jax.Array  # shape=(), dtype=jnp.float32.
+    zclip_scale: jax.Array  # shape=(), dtype=jnp.float32.
+    zclip_nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
+    zclip_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+
+
+def zclip(
+    threshold: jax.typing.ArrayLike = 2.5,
+    decay: jax.typing.ArrayLike = 0.97,
+    eps: jax.typing.ArrayLike = 1e-6,
+    *,
+    max_norm: jax.typing.ArrayLike | None = 1.0,
+    warmup_steps: jax.typing.ArrayLike = 25,
+) -> optax.GradientTransformation:
+    r"""Clips the global norm of the gradient when its z-score is high.
+
+    With the global norm :math:`n`, its running mean :math:`\mu` and standard deviation
+    :math:`\sigma`, the `threshold` :math:`\theta` and `decay` :math:`\alpha`:
+
+    .. math::
+      z &= (n - \mu) / (\sigma + \varepsilon) \\
+      n^* &= \mu + (\theta^2 / z) \sigma \quad \text{if } z > \theta,
+        \text{ else } n \\
+      g &\leftarrow g \min(n^*, n_{\max}) / n \\
+      \mu &\leftarrow \alpha \mu + (1 - \alpha) n^* \\
+      \sigma^2 &\leftarrow \alpha \sigma^2 + (1 - \alpha) (n^* - \mu)^2
+
+    the last line with the new mean. The larger the outlier, the lower its limit. In the
+    first `warmup_steps` only `max_norm` :math:`n_{\max}` clips; the mean and the
+    standard deviation are those of the norms so far, as they were before clipping.
+
+    Coordinates that are not finite, or whose square overflows, become 0 first. A norm
+    of 0 after that, of a gradient of zeros or of one without a finite coordinate, says
+    nothing about the next norm: it leaves the statistics and their clock alone.
+
+    Where the paper is silent: `max_norm` limits what comes out and not what enters the
+    statistics, and `eps` is 1e-6, as in the authors' implementation.
+
+    Args:
+      threshold: The z-score above which a norm is an outlier, > 0.
+      decay: Decay of the running mean and variance, in [0, 1).
+      eps: Term added to the standard deviation, > 0.
+      max_norm: Largest norm that comes out, > 0. None: no such limit.
+      warmup_steps: Steps whose norms make the first mean and deviation, at least 2.
+
+    Returns:
+      The transformation. Its updates have the dtype of the gradients.
+
+    Raises:
+      ValueError: If an argument is out of range.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import spam_optax
+      >>> tx = spam_optax.zclip(max_norm=None, warmup_steps=2)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for size in (1.0, 1.2, 1.1, 100.0):
+      ...     gradients, state = tx.update(jnp.array([size, 0.0]), state)
+      ...     print(f"{gradients[0]:.2f} {state.zclip_scale:.3f}")
+      1.00 1.000
+      1.20 1.000
+      1.10 1.000
+      1.10 0.011
+
+    References:
+      Kumar et al., `ZClip: Adaptive Spike Mitigation for LLM Pre-Training
+      <https://arxiv.org/abs/2504.02507>`_, 2025.
+
+    .. seealso:: :func:`spam_optax.adagc` for a limit on every tensor.
+    """
+    _validate.check_number("zclip", "threshold", threshold, above=0)
+    _validate.check_decay("zclip", "decay", decay)
+    _validate.check_number("zclip", "eps", eps, above=0)
+    if max_norm is not None:
+        _validate.check_number("zclip", "max_norm", max_norm, above=0)
+    _validate.check_steps("zclip", "warmup_steps", warmup_steps, low=2)
+
+    def init_fn(params: optax.Params) -> ZClipState:
+        _norms.check_params("zclip", params)
+        return ZClipState(
+            zclip_steps=jnp.zeros([], jnp.int32),
+            zclip_mean=jnp.zeros([], jnp.float32),
+            zclip_std=jnp.zeros([], jnp.float32),
+            zclip_scale=jnp.ones([], jnp.float32),
+            zclip_nonfinite_count=jnp.zeros([], jnp.int32),
+            zclip_nonfinite_total=jnp.zeros([], jnp.int32),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ZClipState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, ZClipState]:
+        del params
+        gradients, counters = _norms.finite(
+            "zclip", updates, state.zclip_nonfinite_total
+        )
+        norm = _arithmetic.norm(_norms.of_tensors(gradients))
+        is_warm = state.zclip_steps >= warmup_steps
+        limit = jnp.where(is_warm, _limit(norm, state, threshold, eps), norm)
+        largest = jnp.inf if max_norm is None else max_norm
+        scale = _norms.factor(norm, jnp.minimum(limit, largest))
+        steps = optax.safe_increment(state.zclip_steps)
+        # In the warm-up the plain mean: the same rule with a decay of (k - 1) / k.
+        keep = jnp.where(is_warm, decay, 1 - 1 / steps)
+        # Deviations from the new mean, as published; the warm-up's are exact.
+        share = jnp.where(is_warm, keep, jnp.sqrt(keep))
+        mean, std = _move(state, limit, keep, share)
+        is_news = norm > 0
+        gradients = _norms.scale(gradients, [scale] * len(jax.tree.leaves(gradients)))
+        return gradients, ZClipState(
+            jnp.where(is_news, steps, state.zclip_steps),
+            jnp.where(is_news, mean, state.zclip_mean),
+            jnp.where(is_news, std, state.zclip_std),
+            scale,
+            *counters,
+        )
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _limit(norm: jax.Array, state: ZClipState, threshold, eps) -> jax.Array:
+    """The norm, lowered if it is an outlier."""
+    z = (norm - state.zclip_mean) / (state.zclip_std + eps)
+    is_outlier = z > threshold
+    fraction = threshold / jnp.where(is_outlier, z, 1)
+    lowered = state.zclip_mean + threshold * fraction * state.zclip_std
+    return jnp.where(is_outlier, lowered, norm)
+
+
+def _move(
+    state: ZClipState, norm: jax.Array, keep: jax.Array, share: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The mean and the standard deviation after `norm`, `share` of the gap away."""
+    gap = norm - state.zclip_mean
+    mean = state.zclip_mean + (1 - keep) * gap
+    parts = [jnp.sqrt(keep) * state.zclip_std, jnp.sqrt(1 - keep) * share * gap]
+    std = _arithmetic.norm(jnp.stack(parts))  # Does not overflow, as squares would.
+    return mean.astype(jnp.float32), std.astype(jnp.float32)
