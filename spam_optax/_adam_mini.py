@@ -304,9 +304,8 @@ def adam_mini_partition(
         if value is not None:
             _validate.check_static("adam_mini_partition", name, value)
             _validate.check_whole("adam_mini_partition", name, value, low=1)
-    if num_kv_heads is None:
-        num_kv_heads = num_heads
-    heads = {"query": num_heads, "key": num_kv_heads, "value": num_kv_heads}
+    key_heads = num_heads if num_kv_heads is None else num_kv_heads
+    heads = {"query": num_heads, "key": key_heads}
 
     def partition(params: optax.Params) -> Any:
         with_roles = [
@@ -384,7 +383,7 @@ def _checked_heads(
             f"adam_mini_partition: the number of heads must divide the {outputs} "
             f"outputs of the kernel at {where}, got {heads}."
         )
-    return heads
+    return int(heads)
 
 
 def _check_real(path: tuple, p: Any) -> None:

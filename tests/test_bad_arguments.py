@@ -80,6 +80,10 @@ SORTS = {
         "a whole number >= 1 and <= 65536",
         outside(0, -1, 2.5, 2**16 + 1) + ODD + WRONG_SCALARS + NONE,
     ),
+    "positive or None": Sort(
+        "a finite number > 0", outside(0, -1, 1e-40) + ODD + WRONG_TYPES
+    ),
+    "heads": Sort("a whole number >= 1", outside(0, -1, 2.5) + ODD + WRONG_SCALARS),
     "selection": Sort(
         "one of 'random', 'max_gradient', 'max_weight'",
         outside("Random", "", None, 3, ["random"], True),
@@ -120,6 +124,20 @@ ADAM = {
 }
 COUNT = {"count_dropped": "flag"}
 OPTIMIZER = {"learning_rate": "not negative", "weight_decay": "not negative"}
+ZCLIP = {
+    "threshold": "positive",
+    "decay": "decay",
+    "eps": "positive",
+    "max_norm": "positive or None",
+    "warmup_steps": "window",
+}
+ADAGC = {
+    "threshold": "above one",
+    "decay": "decay",
+    "max_norm": "positive",
+    "warmup_steps": "count",
+}
+PLAIN_ADAM = {name: ADAM[name] for name in ("b1", "b2", "eps", "mu_dtype", "nu_dtype")}
 LAYOUT = {"density": "density", "row_blocks": "blocks"}
 LAYERS = {"a": jnp.ones((8, 4)), "b": jnp.ones(3)}
 MASKS = LAYOUT | {"key": "key", "selection": "selection"}
@@ -139,6 +157,17 @@ FUNCTIONS = (
         spam_optax.track_spikes,
         (optax.trace(0.9),),
         {"threshold": "above one", "decay": "decay"},
+    ),
+    (spam_optax.zclip, (), ZCLIP),
+    (spam_optax.adagc, (), ADAGC),
+    (spam_optax.scale_by_stable_adamw, (), PLAIN_ADAM),
+    (spam_optax.stable_adamw, (), PLAIN_ADAM | OPTIMIZER),
+    (spam_optax.scale_by_adam_mini, (), PLAIN_ADAM),
+    (spam_optax.adam_mini, (), PLAIN_ADAM | OPTIMIZER),
+    (
+        spam_optax.adam_mini_partition,
+        (),
+        {"num_heads": "heads", "num_kv_heads": "heads"},
     ),
     (testing.inject_spikes, (), {"key": "key"}),
     (testing.inject_spikes, (0,), {"rate": "share", "scale": "finite"}),
@@ -221,7 +250,12 @@ def update(tx, updates, params=None, start=PARAMS, first=None):
 
 SPARSE = (spam_optax.scale_by_sparse_spam, spam_optax.sparse_spam)
 BOTH = (spam_optax.spam_clip, spam_optax.scale_by_spam, spam_optax.spam, *SPARSE)
-MOMENTS = (*BOTH, spam_optax.scale_by_spam_adam, spam_optax.spam_adam)
+RELATIVES = (
+    *(spam_optax.scale_by_stable_adamw, spam_optax.stable_adamw),
+    *(spam_optax.scale_by_adam_mini, spam_optax.adam_mini),
+)
+MOMENTS = (*BOTH, spam_optax.scale_by_spam_adam, spam_optax.spam_adam, *RELATIVES)
+CLIPS = (spam_optax.zclip, spam_optax.adagc)
 
 
 def other_cases():
@@ -306,7 +340,8 @@ def other_cases():
                     TypeError,
                 ),
             )
-    for function in (spam_optax.spam, spam_optax.spam_adam):
+    decayed = (spam_optax.stable_adamw, spam_optax.adam_mini)
+    for function in (spam_optax.spam, spam_optax.spam_adam, *decayed):
         yield (
             f"{function.__name__}-decay without parameters",
             # The message is Optax's own.
@@ -660,7 +695,89 @@ def sparse_cases():
             )
 
 
-CASES = dict([*cases_of_the_table(), *other_cases(), *sparse_cases()])
+def relative_cases():
+    for function in CLIPS:
+        name, tx = function.__name__, function()
+        for dtype in ("int32", "bool", "float8_e4m3fn"):
+            tree = PARAMS | {"a": VECTOR.astype(dtype)}
+            allowed = "a floating or complex dtype"
+            for key, call, where in (
+                ("parameters", functools.partial(tx.init, tree), "parameter at ['a']"),
+                ("gradients", update(tx, tree), "update at ['a']"),
+            ):
+                yield (
+                    f"{name}-{dtype} {key}",
+                    Case(call, where, dtype, allowed, TypeError),
+                )
+    yield (
+        "adagc-a leaf missing",
+        Case(
+            update(spam_optax.adagc(), {"a": VECTOR}),
+            "updates",
+            "got 1",
+            "the 3 leaves of init's parameters",
+        ),
+    )
+    for function in (spam_optax.adam_mini, spam_optax.scale_by_adam_mini):
+        name = function.__name__
+        for value in ("heads", 4, {"a": (1, 1)}):
+            yield (
+                f"{name}-partition-{value!r}",
+                Case(
+                    functools.partial(function, partition=value),
+                    "partition",
+                    repr(value),
+                    "None or a function from parameters to a tree of numbers of blocks",
+                    TypeError,
+                ),
+            )
+        for blocks in ((1,), (1, 3), (0, 1), (1, 2.0), [1, 1], None, 1, (1, 8)):
+            tx = function(partition=lambda _, blocks=blocks: {"a": blocks})
+            yield (
+                f"{name}-blocks-{blocks!r}",
+                Case(
+                    functools.partial(tx.init, {"a": MATRIX}),
+                    "partition must give the parameter at ['a']",
+                    repr(blocks),
+                    "a tuple of whole numbers that divide its shape (8, 4)",
+                ),
+            )
+        yield (
+            f"{name}-complex parameters",
+            Case(
+                functools.partial(function().init, {"a": VECTOR.astype("complex64")}),
+                "parameter at ['a']",
+                "complex64",
+                "a floating dtype",
+                TypeError,
+            ),
+        )
+        yield (
+            f"{name}-a query and no heads",
+            Case(
+                functools.partial(function().init, {"query": MATRIX}),
+                "num_heads",
+                "got None",
+                "a whole number >= 1 for the kernel at ['query']",
+            ),
+        )
+    for heads, kernel in (((3,), "query"), ((4, 3), "key")):
+        yield (
+            f"adam_mini_partition-{kernel} of {heads} heads",
+            Case(
+                lambda heads=heads, kernel=kernel: spam_optax.adam_mini_partition(
+                    *heads
+                )({kernel: MATRIX}),
+                "number of heads",
+                "got 3",
+                f"divide the 4 outputs of the kernel at ['{kernel}']",
+            ),
+        )
+
+
+CASES = dict(
+    [*cases_of_the_table(), *other_cases(), *sparse_cases(), *relative_cases()]
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -675,11 +792,11 @@ def test_bad_arguments_are_named_with_their_value_and_what_is_allowed(name):
         assert part in message
 
 
-@pytest.mark.parametrize("function", MOMENTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [*MOMENTS, *CLIPS], ids=lambda f: f.__name__)
 def test_every_argument_of_the_transformations_is_in_the_table(function):
     """Guards the table: an argument added later must be listed or be a flag."""
     (sorts,) = (sorts for f, _, sorts in FUNCTIONS if f is function)
-    trees = {"mask", "sparse_params"}
+    trees = {"mask", "sparse_params", "partition"}
     assert set(inspect.signature(function).parameters) - trees == set(sorts)
 
 
@@ -693,13 +810,15 @@ NUMBERS = {
     "weight_decay": 0.1,
     "reset_interval": 7,
     "warmup_steps": 2,
+    "decay": 0.9,
+    "max_norm": 3.0,
 }
 
 
-STATIC = {"sparse_params", "mask", "mu_dtype", "nu_dtype", *MASKS}
+STATIC = {"sparse_params", "partition", "mask", "mu_dtype", "nu_dtype", *MASKS}
 
 
-@pytest.mark.parametrize("function", MOMENTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", [*MOMENTS, *CLIPS], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_number_may_be_traced(function, dtype):
     """Through `inject_hyperparams`: the updates are those of the plain numbers.

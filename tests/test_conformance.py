@@ -29,12 +29,21 @@ TRANSFORMATIONS = {
     "reset_moments": lambda: spam_optax.reset_moments(optax.adam(0.1), 5),
     "track_spikes": lambda: spam_optax.track_spikes(spam_optax.spam(0.1, **QUICK)),
     "inject_spikes": lambda: spam_optax.testing.inject_spikes(0, 0.5, 10.0, steps=[3]),
+    "zclip": lambda: spam_optax.zclip(warmup_steps=3),
+    "adagc": lambda: spam_optax.adagc(warmup_steps=3),
+    "scale_by_stable_adamw": spam_optax.scale_by_stable_adamw,
+    "stable_adamw": lambda: spam_optax.stable_adamw(0.1, weight_decay=0.1),
+    "scale_by_adam_mini": spam_optax.scale_by_adam_mini,
+    "adam_mini": lambda: spam_optax.adam_mini(0.1, weight_decay=0.1),
 }
 OPTIMIZERS = {
     "spam_adam": functools.partial(spam_optax.spam_adam, reset_interval=5),
     "spam": functools.partial(spam_optax.spam, **QUICK),
     "sparse_spam": functools.partial(spam_optax.sparse_spam, **QUICK),
+    "stable_adamw": functools.partial(spam_optax.stable_adamw),
+    "adam_mini": functools.partial(spam_optax.adam_mini),
 }
+REFUSE_COMPLEX = ("sparse", "adam_mini")
 EVERY = pytest.mark.parametrize("name", TRANSFORMATIONS)
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64"]
 
@@ -84,8 +93,8 @@ def test_structure_shapes_and_dtypes_are_stable(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         tx = TRANSFORMATIONS[name]()
         params = make_params(dtype)
-        if "sparse" in name and dtype == "complex64":
-            with pytest.raises(TypeError, match="floating dtype for sparse momentum"):
+        if any(x in name for x in REFUSE_COMPLEX) and dtype == "complex64":
+            with pytest.raises(TypeError, match="must have a floating dtype"):
                 tx.init(params)
             return
         state = tx.init(params)
@@ -237,7 +246,7 @@ def test_inject_hyperparams(name, dtype):
     params = make_params(dtype)
     make = OPTIMIZERS[name].func
     static = {"density", "sparse_params", "key", "mask", "selection", "row_blocks"}
-    static = (static | {"mu_dtype", "nu_dtype"}) & set(
+    static = (static | {"mu_dtype", "nu_dtype", "partition"}) & set(
         inspect.signature(make).parameters
     )
     inject = functools.partial(
@@ -274,14 +283,12 @@ def test_extra_arguments_pass(name):
     tx.update(make_gradients(params, 0), tx.init(params), params, value=1.0)
 
 
-@pytest.mark.parametrize("name", ["spam_clip", "spam_adam", "spam"])
+@pytest.mark.parametrize(
+    "name", ["spam_clip", "spam_adam", "spam", "stable_adamw", "adam_mini"]
+)
 def test_a_parameter_without_a_gradient_stays_untouched(name):
     """A None among the gradients alone: no update, moments as they were."""
-    tx = {
-        "spam_clip": spam_optax.spam_clip,
-        "spam_adam": spam_optax.spam_adam,
-        "spam": spam_optax.spam,
-    }[name]()
+    tx = getattr(spam_optax, name)()
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     update = jax.jit(tx.update)
     _, state = update({"a": jnp.ones(2), "b": jnp.ones(2)}, tx.init(params), params)
@@ -313,7 +320,10 @@ def test_map_params_makes_shardings(name):
     for leaf, found in zip(
         jax.tree.leaves(state), jax.tree.leaves(mapped, is_leaf=is_spec), strict=True
     ):
-        expected = {(2, 3): P("x"), (1, 3): P("x"), (3,): P()}.get(leaf.shape, "other")
+        shapes = {(2, 3): P("x"), (1, 3): P("x"), (3,): P()}
+        if "adam_mini" in name:  # One value a block, with the rank of its parameter.
+            shapes |= {(1, 1): P("x"), (1,): P()}
+        expected = shapes.get(leaf.shape, "other")
         assert found == expected
 
 
@@ -352,7 +362,11 @@ def test_explicit_mesh(name):
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")], ids=str)
-@pytest.mark.parametrize("name", ["spam_clip", "spam_adam", "spam", "track_spikes"])
+@pytest.mark.parametrize(
+    "name",
+    ["spam_clip", "spam_adam", "spam", "track_spikes", "zclip", "adagc"]
+    + ["stable_adamw"],
+)
 def test_update_on_a_mesh_adds_only_scalar_all_reduces(name, spec):
     tx = TRANSFORMATIONS[name]()
     with jax.set_mesh(jax.make_mesh((4, 2), ("x", "y"))):

@@ -30,6 +30,18 @@ MAKERS = {
     ),
     "spam_adam": lambda: spam_optax.spam_adam(0.01, reset_interval=12, **RAMP),
 }
+# Coordinates share a norm or a second moment here, so one fault touches the others.
+COUPLED = {
+    "zclip": lambda: optax.chain(spam_optax.zclip(), optax.adam(0.01)),
+    "adagc": lambda: optax.chain(spam_optax.adagc(), optax.adam(0.01)),
+    "stable_adamw": lambda: spam_optax.stable_adamw(0.01),
+    "adam_mini": lambda: spam_optax.adam_mini(0.01),
+}
+PREFIXES = {
+    "spam_adam": "dropped",
+    "zclip": "zclip_nonfinite",
+    "adagc": "adagc_nonfinite",
+}
 FAULTS = st.sampled_from(
     [np.nan, np.inf, -np.inf, 3.4e38, -3.4e38, 2e19, -2e19, 1.84e19, 1e-45]
 )
@@ -43,7 +55,7 @@ SCATTERED = st.dictionaries(POSITIONS, FAULTS, min_size=1, max_size=40)
 
 @functools.cache
 def runner(name):
-    tx = MAKERS[name]()
+    tx = (MAKERS | COUPLED)[name]()
 
     @jax.jit
     def run(gradients):
@@ -91,14 +103,14 @@ def test_scattered_faults(name, faults):
 
     with np.errstate(over="ignore"):
         expected = (~np.isfinite(np.square(gradients))).sum(axis=(1, 2))
-    prefix = "dropped" if name == "spam_adam" else "nonfinite"
+    prefix = PREFIXES.get(name, "nonfinite")
     np.testing.assert_array_equal(optax.tree.get(states, f"{prefix}_count"), expected)
     np.testing.assert_array_equal(
         optax.tree.get(states, f"{prefix}_total"), expected.cumsum()
     )
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", MAKERS | COUPLED)
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf, 3e38])
 def test_whole_gradient_not_finite_for_ten_steps(name, fault):
     """Over a reset step and its grace window; afterwards the run goes on."""
@@ -137,22 +149,22 @@ def test_a_moment_stored_narrowly_saturates():
     assert optax.tree.get(state, "mu")[1] == jnp.finfo(jnp.float16).max
 
 
-@pytest.mark.parametrize("name", ["spam", "chain", "spam_adam"])
+@pytest.mark.parametrize("name", ["spam", "chain", "spam_adam", *COUPLED])
 def test_what_the_state_cannot_hold_counts_as_infinite(name):
     """A float64 gradient beside float32 parameters."""
     with jax.enable_x64(True):
-        tx = MAKERS[name]()
+        tx = (MAKERS | COUPLED)[name]()
         params = jnp.ones(2, jnp.float32)
         state, update = tx.init(params), jax.jit(tx.update)
         for _ in range(3):
             updates, state = update(jnp.array([1.0, 1e100]), state, params)
         assert np.isfinite(updates).all()
         assert np.isfinite(optax.tree.get(state, "nu")).all()
-        prefix = "dropped" if name == "spam_adam" else "nonfinite"
+        prefix = PREFIXES.get(name, "nonfinite")
         assert int(optax.tree.get(state, f"{prefix}_total")) == 3
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", MAKERS | COUPLED)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_scattered_faults_in_narrow_gradients(name, dtype):
     rng = np.random.default_rng(1)
@@ -167,7 +179,7 @@ def test_scattered_faults_in_narrow_gradients(name, dtype):
     for moment in ("mu", "nu"):
         values = np.asarray(optax.tree.get(states, moment)).astype(np.float32)
         assert np.isfinite(values).all()
-    prefix = "dropped" if name == "spam_adam" else "nonfinite"
+    prefix = PREFIXES.get(name, "nonfinite")
     assert int(optax.tree.get(states, f"{prefix}_total")[-1]) == expected
 
 

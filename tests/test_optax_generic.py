@@ -38,6 +38,25 @@ def sparse_spam(
     return spam_optax.sparse_spam(learning_rate, 0.5, sparse_params=True)
 
 
+def adam_mini(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+) -> optax.GradientTransformationExtraArgs:
+    """Optax's tests would inject the partition, a function, as a schedule."""
+    return spam_optax.adam_mini(learning_rate)
+
+
+def zclip_adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(spam_optax.zclip(), optax.adam(learning_rate))
+
+
+def adagc_adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(spam_optax.adagc(), optax.adam(learning_rate))
+
+
 FACTORIES = {
     "sparse_spam": sparse_spam,
     "spam": spam_optax.spam,
@@ -45,6 +64,10 @@ FACTORIES = {
     "spam_chain": spam_chain,
     "reset_moments": spam_optax.reset_moments,
     "track_spikes": spam_optax.track_spikes,
+    "stable_adamw": spam_optax.stable_adamw,
+    "adam_mini": adam_mini,
+    "zclip_adam": zclip_adam,
+    "adagc_adam": adagc_adam,
 }
 ALIASES = (
     {"opt_name": "spam", "opt_kwargs": {"learning_rate": 1e-2}},
@@ -55,6 +78,10 @@ ALIASES = (
     {"opt_name": "spam_adam", "opt_kwargs": {"learning_rate": 1e-2}},
     {"opt_name": "spam_chain", "opt_kwargs": {"learning_rate": 1e-2}},
     {"opt_name": "sparse_spam", "opt_kwargs": {"learning_rate": 1e-2}},
+    *(
+        {"opt_name": name, "opt_kwargs": {"learning_rate": 1e-2}}
+        for name in ("stable_adamw", "adam_mini", "zclip_adam", "adagc_adam")
+    ),
 )
 CONTRIB = tuple(
     {**row, "wrapper_name": None, "wrapper_kwargs": None} for row in ALIASES
@@ -82,6 +109,10 @@ SHARDED = {
     "sparse_spam": spam_optax.sparse_spam(1.0, sparse_params=True, row_blocks=8),
     "reset_moments": spam_optax.reset_moments(optax.adam(1.0), 500),
     "track_spikes": spam_optax.track_spikes(spam_optax.spam(1.0)),
+    "zclip": spam_optax.zclip(),
+    "adagc": spam_optax.adagc(),
+    "stable_adamw": spam_optax.stable_adamw(1.0),
+    "adam_mini": spam_optax.adam_mini(1.0),
 }
 FLOAT64 = [
     ("spam_clip", spam_optax.spam_clip, {}),
@@ -90,6 +121,10 @@ FLOAT64 = [
     ("scale_by_spam", spam_optax.scale_by_spam, {}),
     ("spam", spam_optax.spam, {"weight_decay": 0.1}),
     ("sparse_spam", spam_optax.sparse_spam, {"sparse_params": True}),
+    ("zclip", spam_optax.zclip, {}),
+    ("adagc", spam_optax.adagc, {}),
+    ("stable_adamw", spam_optax.stable_adamw, {"weight_decay": 0.1}),
+    ("adam_mini", spam_optax.adam_mini, {"weight_decay": 0.1}),
     (
         "track_spikes",
         lambda: spam_optax.track_spikes(spam_optax.spam()),

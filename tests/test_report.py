@@ -356,15 +356,15 @@ def test_the_demonstration_keeps_its_picture():
     assert "Dotted: its momentum resets" in spikes.get_title("left")
 
 
-def test_ten_optimizers_of_which_two_halted():
+def test_sixteen_optimizers_of_which_two_halted():
     config = RunConfig(optimizers=OPTIMIZERS, steps=100)
     figure = figure_of(config, {"adam": 55, "lion": 3})
     assert rendered(figure).startswith(b"\x89PNG")
     loss, *norms, _ = figure.axes
     rows = [round(panel.get_position().y0, 6) for panel in norms]
-    assert [len(list(row)) for _, row in itertools.groupby(rows)] == [4, 4, 2]
+    assert [len(list(row)) for _, row in itertools.groupby(rows)] == [4, 4, 4, 4]
     labeled = [bool(panel.get_ylabel()) for panel in norms]
-    assert labeled == [i % 4 == 0 for i in range(10)]
+    assert labeled == [i % 4 == 0 for i in range(16)]
     for panels in ([loss], norms):
         crosses = [
             (line.get_color(), *line.get_xdata())

@@ -16,6 +16,12 @@ OPTIMIZERS = (
     "sparse_spam",
     "stable_spam",
     "stabilizer_adam",
+    "adam_mini",
+    "stable_adamw",
+    "zclip_adam",
+    "adagc_adam",
+    "galore",
+    "muon",
 )
 DEMONSTRATION = ("adam", "adam_clip", "spam", "clip_spam")
 EMBEDDINGS = ("plain", "scaled", "normed")
@@ -58,7 +64,7 @@ class RunConfig:
     learning_rate: float = 4e-3  # at its peak
     warmup_steps: int | None = None  # None is a tenth of the run
     weight_decay: float | None = None  # None: 0.1 for adamw and lion, else 0
-    clip_norm: float = 1.0  # of the global norm, for the optimizers called clip
+    clip_norm: float = 1.0  # of the global norm; for zclip and adagc the largest one
     threshold: float = 5000.0  # SPAM's, on g**2 / v
     reset_interval: int | None = None  # SPAM's, in steps; None is a quarter of the run
     density: float = 0.25  # of sparse_spam's momentum

@@ -1,11 +1,14 @@
 """The optimizers by name; all share one learning-rate schedule. A row adds one."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import spam_optax
+from lm import model
 from lm.config import RunConfig, UsageError
 
 B1 = 0.9
@@ -138,6 +141,112 @@ def clipped(make):
     return make_clipped
 
 
+def adam_mini(config, learning_rate):
+    return spam_optax.adam_mini(
+        learning_rate,
+        b1=B1,
+        b2=B2,
+        partition=spam_optax.adam_mini_partition(model.PRESETS[config.preset].heads),
+        weight_decay=decay(config),
+    )
+
+
+def stable_adamw(config, learning_rate):
+    return spam_optax.stable_adamw(
+        learning_rate, b1=B1, b2=B2, weight_decay=decay(config)
+    )
+
+
+def zclip_adam(config, learning_rate):
+    """Warm-ups of 25 steps, and for AdaGC 100, or what fits a short run."""
+    clip = spam_optax.zclip(
+        max_norm=config.clip_norm, warmup_steps=min(25, max(2, config.steps // 4))
+    )
+    return optax.chain(clip, adam(config, learning_rate))
+
+
+def adagc_adam(config, learning_rate):
+    clip = spam_optax.adagc(
+        max_norm=config.clip_norm, warmup_steps=min(100, config.steps // 4)
+    )
+    return optax.chain(clip, adam(config, learning_rate))
+
+
+def galore(config, learning_rate):
+    """Adam in a subspace of the attention and feed-forward matrices.
+
+    Its rank is a quarter of the width, as in the paper's larger models; the subspace is
+    chosen anew every 200 steps, or ten times in a short run.
+    """
+    projected = optax.contrib.scale_by_galore(
+        rank=max(1, model.PRESETS[config.preset].width // 4),
+        update_proj_gap=min(200, max(1, config.steps // 10)),
+        scale=0.25,
+        base_optimizer=optax.scale_by_adam(B1, B2),
+    )
+    labels = label_matrices("galore", "adam")
+    scale = {"galore": for_each_layer(projected), "adam": optax.scale_by_adam(B1, B2)}
+    return optax.chain(
+        optax.partition(scale, labels),
+        optax.add_decayed_weights(decay(config)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def muon(config, learning_rate):
+    """Muon for the attention and feed-forward matrices, Adam for the rest.
+
+    Its updates are scaled to the size of Adam's, so that all optimizers are swept over
+    the same rates.
+    """
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return optax.contrib.muon(
+        learning_rate,
+        weight_decay=decay(config),
+        adam_b1=B1,
+        adam_b2=B2,
+        adam_weight_decay=decay(config),
+        muon_weight_dimension_numbers=label_matrices(matrix, None),
+        consistent_rms=0.2,
+    )
+
+
+def label_matrices(matrix: Any, other: Any) -> Callable[[optax.Params], Any]:
+    """Labels the attention and feed-forward matrices, and the rest."""
+
+    def label(params):
+        is_matrix = spam_optax.matrices_only()(params)
+        return jax.tree.map(lambda x: matrix if x else other, is_matrix)
+
+    return label
+
+
+def for_each_layer(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """`inner` for matrices, applied to stacks of them: a matrix is a tensor to it.
+
+    What its state has for a step and not for a tensor, scalars, the layers share, so
+    that a `lax.cond` on the step remains one.
+    """
+
+    def axes(state):
+        return jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, state)
+
+    def init(params):
+        first = jax.tree.map(lambda x: x[0], params)
+        of_layer = axes(jax.eval_shape(inner.init, first))
+        return jax.vmap(inner.init, out_axes=of_layer)(params)
+
+    def update(updates, state, params=None):
+        del params
+        return jax.vmap(
+            inner.update, in_axes=(0, axes(state)), out_axes=(0, axes(state))
+        )(updates, state)
+
+    return optax.GradientTransformation(init, update)
+
+
 TABLE = {
     "adam": Row(adam),
     "adam_clip": Row(clipped(adam)),
@@ -151,6 +260,12 @@ TABLE = {
     "sparse_spam": Row(sparse_spam, resets=True),
     "stable_spam": Row(stable_spam, resets=True),
     "stabilizer_adam": Row(stabilizer_adam),
+    "adam_mini": Row(adam_mini),
+    "stable_adamw": Row(stable_adamw),
+    "zclip_adam": Row(zclip_adam),
+    "adagc_adam": Row(adagc_adam),
+    "galore": Row(galore, momentum_decay=None),  # of projected gradients
+    "muon": Row(muon, momentum_decay=None),  # two, Muon's and Adam's
 }
 
 

@@ -27,6 +27,12 @@ STYLES = {
     "clip_spam": ("#000000", "--"),
     "spam_chain": ("#CC79A7", "-"),
     "sparse_spam": ("#CC79A7", "-."),
+    "adam_mini": ("#D55E00", ":"),
+    "stable_adamw": ("#E69F00", ":"),
+    "zclip_adam": ("#0072B2", "-."),
+    "adagc_adam": ("#0072B2", ":"),
+    "galore": ("#000000", "-."),
+    "muon": ("#000000", "-"),
 }
 MARKERS = {"o": "circles", "v": "triangles", "s": "squares", "D": "diamonds"}
 FAULT = "#F0E442"

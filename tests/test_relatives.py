@@ -1,0 +1,469 @@
+"""ZClip, AdaGC, StableAdamW and Adam-mini: against NumPy, and what they promise."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import numpy_relatives
+import spam_optax
+
+SHAPES = {"a": (3, 4), "b": (6,), "c": (2, 2)}
+SPIKES = {30: 50.0, 31: 50.0, 47: 300.0, 90: 1e6, 110: 40.0, 130: 1e-3}
+STEPS = 160
+
+
+def gradients_of(steps=STEPS, spikes=SPIKES, dtype=np.float32, seed=0):
+    """Of every step: norms drift, whole steps spike, and one tensor alone in some."""
+    rng = np.random.default_rng(seed)
+    for t in range(steps):
+        size = 0.1 * (1 + 0.5 * np.sin(t / 9)) * spikes.get(t, 1.0)
+        gradients = {k: size * rng.normal(size=shape) for k, shape in SHAPES.items()}
+        if t % 17 == 16:
+            gradients["b"] = gradients["b"] * 100
+        yield jax.tree.map(lambda x: np.asarray(x, dtype), gradients)
+
+
+def close(ours, theirs, rtol=2e-5):
+    np.testing.assert_allclose(
+        np.asarray(ours, np.float64), theirs, rtol=rtol, atol=1e-7
+    )
+
+
+def assert_same_bits(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def params_of(dtype="float32"):
+    return {name: jnp.ones(shape, dtype) for name, shape in SHAPES.items()}
+
+
+# ------------------------------------------------------------------- against NumPy
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("settings", [{}, {"max_norm": None, "warmup_steps": 10}])
+def test_zclip_is_the_papers(settings, dtype):
+    ours = spam_optax.zclip(**settings)
+    renamed = {"warmup_steps": "warmup"}
+    theirs = numpy_relatives.ZClip(
+        **{renamed.get(name, name): value for name, value in settings.items()}
+    )
+    state, update = ours.init(params_of(dtype)), jax.jit(ours.update)
+    factors = []
+    for g in gradients_of(dtype=jnp.dtype(dtype)):
+        clipped, state = update(g, state)
+        wanted, factor = theirs.step([np.float64(x) for x in g.values()])
+        close(state.zclip_scale, factor)
+        close(state.zclip_mean, theirs.mu)
+        close(state.zclip_std, np.sqrt(theirs.var), rtol=1e-4)
+        for x, y in zip(clipped.values(), wanted, strict=True):
+            assert x.dtype == dtype
+            close(x, y, rtol=2e-5 if dtype == "float32" else 1e-2)
+        factors.append(factor)
+    # The spikes were among what was clipped, and not everything was.
+    assert all(factors[t] < 0.1 for t in (30, 47, 90, 110) if t >= theirs.warmup)
+    assert 5 < sum(factor == 1 for factor in factors) < STEPS - 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("warmup_steps", [0, 40, 100])
+def test_adagc_is_the_papers(warmup_steps, dtype):
+    ours = spam_optax.adagc(warmup_steps=warmup_steps)
+    theirs = numpy_relatives.AdaGC(len(SHAPES), t_start=warmup_steps)
+    state, update = ours.init(params_of(dtype)), jax.jit(ours.update)
+    different = 0
+    for g in gradients_of(dtype=jnp.dtype(dtype)):
+        clipped, state = update(g, state)
+        wanted, factors = theirs.step([np.float64(x) for x in g.values()])
+        close(state.adagc_scale, factors, rtol=1e-4)
+        close(state.adagc_norm, theirs.gamma, rtol=1e-4)
+        for x, y in zip(clipped.values(), wanted, strict=True):
+            assert x.dtype == dtype
+            close(x, y, rtol=1e-4 if dtype == "float32" else 1e-2)
+        different += len(set(factors)) > 1
+    assert different > 20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_stable_adamw_is_the_papers(dtype):
+    ours = spam_optax.stable_adamw(0.01, weight_decay=0.1)
+    params = params_of(dtype)
+    theirs = {
+        name: numpy_relatives.StableAdamW(p, eta=0.01, decay=0.1)
+        for name, p in params.items()
+    }
+    state, update = ours.init(params), jax.jit(ours.update)
+    largest = 0
+    for t, g in enumerate(gradients_of(dtype=dtype)):
+        if dtype == "complex64":
+            phase = np.exp(1j * np.float32(t)).astype(dtype)
+            g = {name: x * phase for name, x in g.items()}
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        rms = optax.tree.get(state, "update_rms")
+        for i, name in enumerate(SHAPES):
+            wanted = theirs[name].step(g[name])
+            close(np.real(params[name]), np.real(wanted), rtol=1e-4)
+            close(np.imag(params[name]), np.imag(wanted), rtol=1e-4)
+            close(rms[i], theirs[name].rms, rtol=1e-4)
+        largest = max(largest, rms.max())
+    assert largest > 5
+
+
+def test_stable_adamw_has_float32_moments_for_bfloat16_parameters():
+    """And moves them like float32 ones, to the rounding of the parameters."""
+    ours = spam_optax.scale_by_stable_adamw()
+    params = params_of("bfloat16")
+    theirs = {
+        name: numpy_relatives.StableAdamW(p * 0, eta=1) for name, p in params.items()
+    }
+    state, update = ours.init(params), jax.jit(ours.update)
+    for g in gradients_of(dtype=jnp.bfloat16):
+        updates, state = update(g, state, params)
+        for name, reference in theirs.items():
+            before = reference.p
+            step = before - reference.step(np.float64(g[name]))
+            assert updates[name].dtype == jnp.bfloat16
+            close(updates[name], step, rtol=1e-2)
+            close(state.mu[name], reference.m * (1 - 0.9**reference.t), rtol=1e-4)
+            close(state.nu[name], reference.v * (1 - 0.99**reference.t), rtol=1e-4)
+
+
+def blocks_by_number(shape, blocks):
+    """The number of the block that each coordinate is in, by plain index arithmetic."""
+    numbers = np.zeros(shape, int)
+    for index in np.ndindex(*shape):
+        for i, size, parts in zip(index, shape, blocks, strict=True):
+            numbers[index] = numbers[index] * parts + i // (size // parts)
+    return numbers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adam_mini_is_the_papers(dtype):
+    """For blocks of every kind: heads, rows, columns, layers, the whole."""
+    params = {
+        "query": jnp.ones((2, 3, 8), dtype),
+        "wv": jnp.ones((3, 4), dtype),
+        "embedding": jnp.ones((5, 3), dtype),
+        "scale": jnp.ones((2, 3), dtype),
+        "other": jnp.ones((2, 3, 2), dtype),
+        "scalar": jnp.ones((), dtype),
+    }
+    partition = spam_optax.adam_mini_partition(4)
+    ours = spam_optax.scale_by_adam_mini(partition=partition)
+    blocks = {
+        "query": (2, 1, 4),
+        "wv": (1, 4),
+        "embedding": (5, 1),
+        "scale": (2, 1),
+        "other": (1, 1, 1),
+        "scalar": (),
+    }
+    assert partition(params) == blocks
+    theirs = {
+        name: numpy_relatives.AdamMini(
+            np.zeros(p.shape), blocks_by_number(p.shape, blocks[name]), eta=1
+        )
+        for name, p in params.items()
+    }
+    state, update = ours.init(params), jax.jit(ours.update)
+    rng = np.random.default_rng(0)
+    for t in range(120):
+        g = {
+            name: np.asarray(
+                rng.normal(size=p.shape) * SPIKES.get(t, 1.0), jnp.dtype(dtype)
+            )
+            for name, p in params.items()
+        }
+        updates, state = update(g, state, params)
+        for name, reference in theirs.items():
+            before = reference.p
+            step = before - reference.step(np.float64(g[name]))
+            assert state.nu[name].shape == blocks[name]
+            assert state.nu[name].dtype == jnp.float32
+            close(state.nu[name].ravel(), list(reference.v.values()), rtol=1e-4)
+            close(updates[name], step, rtol=1e-4 if dtype == "float32" else 1e-2)
+
+
+def test_adam_mini_with_a_block_a_coordinate_is_adam():
+    def every_coordinate(params):
+        return jax.tree.map(lambda p: p.shape, params)
+
+    ours = spam_optax.adam_mini(0.1, partition=every_coordinate, weight_decay=0.1)
+    theirs = optax.adamw(0.1, weight_decay=0.1)
+    params = params_of()
+    states = ours.init(params), theirs.init(params)
+    updates = jax.jit(ours.update), jax.jit(theirs.update)
+    for g in gradients_of(40):
+        got, mini = updates[0](g, states[0], params)
+        want, adam = updates[1](g, states[1], params)
+        states = mini, adam
+        # Optax's bias corrections are less exact.
+        jax.tree.map(functools.partial(close, rtol=1e-4), got, want)
+
+
+# ---------------------------------------------------------------------- properties
+
+CLIPS = {
+    "zclip": lambda: spam_optax.zclip(warmup_steps=3),
+    "adagc": lambda: spam_optax.adagc(warmup_steps=3),
+}
+OPTIMIZERS = {
+    "stable_adamw": spam_optax.scale_by_stable_adamw,
+    "adam_mini": spam_optax.scale_by_adam_mini,
+}
+RELATIVES = CLIPS | OPTIMIZERS
+STATISTICS = ("steps", "mean", "std", "norm")
+
+
+def statistics(name, state):
+    """What must not be fed by a gradient without information."""
+    fields = state._asdict()
+    if name in OPTIMIZERS:
+        return {"mu": fields["mu"], "nu": fields["nu"]}
+    return {x: fields[f"{name}_{x}"] for x in STATISTICS if f"{name}_{x}" in fields}
+
+
+@functools.cache
+def compiled(name):
+    tx = RELATIVES[name]()
+    return tx.init(params_of()), jax.jit(tx.update)
+
+
+def warmed(name, steps):
+    """The state after so many ordinary steps, and the compiled update."""
+    state, update = compiled(name)
+    for g in gradients_of(steps, spikes={}):
+        _, state = update(g, state)
+    return state, update
+
+
+def filled(value):
+    return {name: np.full(shape, value, np.float32) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("steps", [0, 1, 2, 10])
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, -np.inf, 1e30])
+def test_a_gradient_without_information_leaves_clips_alone(name, steps, value):
+    """Before, in and after the warm-up: zero updates, statistics bit for bit."""
+    state, update = warmed(name, steps)
+    for _ in range(5):
+        updates, new = update(filled(value), state)
+        assert_same_bits(updates, filled(0.0))
+        assert_same_bits(statistics(name, new), statistics(name, state))
+        bad = 0 if value == 0 else 22
+        assert new._asdict()[f"{name}_nonfinite_count"] == bad
+        state = new
+    assert state._asdict()[f"{name}_nonfinite_total"] == 5 * bad
+    # And what comes after is clipped as if nothing had been.
+    fresh, _ = warmed(name, steps)
+    for g in gradients_of(6, seed=1):
+        (ours, state), (theirs, fresh) = update(g, state), update(g, fresh)
+        assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["adagc", *OPTIMIZERS])
+@pytest.mark.parametrize("steps", [0, 2, 10])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
+def test_a_tensor_without_a_finite_coordinate(name, steps, value):
+    """Its statistics stay and it does not move; the other tensors do not notice."""
+    state, update = warmed(name, steps)
+    (good,) = gradients_of(1, spikes={}, seed=2)
+    bad = good | {"b": np.full(SHAPES["b"], value, np.float32)}
+    updates, after_bad = update(bad, state)
+    good_updates, after_good = update(good, state)
+    assert_same_bits(updates["b"], np.zeros(SHAPES["b"]))
+    for x in statistics(name, after_bad):
+        old, new, other = (
+            statistics(name, s)[x] for s in (state, after_bad, after_good)
+        )
+        if isinstance(old, dict):
+            old, new, other = ([t[k] for k in SHAPES] for t in (old, new, other))
+        assert_same_bits(old[1], new[1])
+        if name != "adagc" or steps >= 3:  # Its warm-up is global.
+            assert_same_bits((new[0], new[2]), (other[0], other[2]))
+    if name != "adagc" or steps >= 3:
+        for k in ("a", "c"):
+            assert_same_bits(updates[k], good_updates[k])
+    counts = [v for k, v in after_bad._asdict().items() if "nonfinite_count" in k]
+    assert counts == [6]
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e30])
+def test_one_bad_coordinate_is_a_zero(name, value):
+    """The step is that of the gradient with 0 there, and one coordinate is counted."""
+    state, update = warmed(name, 5)
+    (g,) = gradients_of(1, spikes={}, seed=2)
+    bad, zero = (jax.tree.map(np.copy, g) for _ in range(2))
+    bad["a"][1, 2], zero["a"][1, 2] = value, 0
+    (updates, new), (wanted, reference) = update(bad, state), update(zero, state)
+    assert_same_bits(updates, wanted)
+    assert_same_bits(statistics(name, new), statistics(name, reference))
+    assert [v for k, v in new._asdict().items() if "nonfinite_count" in k] == [1]
+    assert [v for k, v in reference._asdict().items() if "nonfinite_count" in k] == [0]
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+@pytest.mark.parametrize("steps", [0, 10])
+def test_norms_that_overflow(name, steps):
+    """1.8e19 has a square in float32; the sum of several has not."""
+    state, update = warmed(name, steps)
+    for _ in range(3):
+        updates, state = update(filled(1.8e19), state)
+        for x in jax.tree.leaves((updates, state)):
+            assert np.isfinite(x).all()
+        assert all((u > 0).all() for u in updates.values())
+    if name == "zclip" and steps == 10:
+        assert optax.tree.norm(updates) < 1.0
+    if name == "adam_mini" and steps == 0:
+        close(updates["a"], np.ones(SHAPES["a"]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_zero_gradients_from_the_start(name):
+    """Nothing moves, nothing is NaN; then the first gradient counts as the first."""
+    state, update = warmed(name, 0)
+    for _ in range(30):
+        updates, state = update(filled(0.0), state)
+        assert_same_bits(updates, filled(0.0))
+    updates, state = update(filled(0.01), state)
+    assert all((u > 0).all() for u in updates.values())
+    if name in CLIPS:
+        assert_same_bits(updates, filled(0.01))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_what_is_not_clipped_passes_bit_for_bit(name):
+    state, update = warmed(name, 10)
+    (g,) = gradients_of(1, spikes={0: 1e-2}, seed=3)
+    assert_same_bits(update(g, state)[0], g)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("dtype", ["complex64", "float64"])
+def test_clips_of_other_dtypes(name, dtype):
+    """The phase is kept; what float32 cannot square counts as infinite."""
+    with jax.enable_x64(dtype == "float64"):
+        tx = RELATIVES[name]()
+        params = params_of(dtype)
+        state, update = tx.init(params), jax.jit(tx.update)
+        phase = np.exp(0.7j) if dtype == "complex64" else 1.0
+        for size in (0.01, 0.011, 0.009, 0.01, 0.011, 1e6):
+            g = jax.tree.map(lambda p: jnp.full_like(p, size * phase), params)  # noqa: B023
+            updates, state = update(g, state)
+        for u in jax.tree.leaves(updates):
+            assert u.dtype == dtype
+            assert (np.abs(u) < 0.02).all() and (np.abs(u) > 1e-3).all()
+            np.testing.assert_allclose(np.angle(u), np.angle(phase), rtol=1e-5)
+        if dtype == "float64":
+            g["a"] = g["a"].at[0, 0].set(1e100)
+            updates, state = update(g, state)
+            assert updates["a"][0, 0] == 0
+            assert state._asdict()[f"{name}_nonfinite_total"] == 1
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_an_idle_tensor_is_not_frozen_by_adagc():
+    """Zero gradients in the warm-up, or 10 000 later, are no history to be held to."""
+    tx = spam_optax.adagc(warmup_steps=4)
+    params = {"idle": jnp.zeros(2), "busy": jnp.zeros(2)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for t in range(8):
+        g = {"idle": jnp.full(2, 0.1 * (t in (0, 2))), "busy": jnp.full(2, 0.1)}
+        _, state = update(g, state)
+    np.testing.assert_array_equal(state.adagc_steps, [8, 2])
+    for _ in range(3):
+        updates, state = update({k: jnp.full(2, 0.1) for k in params}, state)
+        assert_same_bits(updates["idle"], jnp.full(2, 0.1))
+
+
+def test_zclip_and_adagc_can_be_chained_with_everything():
+    """The names in their states are unique."""
+    tx = optax.chain(
+        spam_optax.zclip(), spam_optax.adagc(), spam_optax.stable_adamw(0.1)
+    )
+    state = tx.init(params_of())
+    for name in ("zclip_mean", "adagc_norm", "mu", "nu", "nonfinite_total"):
+        optax.tree.get(state, name)
+
+
+# -------------------------------------------------------------- blocks of Adam-mini
+
+
+class Model(nnx.Module):
+    """Flax's own attention, whose kernels have an axis of heads, and a feed-forward."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 12, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(4, 12, rngs=rngs, decode=False)
+        self.norm = nnx.LayerNorm(12, rngs=rngs)
+        self.up = nnx.Linear(12, 20, rngs=rngs)
+        self.head = nnx.Linear(12, 11, rngs=rngs)
+
+
+def by_name(params, tree):
+    blocks = jax.tree.structure(params).flatten_up_to(tree)
+    return dict(zip(spam_optax.tensor_names(params), blocks, strict=True))
+
+
+@pytest.mark.parametrize("layers", [(), (3,)])
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_blocks_of_flax_attention(layers, as_dict):
+    """An NNX state or its pure dictionary; alone, or stacked for a scan."""
+    state = nnx.eval_shape(lambda: nnx.state(Model(nnx.Rngs(0)), nnx.Param))
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*layers, *x.shape), x.dtype), state
+    )
+    params = nnx.to_pure_dict(state) if as_dict else state
+    blocks = by_name(params, spam_optax.adam_mini_partition(4)(params))
+    for name, expected in {
+        "attention/query/kernel": (1, 4, 1),
+        "attention/key/kernel": (1, 4, 1),
+        "attention/value/kernel": (1, 4, 3),
+        "attention/out/kernel": (1, 1, 12),
+        "attention/query/bias": (4, 1),
+        "embed/embedding": (11, 1),
+        "norm/scale": (1,),
+        "norm/bias": (1,),
+        "up/kernel": (1, 20),
+        "head/kernel": (1, 11),
+    }.items():
+        assert blocks[name] == (*layers, *expected), name
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+def test_blocks_of_stacked_matrices(num_kv_heads):
+    """The trainer's form; with fewer heads for keys and values, too."""
+    shapes = {
+        "blocks/attention/query/kernel": ((3, 12, 12), (3, 1, 4)),
+        "blocks/attention/key/kernel": ((3, 12, 6), (3, 1, num_kv_heads or 4)),
+        "blocks/attention/value/kernel": ((3, 12, 6), (3, 1, 6)),
+        "blocks/attention/out/kernel": ((3, 12, 12), (3, 1, 12)),
+        "blocks/attention_norm/scale": ((3, 12), (3, 1)),
+        "blocks/ffn/gate/kernel": ((3, 12, 20), (3, 1, 20)),
+        "blocks/ffn/down/kernel": ((3, 20, 12), (3, 1, 12)),
+        "embed/embedding": ((11, 12), (11, 1)),
+        "head/kernel": ((12, 11), (1, 11)),
+        "norm/scale": ((12,), (1,)),
+        "cell/kernel": ((12, 7), (1, 1)),
+        "temperature": ((), ()),
+    }
+    if num_kv_heads is None:
+        shapes["blocks/attention/key/kernel"] = ((3, 12, 12), (3, 1, 4))
+    params = {name: jnp.zeros(shape) for name, (shape, _) in shapes.items()}
+    blocks = spam_optax.adam_mini_partition(4, num_kv_heads)(params)
+    assert blocks == {name: expected for name, (_, expected) in shapes.items()}
+    tx = spam_optax.scale_by_adam_mini(partition=lambda params: blocks)
+    state = tx.init(params)
+    values = sum(x.size for x in jax.tree.leaves(state.nu))
+    assert values == sum(int(np.prod(x)) for x in blocks.values())
+    updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
+    jax.tree.map(lambda u: close(u, np.ones(u.shape)), updates)
