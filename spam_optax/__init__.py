@@ -35,8 +35,8 @@ from spam_optax._sparse import sparse_spam as sparse_spam
 from spam_optax._stable_adamw import ScaleByStableAdamWState as ScaleByStableAdamWState
 from spam_optax._stable_adamw import scale_by_stable_adamw as scale_by_stable_adamw
 from spam_optax._stable_adamw import stable_adamw as stable_adamw
-from spam_optax._stable_spam import AdaclipState as AdaclipState
-from spam_optax._stable_spam import AdagnState as AdagnState
+from spam_optax._stable_spam import AdaClipState as AdaClipState
+from spam_optax._stable_spam import AdaGNState as AdaGNState
 from spam_optax._stable_spam import GradientStabilizerState as GradientStabilizerState
 from spam_optax._stable_spam import ScaleByStableSpamState as ScaleByStableSpamState
 from spam_optax._stable_spam import adaclip as adaclip

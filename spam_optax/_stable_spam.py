@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _moments, _validate, functional
+from spam_optax import _arithmetic, _moments, _norms, _validate, functional
 
 
-class AdaclipState(NamedTuple):
+class AdaClipState(NamedTuple):
     """State of :func:`adaclip`: statistics of every tensor, and counters.
 
     Attributes:
@@ -38,7 +38,7 @@ class AdaclipState(NamedTuple):
     adaclip_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
 
 
-class AdagnState(NamedTuple):
+class AdaGNState(NamedTuple):
     """State of :func:`adagn`: statistics of every tensor, and counters.
 
     Attributes:
@@ -150,15 +150,15 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
     """
     _validate.check_decay("adaclip", "gamma3", gamma3)
 
-    def init_fn(params: optax.Params) -> AdaclipState:
+    def init_fn(params: optax.Params) -> AdaClipState:
         steps, mean = _init_statistics("adaclip", params, 1)
-        return AdaclipState(steps, mean, *_moments.init_counters(True, 4))
+        return AdaClipState(steps, mean, *_moments.init_counters(True, 4))
 
     def update_fn(
         updates: optax.Updates,
-        state: AdaclipState,
+        state: AdaClipState,
         params: optax.Params | None = None,
-    ) -> tuple[optax.Updates, AdaclipState]:
+    ) -> tuple[optax.Updates, AdaClipState]:
         del params
         gradients, structure = _flatten("adaclip", updates, state.adaclip_steps)
         finite, nonfinite, usable = _screen(gradients)
@@ -166,7 +166,7 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
             finite, usable, state.adaclip_steps, state.adaclip_mean, gamma3
         )
         add = _arithmetic.saturating_add
-        return jax.tree.unflatten(structure, _cast(clipped, gradients)), AdaclipState(
+        return jax.tree.unflatten(structure, _cast(clipped, gradients)), AdaClipState(
             steps,
             mean,
             spikes,
@@ -204,7 +204,7 @@ def adagn(
       gamma1: Decay of the norm's mean, in [0, 1). The paper: 0.7 in 4 bits, 0.85 in
         bfloat16.
       gamma2: Decay of the square's mean, in [0, 1). The paper: 0.9, 0.99999.
-      eps: Term added to the denominator, >= 0.
+      eps: Term added to the denominator, > 0.
       total_steps: Steps :math:`T` of the run, over which `gamma1` falls to half along
         a cosine, ``gamma1 * (0.5 + 0.25 * (1 + cos(pi * t / (T + 1))))``, and stays
         there from step T on. None: it is constant.
@@ -235,8 +235,8 @@ def adagn(
     """
     _check_norm("adagn", gamma1, gamma2, eps, total_steps)
 
-    def init_fn(params: optax.Params) -> AdagnState:
-        return AdagnState(
+    def init_fn(params: optax.Params) -> AdaGNState:
+        return AdaGNState(
             jnp.zeros([], jnp.int32),
             *_init_statistics("adagn", params, 2),
             *_moments.init_counters(True, 2),
@@ -244,9 +244,9 @@ def adagn(
 
     def update_fn(
         updates: optax.Updates,
-        state: AdagnState,
+        state: AdaGNState,
         params: optax.Params | None = None,
-    ) -> tuple[optax.Updates, AdagnState]:
+    ) -> tuple[optax.Updates, AdaGNState]:
         del params
         gradients, structure = _flatten("adagn", updates, state.adagn_steps)
         finite, nonfinite, usable = _screen(gradients)
@@ -259,7 +259,7 @@ def adagn(
             gamma2,
             eps,
         )
-        return jax.tree.unflatten(structure, _cast(scaled, gradients)), AdagnState(
+        return jax.tree.unflatten(structure, _cast(scaled, gradients)), AdaGNState(
             step,
             *statistics,
             nonfinite,
@@ -327,7 +327,7 @@ def gradient_stabilizer(
             "gradient_stabilizer", updates, state.stabilizer_mean
         )
         finite, nonfinite, usable = _screen(gradients)
-        norm, usable = _norms(finite, usable)
+        norm, usable = _measure(finite, usable)
         mean = _average(state.stabilizer_mean, norm, gamma1, usable)
         square = _average(state.stabilizer_square, norm**2, gamma2, usable)
         wanted = mean / jnp.sqrt(_or_one(square))
@@ -410,9 +410,8 @@ def scale_by_stable_spam(
         _validate.check_not_complex(function, updates, state.mu)
         step = optax.safe_increment(state.count)
         scale = _decay_scale(step, total_steps)
-        narrowed = _moments.map_leaves(_arithmetic.narrow_like, updates, state.nu)
         structure = jax.tree.structure(state.mu)
-        finite, nonfinite, usable = _screen(structure.flatten_up_to(narrowed))
+        finite, nonfinite, usable = _screen(structure.flatten_up_to(updates))
         clipped, spikes, max_steps, max_mean = _adaclip(
             finite, usable, state.max_steps, state.max_mean, gamma3
         )
@@ -499,7 +498,7 @@ def stable_spam(
       learning_rate: A number >= 0 or a schedule.
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
-      eps: Term added to the denominators, here and in the adaptive norm, >= 0.
+      eps: Term added to the denominators, here and in the adaptive norm, > 0.
       gamma1: Decay of the norm's mean in the adaptive norm, in [0, 1).
       gamma2: Decay of the norm's square's mean, in [0, 1).
       gamma3: Decay of the mean of the maxima in the adaptive clip, in [0, 1).
@@ -582,10 +581,10 @@ def stable_spam(
 # statistics are vectors over that list.
 
 
-def _check_norm(function, gamma1, gamma2, eps=0.0, total_steps=None) -> None:
+def _check_norm(function, gamma1, gamma2, eps=1.0, total_steps=None) -> None:
     _validate.check_decay(function, "gamma1", gamma1)
     _validate.check_decay(function, "gamma2", gamma2)
-    _validate.check_number(function, "eps", eps, at_least=0)
+    _validate.check_number(function, "eps", eps, above=0)
     if total_steps is not None:
         _validate.check_steps(function, "total_steps", total_steps, low=1)
 
@@ -594,43 +593,42 @@ def _init_statistics(
     function: str, params: optax.Params, n: int
 ) -> tuple[jax.Array, ...]:
     """Steps, and `n` running means, of every tensor."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for path, leaf in leaves:
-        _validate.check_inexact(function, path, leaf)
-    zeros = (jnp.zeros([len(leaves)], jnp.float32) for _ in range(n))
-    return jnp.zeros([len(leaves)], jnp.int32), *zeros
+    _norms.check_params(function, params)
+    tensors = len(jax.tree.leaves(params))
+    zeros = (jnp.zeros([tensors], jnp.float32) for _ in range(n))
+    return jnp.zeros([tensors], jnp.int32), *zeros
 
 
 def _flatten(
     function: str, updates: optax.Updates, statistic: jax.Array
 ) -> tuple[list[jax.Array], Any]:
-    gradients, structure = jax.tree.flatten(updates)
-    if len(gradients) != statistic.shape[0]:
-        raise ValueError(
-            f"{function}: the tree of updates must have the {statistic.shape[0]} leaves"
-            f" of init's parameters, got {len(gradients)}."
-        )
-    return gradients, structure
+    """The tensors that `statistic` is of, and the structure of their tree."""
+    _validate.check_tensors(function, updates, statistic.shape[0])
+    for path, g in jax.tree_util.tree_leaves_with_path(updates):
+        _validate.check_inexact(function, path, g, "update")
+    return jax.tree.flatten(updates)
 
 
 def _screen(
     gradients: list[jax.Array | None],
 ) -> tuple[list[jax.Array | None], jax.Array, jax.Array]:
-    """Zeros what is not finite.
+    """Zeros what is not finite, or has no square in float32 as the statistics are.
 
     Returns:
       The gradients in the dtype of arithmetic, the number of non-finite coordinates,
       and of every tensor whether its statistics may move: not if there is no gradient,
       or if only coordinates that are not finite keep it from being 0.
     """
+    single = jnp.zeros([], jnp.float32)
     finite, counts, usable = [], [], []
     for g in gradients:
         if g is None:
             finite.append(None)
             usable.append(jnp.asarray(False))
             continue
-        (count,) = _arithmetic.totals(functional.nonfinite_mask(g))
-        finite.append(_arithmetic.widen(functional.zero_nonfinite(g)))
+        bad = functional.nonfinite_mask(_arithmetic.narrow_like(g, single))
+        (count,) = _arithmetic.totals(bad)
+        finite.append(_arithmetic.widen(jnp.where(bad, jnp.zeros_like(g), g)))
         counts.append(count)
         usable.append((count == 0) | jnp.any(finite[-1] != 0))
     return finite, _moments.total(counts), _arithmetic.stack(usable, bool)
@@ -642,7 +640,6 @@ def _adaclip(finite, usable, steps, mean, gamma3):
         [jnp.zeros([]) if g is None else jnp.abs(g).max(initial=0) for g in finite],
         jnp.float32,
     )
-    usable = usable & jnp.isfinite(largest)
     steps = steps + usable
     mean = _average(mean, largest, gamma3, usable)
     limit = _corrected(mean, gamma3, steps)
@@ -661,12 +658,12 @@ def _adaclip(finite, usable, steps, mean, gamma3):
 def _adagn(finite, usable, statistics, gamma1, gamma2, eps):
     """Rescaled gradients, and the statistics after the step."""
     steps, mean, square = statistics
-    norm, usable = _norms(finite, usable)
+    norm, usable = _measure(finite, usable)
     steps = steps + usable
     mean = _average(mean, norm, gamma1, usable)
     square = _average(square, norm**2, gamma2, usable)
     root = jnp.sqrt(_corrected(square, gamma2, steps)) + eps
-    wanted = _corrected(mean, gamma1, steps) / _or_one(root)
+    wanted = _corrected(mean, gamma1, steps) / root
     return _rescale(finite, norm, wanted, steps > 0), steps, mean, square
 
 
@@ -684,9 +681,7 @@ def _adam(gradients, state, decays, position, reference_resets):
     second = functional.bias_correction(b2, since_reset)
 
     def direct(m, v):
-        # 0 / 0 where every gradient was 0, should eps be 0.
-        root = jnp.sqrt(v / second) + eps
-        return (m / first / _or_one(root)).astype(m.dtype)
+        return (m / first / (jnp.sqrt(v / second) + eps)).astype(m.dtype)
 
     direction = _moments.map_leaves(direct, mu, nu)
     if reference_resets:
@@ -706,7 +701,7 @@ def _decay_scale(step, total_steps) -> jax.typing.ArrayLike:
     return 0.5 + 0.25 * (1 + jnp.cos(jnp.pi * step / (total_steps + 1.0)))
 
 
-def _norms(
+def _measure(
     finite: list[jax.Array | None], usable: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Norm of every tensor, and whether its statistics may move.

@@ -137,7 +137,12 @@ ADAGC = {
     "max_norm": "positive",
     "warmup_steps": "count",
 }
+NORM = {"gamma1": "decay", "gamma2": "decay"}
+ADAGN = NORM | {"eps": "positive", "total_steps": "interval"}
 PLAIN_ADAM = {name: ADAM[name] for name in ("b1", "b2", "eps", "mu_dtype", "nu_dtype")}
+STABLE_SPAM = PLAIN_ADAM | ADAGN
+STABLE_SPAM |= {"gamma3": "decay", "reset_interval": "interval"}
+STABLE_SPAM |= {"reference_resets": "flag"}
 LAYOUT = {"density": "density", "row_blocks": "blocks"}
 LAYERS = {"a": jnp.ones((8, 4)), "b": jnp.ones(3)}
 MASKS = LAYOUT | {"key": "key", "selection": "selection"}
@@ -158,6 +163,11 @@ FUNCTIONS = (
         (optax.trace(0.9),),
         {"threshold": "above one", "decay": "decay"},
     ),
+    (spam_optax.adaclip, (), {"gamma3": "decay"}),
+    (spam_optax.adagn, (), ADAGN),
+    (spam_optax.gradient_stabilizer, (), NORM),
+    (spam_optax.scale_by_stable_spam, (), STABLE_SPAM),
+    (spam_optax.stable_spam, (), STABLE_SPAM | OPTIMIZER),
     (spam_optax.zclip, (), ZCLIP),
     (spam_optax.adagc, (), ADAGC),
     (spam_optax.scale_by_stable_adamw, (), PLAIN_ADAM),
@@ -251,11 +261,15 @@ def update(tx, updates, params=None, start=PARAMS, first=None):
 SPARSE = (spam_optax.scale_by_sparse_spam, spam_optax.sparse_spam)
 BOTH = (spam_optax.spam_clip, spam_optax.scale_by_spam, spam_optax.spam, *SPARSE)
 RELATIVES = (
+    *(spam_optax.scale_by_stable_spam, spam_optax.stable_spam),
     *(spam_optax.scale_by_stable_adamw, spam_optax.stable_adamw),
     *(spam_optax.scale_by_adam_mini, spam_optax.adam_mini),
 )
 MOMENTS = (*BOTH, spam_optax.scale_by_spam_adam, spam_optax.spam_adam, *RELATIVES)
-CLIPS = (spam_optax.zclip, spam_optax.adagc)
+CLIPS = (
+    *(spam_optax.zclip, spam_optax.adagc, spam_optax.adaclip, spam_optax.adagn),
+    spam_optax.gradient_stabilizer,
+)
 
 
 def other_cases():
@@ -340,7 +354,7 @@ def other_cases():
                     TypeError,
                 ),
             )
-    decayed = (spam_optax.stable_adamw, spam_optax.adam_mini)
+    decayed = (spam_optax.stable_spam, spam_optax.stable_adamw, spam_optax.adam_mini)
     for function in (spam_optax.spam, spam_optax.spam_adam, *decayed):
         yield (
             f"{function.__name__}-decay without parameters",

@@ -29,6 +29,16 @@ TRANSFORMATIONS = {
     "reset_moments": lambda: spam_optax.reset_moments(optax.adam(0.1), 5),
     "track_spikes": lambda: spam_optax.track_spikes(spam_optax.spam(0.1, **QUICK)),
     "inject_spikes": lambda: spam_optax.testing.inject_spikes(0, 0.5, 10.0, steps=[3]),
+    "adaclip": spam_optax.adaclip,
+    "adagn": lambda: spam_optax.adagn(total_steps=5),
+    "gradient_stabilizer": spam_optax.gradient_stabilizer,
+    "scale_by_stable_spam": lambda: spam_optax.scale_by_stable_spam(reset_interval=5),
+    "stable_spam": lambda: spam_optax.stable_spam(
+        0.1, reset_interval=5, total_steps=6, weight_decay=0.1
+    ),
+    "stable_spam_reference": lambda: spam_optax.stable_spam(
+        0.1, reset_interval=5, reference_resets=True
+    ),
     "zclip": lambda: spam_optax.zclip(warmup_steps=3),
     "adagc": lambda: spam_optax.adagc(warmup_steps=3),
     "scale_by_stable_adamw": spam_optax.scale_by_stable_adamw,
@@ -40,6 +50,9 @@ OPTIMIZERS = {
     "spam_adam": functools.partial(spam_optax.spam_adam, reset_interval=5),
     "spam": functools.partial(spam_optax.spam, **QUICK),
     "sparse_spam": functools.partial(spam_optax.sparse_spam, **QUICK),
+    "stable_spam": functools.partial(
+        spam_optax.stable_spam, reset_interval=5, total_steps=6
+    ),
     "stable_adamw": functools.partial(spam_optax.stable_adamw),
     "adam_mini": functools.partial(spam_optax.adam_mini),
 }
@@ -284,7 +297,8 @@ def test_extra_arguments_pass(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["spam_clip", "spam_adam", "spam", "stable_adamw", "adam_mini"]
+    "name",
+    ["spam_clip", "spam_adam", "spam", "stable_spam", "stable_adamw", "adam_mini"],
 )
 def test_a_parameter_without_a_gradient_stays_untouched(name):
     """A None among the gradients alone: no update, moments as they were."""
@@ -365,7 +379,7 @@ def test_explicit_mesh(name):
 @pytest.mark.parametrize(
     "name",
     ["spam_clip", "spam_adam", "spam", "track_spikes", "zclip", "adagc"]
-    + ["stable_adamw"],
+    + ["stable_adamw", "adaclip", "adagn", "gradient_stabilizer", "stable_spam"],
 )
 def test_update_on_a_mesh_adds_only_scalar_all_reduces(name, spec):
     tx = TRANSFORMATIONS[name]()

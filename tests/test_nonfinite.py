@@ -34,11 +34,20 @@ MAKERS = {
 COUPLED = {
     "zclip": lambda: optax.chain(spam_optax.zclip(), optax.adam(0.01)),
     "adagc": lambda: optax.chain(spam_optax.adagc(), optax.adam(0.01)),
+    "adaclip": lambda: optax.chain(spam_optax.adaclip(0.9), optax.adam(0.01)),
+    "adagn": lambda: optax.chain(spam_optax.adagn(), optax.adam(0.01)),
+    "stabilizer": lambda: optax.chain(
+        spam_optax.gradient_stabilizer(), optax.adam(0.01)
+    ),
+    "stable_spam": lambda: spam_optax.stable_spam(0.01, reset_interval=12),
     "stable_adamw": lambda: spam_optax.stable_adamw(0.01),
     "adam_mini": lambda: spam_optax.adam_mini(0.01),
 }
 PREFIXES = {
     "spam_adam": "dropped",
+    "adaclip": "adaclip_nonfinite",
+    "adagn": "adagn_nonfinite",
+    "stabilizer": "stabilizer_nonfinite",
     "zclip": "zclip_nonfinite",
     "adagc": "adagc_nonfinite",
 }

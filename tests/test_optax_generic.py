@@ -51,6 +51,12 @@ def zclip_adam(
     return optax.chain(spam_optax.zclip(), optax.adam(learning_rate))
 
 
+def stabilizer_adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(spam_optax.gradient_stabilizer(), optax.adam(learning_rate))
+
+
 def adagc_adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,6 +70,8 @@ FACTORIES = {
     "spam_chain": spam_chain,
     "reset_moments": spam_optax.reset_moments,
     "track_spikes": spam_optax.track_spikes,
+    "stable_spam": spam_optax.stable_spam,
+    "stabilizer_adam": stabilizer_adam,
     "stable_adamw": spam_optax.stable_adamw,
     "adam_mini": adam_mini,
     "zclip_adam": zclip_adam,
@@ -80,7 +88,10 @@ ALIASES = (
     {"opt_name": "sparse_spam", "opt_kwargs": {"learning_rate": 1e-2}},
     *(
         {"opt_name": name, "opt_kwargs": {"learning_rate": 1e-2}}
-        for name in ("stable_adamw", "adam_mini", "zclip_adam", "adagc_adam")
+        for name in (
+            *("stable_spam", "stabilizer_adam", "stable_adamw", "adam_mini"),
+            *("zclip_adam", "adagc_adam"),
+        )
     ),
 )
 CONTRIB = tuple(
@@ -109,6 +120,10 @@ SHARDED = {
     "sparse_spam": spam_optax.sparse_spam(1.0, sparse_params=True, row_blocks=8),
     "reset_moments": spam_optax.reset_moments(optax.adam(1.0), 500),
     "track_spikes": spam_optax.track_spikes(spam_optax.spam(1.0)),
+    "adaclip": spam_optax.adaclip(),
+    "adagn": spam_optax.adagn(),
+    "gradient_stabilizer": spam_optax.gradient_stabilizer(),
+    "stable_spam": spam_optax.stable_spam(1.0, total_steps=10),
     "zclip": spam_optax.zclip(),
     "adagc": spam_optax.adagc(),
     "stable_adamw": spam_optax.stable_adamw(1.0),
@@ -121,6 +136,10 @@ FLOAT64 = [
     ("scale_by_spam", spam_optax.scale_by_spam, {}),
     ("spam", spam_optax.spam, {"weight_decay": 0.1}),
     ("sparse_spam", spam_optax.sparse_spam, {"sparse_params": True}),
+    ("adaclip", spam_optax.adaclip, {}),
+    ("adagn", spam_optax.adagn, {}),
+    ("gradient_stabilizer", spam_optax.gradient_stabilizer, {}),
+    ("stable_spam", spam_optax.stable_spam, {"weight_decay": 0.1}),
     ("zclip", spam_optax.zclip, {}),
     ("adagc", spam_optax.adagc, {}),
     ("stable_adamw", spam_optax.stable_adamw, {"weight_decay": 0.1}),

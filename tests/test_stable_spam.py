@@ -300,7 +300,5 @@ def test_a_burst_of_noise_moves_the_parameters_no_more_than_usual():
 def test_the_number_of_tensors_may_not_change():
     tx = spam_optax.adaclip()
     state = tx.init({"a": jnp.ones(2)})
-    with pytest.raises(
-        ValueError, match="adaclip: .* must have the 1"
-    ):
+    with pytest.raises(ValueError, match="adaclip: .* 1 "):
         tx.update({"a": jnp.ones(2), "b": jnp.ones(2)}, state)

@@ -27,6 +27,8 @@ STYLES = {
     "clip_spam": ("#000000", "--"),
     "spam_chain": ("#CC79A7", "-"),
     "sparse_spam": ("#CC79A7", "-."),
+    "stable_spam": ("#009E73", "--"),
+    "stabilizer_adam": ("#009E73", ":"),
     "adam_mini": ("#D55E00", ":"),
     "stable_adamw": ("#E69F00", ":"),
     "zclip_adam": ("#0072B2", "-."),
