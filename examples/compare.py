@@ -129,7 +129,8 @@ def parse(arguments: Sequence[str] | None):
         type=command_line.whole(1, 512),
         default=os.cpu_count() or 1,
         metavar="N",
-        help="runs at a time, one core each (default: %(default)s, the cores here)",
+        help="runs at a time, a core each (default: %(default)s, the cores here); on a"
+        " GPU or TPU say 1",
     )
     return parser, parser.parse_args(arguments)
 
@@ -141,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         grids = {name: grid(name, options) for name in dict.fromkeys(names)}
         if not any(grids.values()):
-            raise UsageError("the chosen experiments have no such optimizer, scenario")
+            raise UsageError(
+                "the chosen experiments have no such optimizer or scenario"
+            )
         runs = options.output / "runs"
         runs.mkdir(parents=True, exist_ok=True)
         done = train_all(grids, runs, options.workers)
@@ -186,20 +189,16 @@ def train_all(grids: dict[str, list[Spec]], folder: pathlib.Path, workers: int) 
             for task in tasks
             for start in range(0, len(task), size)
         ]
-    # One core each: two small programs side by side are faster than one on two cores.
-    os.environ["NPROC"] = "1"
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     pool = concurrent.futures.ProcessPoolExecutor(
         min(workers, len(tasks)) or 1,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
+        initializer=begin_worker,
     )
     futures = [pool.submit(train, task, folder) for task in tasks]
     try:
         show_progress(futures, folder, missing, len(wanted))
     except KeyboardInterrupt:
-        for process in list(pool._processes.values()):
+        for process in multiprocessing.active_children():
             process.terminate()
         return False
     finally:
@@ -232,6 +231,13 @@ def show_progress(
             progress.update(bar, completed=total - len(missing) + new)
             if any(future.exception() for future in done):
                 break
+
+
+def begin_worker() -> None:
+    """Settings of a process that trains: Ctrl-C is for the one that waits for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Two small programs side by side are faster than one on two cores.
+    os.environ["NPROC"] = "1"
 
 
 def train(specs: Sequence[Spec], folder: pathlib.Path) -> None:

@@ -111,22 +111,25 @@ class Program:
         def train(seed, rate, batches, is_fault_step, validation):
             params = self._initial_params(seed)
             faults = self._faults(seed, is_fault_step)
-            tx = optax.chain(faults, self._transform(seed, rate))
+            tx = self._transform(seed, rate)
 
             def step(carry, batch):
-                params, state = carry
+                params, state, fault_state = carry
                 loss, gradient = training.gradient_of_batch(
                     params, batch[None], self._graphdef, self._spec.config.z_loss
                 )
+                gradient, fault_state = faults.update(gradient, fault_state, params)
                 update, state = tx.update(gradient, state, params)
-                return (optax.apply_updates(params, update), state), {
+                params = optax.apply_updates(params, update)
+                return (params, state, fault_state), {
                     "losses": loss,
                     "gradient_norms": optax.tree.norm(gradient),
                 }
 
             evaluate = functools.partial(training.evaluate, graphdef=self._graphdef)
             first = evaluate(params, validation)
-            carry, curves = jax.lax.scan(step, (params, tx.init(params)), batches)
+            carry = params, tx.init(params), faults.init(params)
+            carry, curves = jax.lax.scan(step, carry, batches)
             last = evaluate(carry[0], validation)
             return {"first_eval_loss": first, "final_eval_loss": last, **curves}
 

@@ -1,0 +1,275 @@
+"""The comparison: what a run computes, what the tables say, and the command."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import compare
+import pretrain
+from lm import comparison, experiments, loop, optimizers, sharding, single_run, training
+from lm.config import RunConfig
+from lm.experiments import Spec
+from lm.run_folder import Run
+
+BASE = RunConfig(
+    preset="nano",
+    steps=40,
+    batch_size=4,
+    sequence_length=16,
+    eval_sequences=16,
+    bursts=2,
+)
+
+
+def spec(label="adam", scenario="clean", **settings):
+    config = dataclasses.replace(BASE, **(settings | experiments.faults(scenario)))
+    return Spec(label, scenario, config)
+
+
+@pytest.fixture(scope="module")
+def spam():
+    """A compiled program, shared by the tests that run it."""
+    return single_run.Program(spec("clip_spam"))
+
+
+# ------------------------------------------------------------------------------ a run
+
+
+def test_a_run_computes_what_the_trainer_does(spam):
+    """With the same faults, losses and gradient norms step by step."""
+    this = spec("clip_spam", "noise", learning_rate=8e-3, seed=3)
+    record = spam(this)
+    config = dataclasses.replace(this.config, optimizers=("clip_spam",))
+    task, _ = pretrain.make_task(Run(config, None), sharding.Parallelism(data=1))
+    optimizer = optimizers.make("clip_spam", config)
+    rows = []
+    with jax.set_mesh(task.mesh):
+        loop.train(
+            training.initial_state(config, task.model, optimizer, task.faults),
+            task,
+            optimizer,
+            iter(task.train),
+            record=rows.append,
+            save=lambda state, place: None,
+            stop=lambda step: False,
+        )
+    steps = [row for row in rows if "loss" in row]
+    for name, ours in (("loss", "losses"), ("grad_norm", "gradient_norms")):
+        theirs = [row[name] for row in steps]
+        np.testing.assert_allclose(record[ours], theirs, rtol=2e-3)
+    np.testing.assert_allclose(
+        record["final_eval_loss"], rows[-1]["eval_loss"], rtol=1e-3
+    )
+
+
+def test_scenarios_differ_from_their_first_fault_on(spam):
+    clean = spam(spec("clip_spam"))
+    noise = spam(spec("clip_spam", "noise"))
+    batches = spam(spec("clip_spam", "batches"))
+    first = BASE.fault_steps[0]
+    assert noise["losses"][:first] == clean["losses"][:first]
+    assert noise["gradient_norms"] != clean["gradient_norms"]
+    ratio = np.divide(noise["gradient_norms"], clean["gradient_norms"])
+    assert ratio[first - 1] > 100
+    assert batches["losses"][: first - 1] == clean["losses"][: first - 1]
+    assert batches["losses"][first - 1] > clean["losses"][first - 1] + 0.1
+
+
+def test_coordinate_spikes_hit_one_in_a_thousand():
+    this = spec("adam", "coordinates")
+    assert this.config.spike_rate == 1e-3
+    assert this.config.spike_kind == "scale"
+    assert this.program() != spec("adam", "noise").program()
+    assert spec("adam", "clean").program() == spec("adam", "noise").program()
+
+
+def test_a_record_has_what_it_cost(spam):
+    record = spam(spec("clip_spam"))
+    # mu and nu, the step and four counters.
+    assert record["optimizer_bytes"] == 8 * record["parameters"] + 4 * 5 + 4
+    assert record["seconds_per_step"] > 0
+    json.dumps(record, allow_nan=False)
+
+
+def test_every_variant_of_every_experiment_can_be_made():
+    for name in experiments.EXPERIMENTS:
+        for this in experiments.specs(name, experiments.BASE, [0]):
+            experiments.make(this.label, this.config, 1e-3)
+
+
+# ------------------------------------------------------------------- files and grids
+
+
+def test_a_new_setting_with_its_default_changes_no_file_name():
+    this = spec()
+    settings = this.settings()
+    assert "optimizers" not in settings
+    assert this.file_name() == spec(seed=0).file_name()
+    assert this.file_name() != spec(seed=1).file_name()
+    assert this.file_name() != spec(tokenizer="bpe:512").file_name()
+    assert spec("spam, clip unseen").file_name().startswith("spam_clip_unseen-")
+
+
+def test_a_record_of_other_settings_is_not_taken(tmp_path):
+    this = spec()
+    assert this.read(tmp_path) is None
+    path = tmp_path / this.file_name()
+    path.write_text(json.dumps({"settings": this.settings()}))
+    assert this.read(tmp_path)
+    path.write_text(json.dumps({"settings": this.settings() | {"preset": "tiny"}}))
+    assert this.read(tmp_path) is None
+
+
+def test_grids():
+    specs = experiments.specs("main", experiments.BASE, range(3))
+    assert len(specs) == len(set(specs)) == 14 * 5 * 3 * 2
+    rates = {s.config.learning_rate for s in specs if s.label == "lion"}
+    assert rates == {rate / 8 for rate in experiments.RATES}
+    only = experiments.specs(
+        "main", experiments.BASE, [0], labels=["lion"], scenarios=["noise"], rates=[1.0]
+    )
+    assert [(s.label, s.scenario, s.config.learning_rate) for s in only] == [
+        ("lion", "noise", 1.0)
+    ]
+    models = {
+        comparison.model_of(s.settings())
+        for s in experiments.specs("initialization", experiments.BASE, [0])
+    }
+    assert len(models) == 5
+
+
+# ------------------------------------------------------------------------- statistics
+
+
+def record(rate=1e-3, seed=0, final=2.0, scenario="clean", **changes):
+    return {
+        **spec("spam", scenario, learning_rate=rate, seed=seed, steps=200).settings(),
+        "first_eval_loss": 5.5,
+        "final_eval_loss": final,
+        "losses": [3.0] * 200,
+        "gradient_norms": [1.0] * 200,
+        "optimizer_bytes": 800,
+        "parameters": 100,
+        "seconds_per_step": 0.1,
+    } | changes
+
+
+def test_a_line_has_the_best_rate_and_the_sensitivity():
+    """Diverged runs count with the loss of their initialization."""
+    finals = {1e-3: (2.0, 2.2), 2e-3: (1.8, 1.9), 4e-3: (2.5, None), 8e-3: (None, 9.0)}
+    records = [
+        record(rate, seed, final)
+        for rate, seeds in finals.items()
+        for seed, final in enumerate(seeds)
+    ]
+    (line,) = comparison.lines(records)
+    assert line.best_rate == 2e-3
+    assert not line.is_at_edge
+    np.testing.assert_allclose([line.final_loss, line.low, line.high], [1.85, 1.8, 1.9])
+    assert line.far_loss == 5.5
+    means = [2.1, 1.85, (2.5 + 5.5) / 2, 5.5]
+    np.testing.assert_allclose(line.sensitivity, np.mean(means) - 1.85)
+    assert (line.diverged, line.runs, line.seeds) == (3, 8, 2)
+    assert line.bytes_per_parameter == 8.0
+    assert line.worst_jump is None and line.recovery is None
+
+
+def test_the_best_lines_come_first_and_an_edge_is_marked():
+    records = [record(final=2.0), record(final=1.5, label="lion")]
+    lines = comparison.lines(records)
+    assert [line.label for line in lines] == ["lion", "spam"]
+    experiment = experiments.EXPERIMENTS["main"]
+    text = comparison.markdown("main", experiment, lines)
+    assert "| lion | 0.001* | 1.500 |" in text
+    assert "worst jump" not in text
+
+
+BURSTS = RunConfig(steps=200, bursts=2).burst_starts
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [(0, 0), (15, 15), (1000, np.inf)],
+    ids=["at once", "after 15 steps", "never"],
+)
+def test_recovery(after, expected):
+    """Losses of 3, which the second burst lifts by 1 for so many steps."""
+    losses = np.full(200, 3.0)
+    end = BURSTS[1] + 2
+    losses[end : end + after] += 1
+    this = record(scenario="noise", losses=list(losses))
+    assert comparison.recovery_steps(this) == expected
+    assert comparison.recovery_steps(this | {"scenario": "clean"}) is None
+
+
+def test_spikes_and_jumps():
+    losses = [3.0 + 0.01 * (i % 2) for i in range(200)]
+    losses[BURSTS[1] + 4] = 7.0
+    line = comparison.line([record(scenario="noise", losses=losses)])
+    assert line.spike_score == 1.0  # one of the hundred steps judged
+    np.testing.assert_allclose(line.worst_jump, 7 - 3.005)
+    losses[-1] = None  # not finite
+    assert comparison.spike_percent(record(losses=losses)) == 2.0
+
+
+# ------------------------------------------------------------------------ the command
+
+FLAGS = ["--optimizer", "adam", "spam", "--preset=nano", "--steps=40", "--seeds=1"]
+FLAGS += ["--learning-rate", "4e-3", "--workers=1"]
+
+
+def test_command_is_resumable(tmp_path, capsys):
+    """Two runs; of a second call, only the one that is missing."""
+    flags = [*FLAGS, "--scenario=clean", f"--output={tmp_path}"]
+    assert compare.main(flags) == 0
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [path.name.split("-")[0] for path in runs] == ["adam", "spam"]
+    kept, removed = runs
+    before, text = kept.stat().st_mtime_ns, json.loads(removed.read_text())
+    removed.unlink()
+    assert compare.main(flags) == 0
+    again = json.loads(removed.read_text())
+    assert again["losses"] == text["losses"]
+    assert kept.stat().st_mtime_ns == before
+    page = (tmp_path / "comparison.md").read_text()
+    assert "| spam | 0.004* |" in page and "| adam | 0.004* |" in page
+    assert "LR\nsensitivity" in page
+    (summary,) = json.loads((tmp_path / "summary.json").read_text()).values()
+    assert {line["label"] for line in summary} == {"adam", "spam"}
+    assert (tmp_path / "main.png").stat().st_size > 10_000
+    assert "Tables are in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--experiment", "nothing"], "invalid choice: 'nothing'"),
+        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["--learning-rate", "0"], "must be a finite number > 0, not '0'"),
+        (["--steps", "3"], "must be a whole number >= 40, not '3'"),
+        (["--data", "nowhere.txt"], "cannot read the data file nowhere.txt"),
+        (
+            ["--experiment", "unseen", "--optimizer", "lion"],
+            "the experiments have no such optimizer or scenario",
+        ),
+    ],
+)
+def test_mistakes_take_one_line(flags, message, tmp_path, capsys):
+    flags = [*flags, f"--output={tmp_path}", "--workers=1", "--preset=nano"]
+    with pytest.raises(SystemExit) as exit_:
+        compare.main(flags)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        compare.main([*FLAGS, f"--output={tmp_path / 'file'}"])
+    assert exit_.value.code == 1
+    assert "Not a directory" in capsys.readouterr().err
