@@ -295,6 +295,13 @@ def begin_or_continue(
     like = sharding.abstract(jax.eval_shape(make), task.mesh)
     restored = checkpoints.restore(like, recorded, console.warn)
     if restored is None:
+        # The second checkpoint waits for the first one to be complete.
+        if recorded > 2 * task.config.checkpoint_every:
+            raise UsageError(
+                f"there is no checkpoint in {checkpoints.folder}, but metrics.jsonl has"
+                f" {recorded} steps of {optimizer.name}: say where they are with"
+                " --checkpoints, or start again in another folder with --output"
+            )
         return make(), batches
     state, place = restored
     batches.set_state(place)

@@ -865,6 +865,7 @@ def refused(capsys, *flags, announced=False):
         (["--data=medium.txt"], ["validation", "50 bytes", "101"]),
         (["--output=file.txt/run"], ["output folder", "file.txt"]),
         (["--output=file.txt"], ["output folder", "file.txt"]),
+        ([f"--output={'x' * 300}"], ["output folder", "name too long"]),
         (["--preset=huge"], ["--preset", "huge", "tiny"]),
         (["--data=*.md"], ["*.md"]),
         (["--data=hf:no/such-data"], ["no/such-data"]),
@@ -1013,6 +1014,19 @@ def test_resume_refuses_damaged_metrics(finished_run, tmp_path, capsys, how, wor
         assert word in line
 
 
+def test_resume_without_its_checkpoints_keeps_the_records(
+    finished_run, tmp_path, capsys
+):
+    """A mistyped --checkpoints must not begin the run again, over its metrics."""
+    folder = shutil.copytree(finished_run[0], tmp_path / "copy")
+    before = (folder / "metrics.jsonl").read_bytes()
+    flags = "--resume", f"--output={folder}", f"--checkpoints={tmp_path / 'nowhere'}"
+    line = refused(capsys, *flags, announced=True)
+    for words in ("nowhere/adam", "60 steps of adam", "--checkpoints", "--output"):
+        assert words in line
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
 def test_resume_goes_back_to_the_records_it_has(finished_run, tmp_path, capsys):
     """Where they lag behind the checkpoints, as after a loss of power."""
     folder = shutil.copytree(finished_run[0], tmp_path / "copy")
@@ -1033,7 +1047,15 @@ def test_resume_goes_back_to_the_records_it_has(finished_run, tmp_path, capsys):
         ("preset", "giant"),
         ("optimizers", ["sgd"]),
         ("seed", True),
+        ("seed", 2**40),
         ("untied_head", 1),
+        ("batch_size", 0),
+        ("eval_every", 0),
+        ("learning_rate", float("nan")),
+        ("density", 7.0),
+        ("data", 5),
+        ("optimizers", []),
+        ("data_digest", None),
     ],
 )
 def test_resume_refuses_a_damaged_configuration(

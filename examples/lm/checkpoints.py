@@ -66,12 +66,12 @@ class Checkpoints:
 
     def __init__(self, folder: str, keep: int):
         pass_over_late_errors()
-        self._folder = epath.Path(folder)
+        self.folder = epath.Path(folder)
         if "://" not in folder:
-            self._folder = self._folder.resolve()  # Orbax insists on it
+            self.folder = self.folder.resolve()  # Orbax insists on it
         with self._failing_clearly():
             self._manager = Manager(
-                self._folder,
+                self.folder,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, cleanup_tmp_directories=True
                 ),
@@ -130,7 +130,7 @@ class Checkpoints:
         passed_over = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             if step > recorded:
-                name = self._folder.name
+                name = self.folder.name
                 passed_over[step] = f"metrics.jsonl has {recorded} steps of {name}"
                 continue
             state, places, problem = self._read(step, like)
@@ -139,7 +139,7 @@ class Checkpoints:
                 for newer, why in passed_over.items():
                     warn(
                         f"going back from the checkpoint of step {newer} to the one"
-                        f" before, in {self._folder}: {why}"
+                        f" before, in {self.folder}: {why}"
                     )
                     self._set_aside(newer)
                 return state, place
@@ -147,7 +147,7 @@ class Checkpoints:
         if passed_over:
             reasons = "; ".join(f"{step}: {why}" for step, why in passed_over.items())
             raise UsageError(
-                f"no checkpoint in {self._folder} can be used ({reasons}): start again"
+                f"no checkpoint in {self.folder} can be used ({reasons}): start again"
                 " in another folder"
             )
         return None
@@ -157,7 +157,7 @@ class Checkpoints:
 
         The manager would wait for all hosts, and for ever for one that cannot read.
         """
-        folder = self._folder / str(step)
+        folder = self.folder / str(step)
         restore_state = ocp.args.StandardRestore(like)
         state, places, expected, problem = None, [], "", ""
         try:
@@ -176,10 +176,10 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         """Renames a checkpoint, so that its step can be saved again."""
         if hosts.is_main():
-            aside = self._folder.parent / f"{self._folder.name}-set-aside-{step}"
+            aside = self.folder.parent / f"{self.folder.name}-set-aside-{step}"
             if aside.exists():
                 aside.rmtree()
-            (self._folder / str(step)).rename(aside)
+            (self.folder / str(step)).rename(aside)
         hosts.wait_for_all(f"set aside {step}")
         self._manager.reload()
 
@@ -190,12 +190,12 @@ class Checkpoints:
             yield
         except Exception as error:  # a full disk has many names
             message = f"{reason(error)}; complete checkpoints: {self._complete()}"
-            raise OSError(errno.EIO, message, str(self._folder)) from error
+            raise OSError(errno.EIO, message, str(self.folder)) from error
 
     def _complete(self) -> str:
         """The steps whose checkpoints are complete, as one reads them."""
         try:
-            steps = sorted(ocp.utils.checkpoint_steps(self._folder))
+            steps = sorted(ocp.utils.checkpoint_steps(self.folder))
         except Exception:  # the folder itself cannot be reached
             steps = []
         return ", ".join(map(str, steps)) or "none"

@@ -1,35 +1,15 @@
 """The folder of a run: what lies where, and how a run begins or continues."""
 
+import argparse
 import dataclasses
 import fcntl
 import json
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from lm import records
-from lm.config import (
-    COMPUTE_DTYPES,
-    EMBEDDINGS,
-    INITIALIZATIONS,
-    KINDS,
-    OPTIMIZERS,
-    REMAT,
-    RunConfig,
-    UsageError,
-    complete,
-)
-from lm.model import PRESETS
-
-CHOICES = {
-    "optimizers": OPTIMIZERS,
-    "preset": PRESETS,
-    "embedding": EMBEDDINGS,
-    "initialization": INITIALIZATIONS,
-    "compute_dtype": COMPUTE_DTYPES,
-    "remat": REMAT,
-    "spike_kind": KINDS,
-}
+from lm import command_line, records
+from lm.config import RunConfig, UsageError, complete
 
 
 class Run(NamedTuple):
@@ -71,12 +51,12 @@ class RunFolder:
 
     def create(self, run: Run) -> None:
         """Makes the folder and writes config.json; never over another run."""
-        if any(p.exists() for p in (self.config, self.metrics, self.checkpoints)):
-            raise UsageError(
-                f"{self.path} already holds a run: continue it with --resume, or"
-                " choose another folder with --output"
-            )
         try:
+            if any(p.exists() for p in (self.config, self.metrics, self.checkpoints)):
+                raise UsageError(
+                    f"{self.path} already holds a run: continue it with --resume, or"
+                    " choose another folder with --output"
+                )
             self.path.mkdir(parents=True, exist_ok=True)
             records.replace(self.config, run.to_json())
         except OSError as error:
@@ -87,7 +67,10 @@ class RunFolder:
     def read(self) -> Run:
         """The run that was begun here."""
         try:
-            return Run.from_json(self.config.read_text(encoding="utf-8"))
+            run = Run.from_json(self.config.read_text(encoding="utf-8"))
+            if not isinstance(run.data_digest, str):
+                raise ValueError(f"data_digest cannot be {run.data_digest!r}")
+            return run
         except OSError as error:
             raise UsageError(
                 f"there is no run to resume in {self.path}: {error.strerror}"
@@ -118,19 +101,35 @@ class RunFolder:
             self._lock = None
 
 
+class FlagReader(argparse.ArgumentParser):
+    """Raises ValueError for a mistake, rather than ending the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def check_fields(config: RunConfig) -> None:
     """Raises ValueError if a field is not what a flag could have made it."""
+    reader = FlagReader(allow_abbrev=False)
+    command_line.add_run_flags(reader)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        allowed = {bool: bool, int: int, float: int | float, str: str, tuple: tuple}
-        kind = allowed.get(type(field.default), str | int | float | None)
-        is_flag = isinstance(field.default, bool)
-        if isinstance(value, bool) != is_flag or not isinstance(value, kind):
+        if value is None and field.default is None:
+            continue
+        made = vars(reader.parse_args(flags_of(field.name, value)))[field.name]
+        made = tuple(made) if isinstance(value, tuple) else made
+        if value != made or isinstance(value, bool) != isinstance(made, bool):
             raise ValueError(f"{field.name} cannot be {value!r}")
-        if field.name in CHOICES:
-            for name in value if isinstance(value, tuple) else (value,):
-                if name not in CHOICES[field.name]:
-                    raise ValueError(f"unknown name {name!r}")
+
+
+def flags_of(name: str, value: Any) -> list[str]:
+    """What to write on the command line for a field's value."""
+    if name == "optimizers":
+        return ["--optimizer", *map(str, value)]
+    flag = name.replace("_", "-")
+    if name == "untied_head":
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}={value}"]
 
 
 def begin(folder: RunFolder, given: dict[str, Any], checkpoints: str | None) -> Run:
