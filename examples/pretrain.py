@@ -74,7 +74,7 @@ from lm.run_folder import Run, RunFolder
 EXAMPLES = """\
 examples:
   everything, about two minutes      pretrain.py
-  one optimizer, a bigger model      pretrain.py --optimizer spam --preset 9m
+  one optimizer, a longer run        pretrain.py --optimizer spam --steps 2000
   a lower threshold                  pretrain.py --optimizer spam --threshold 100
   faults in one coordinate of 1000   pretrain.py --spike-rate 0.001
   no faults                          pretrain.py --no-spikes
@@ -144,6 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output is None and (options.resume or cluster.given):
         flag = "--resume" if options.resume else "a run on several hosts"
         parser.error(f"{flag} needs --output, the folder of the run")
+    if options.target and not options.compile_only:
+        parser.error("--target is for --compile-only")
     try:
         if options.compile_only:
             return ahead_of_time.run(given, command_line.parallelism(options), options)

@@ -111,6 +111,19 @@ def test_unknown_topology_is_one_line(capsys):
     assert "tpu:v5e:nowhere" in error and error.count("\n") == 1
 
 
+def test_without_any_plugin_of_jax_the_compiler_for_gpus_is_named(monkeypatch):
+    """As in an installation for CPUs, which does not even have their package."""
+
+    def find_spec(name):
+        if name.startswith("jax_plugins."):
+            raise ModuleNotFoundError("No module named 'jax_plugins'")
+        return None
+
+    monkeypatch.setattr(ahead_of_time.importlib.util, "find_spec", find_spec)
+    with pytest.raises(config.UsageError, match="pip install jax-cuda13-plugin"):
+        ahead_of_time.find_devices("gpu:h100:8")
+
+
 @needs_cuda
 def test_60m_on_one_h100():
     measured = compile_for("gpu:h100:1", "spam", sharding.Parallelism(), preset="60m")

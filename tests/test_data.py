@@ -443,6 +443,7 @@ def test_ids_fit_their_dtype():
         ("bpe:256", ["bpe:256", "257"]),
         ("bpe:many", ["bpe:many", "bpe:SIZE"]),
         ("bpe:-5", ["bpe:-5"]),
+        ("bpe:99999999999", ["bpe:99999999999", "at most 1048576"]),
         ("nowhere.json", ["nowhere.json", "No such file"]),
         ("broken.json", ["broken.json"]),
         ("no such/name", ["no such/name", "bytes", "bpe:SIZE"]),
@@ -906,6 +907,7 @@ def test_digest_of_a_streamed_set():
 @pytest.mark.parametrize(
     ("source", "words"),
     [
+        ("", ["--data", "a folder", "not ''"]),
         ("nowhere.txt", ["nowhere.txt", "No such file"]),
         ("folder", ["folder", ".txt"]),
         ("*.nothing", ["*.nothing"]),

@@ -891,6 +891,8 @@ def refused(capsys, *flags, announced=False):
         ),
         (["--compile-only"], ["--target", "tpu:v5e:4x4"]),
         (["--compile-only", "--target=cpu:1"], ["tpu:v5e:4x4", "cpu:1"]),
+        (["--compile-only", "--target=tpu:v5e:0x2"], ["tpu:v5e:0x2", ">= 1"]),
+        (["--target=tpu:v5e:4x4"], ["--target", "--compile-only"]),
         (["--wandb=project"], ["--wandb", "pip install wandb"]),
         (["--optimizer=sgd"], ["--optimizer", "sgd", "clip_spam"]),
         (["--optimizer"], ["--optimizer", "at least one"]),

@@ -116,6 +116,8 @@ def find_devices(target: str | None) -> list[jax.Device]:
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
+    if re.search(r"\b0+(x|$)|x0+(x|$)", topology):  # which ends the TPU compiler
+        raise ValueError("every side of a topology must be >= 1")
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError("--target tpu needs the TPU compiler: pip install libtpu")
     import libtpu
@@ -137,8 +139,11 @@ def gpu_devices(place: str) -> list[jax.Device]:
     name, _, count = place.partition(":")
     if name != "h100" or not (count or "1").isdecimal():
         raise ValueError("GPUs are given as gpu:h100 or gpu:h100:N")
+    plugins = importlib.util.find_spec("jax_plugins")  # which has them, if any is there
     majors = [
-        n for n in (12, 13) if importlib.util.find_spec(f"jax_plugins.xla_cuda{n}")
+        n
+        for n in (12, 13)
+        if plugins and importlib.util.find_spec(f"jax_plugins.xla_cuda{n}")
     ]
     if not majors:
         raise UsageError(

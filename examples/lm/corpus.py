@@ -125,6 +125,8 @@ def find(data: str | None) -> list[pathlib.Path]:
     """The files that `data` names: a file, a folder with .txt files, or a pattern."""
     if data is None:
         return [SHAKESPEARE]
+    if not data:
+        raise UsageError("--data must name a file, a folder or a pattern, not ''")
     path = pathlib.Path(data)
     if path.is_dir():
         found = sorted(path.rglob("*.txt"))

@@ -17,6 +17,7 @@ from lm.config import UsageError
 
 END = "<|endoftext|>"
 END_TOKENS = (END, "<|end_of_text|>", "</s>", "<eos>")  # of pretrained tokenizers
+LARGEST = 2**20  # tokens of a BPE; for many more its package has no memory
 TRAINING_CHARACTERS = 2**25  # of a text, at most, that a BPE is trained on
 
 
@@ -123,10 +124,11 @@ def read(name: str, path: pathlib.Path) -> Tokenizer:
 def size_of(name: str) -> int:
     """The number in "bpe:8192"."""
     size = name.removeprefix("bpe:")
-    if not size.isdecimal() or int(size) < 257:
+    if not size.isdecimal() or not 257 <= int(size) <= LARGEST:
         raise UsageError(
             f"{name} is no tokenizer: write bpe:SIZE, as in bpe:8192, with at least"
-            " 257 tokens, one for each byte and one for the end of a document"
+            " 257 tokens, one for each byte and one for the end of a document, and at"
+            f" most {LARGEST}"
         )
     return int(size)
 
