@@ -77,7 +77,7 @@ def parse(arguments: Sequence[str] | None):
     )
     add(
         "--output",
-        type=pathlib.Path,
+        type=command_line.folder,
         default=pathlib.Path("runs/compare"),
         metavar="FOLDER",
         help="where runs are kept and looked for (default: %(default)s)",

@@ -112,7 +112,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output",
-        type=pathlib.Path,
+        type=command_line.folder,
         metavar="FOLDER",
         help="folder of the run (default: runs/<date and time>)",
     )

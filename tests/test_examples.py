@@ -893,6 +893,11 @@ def refused(capsys, *flags, announced=False):
         (["--compile-only", "--target=cpu:1"], ["tpu:v5e:4x4", "cpu:1"]),
         (["--compile-only", "--target=tpu:v5e:0x2"], ["tpu:v5e:0x2", ">= 1"]),
         (["--target=tpu:v5e:4x4"], ["--target", "--compile-only"]),
+        (
+            ["--compile-only", "--target=tpu:v5e:4x4", "--accumulate=5"],
+            ["--accumulate", "--batch-size", "12"],
+        ),
+        (["--output="], ["--output", "the name of a folder"]),
         (["--wandb=project"], ["--wandb", "pip install wandb"]),
         (["--optimizer=sgd"], ["--optimizer", "sgd", "clip_spam"]),
         (["--optimizer"], ["--optimizer", "at least one"]),

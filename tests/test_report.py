@@ -279,7 +279,7 @@ def shown_by_progress(capsys, names=DEMONSTRATION, **row):
 def test_progress_lines_stand_below_each_other(capsys):
     lines = shown_by_progress(capsys, OPTIMIZERS)
     assert len(lines) == len(OPTIMIZERS)
-    assert {line.index(" step 100/200 loss 2.000 spikes 7 ") for line in lines} == {
+    assert {line.index(" step 100/200 loss 2.000 clipped 7 ") for line in lines} == {
         len("sparse_spam")
     }
 

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from lm import hardware, model, optimizers, sharding, training
+from lm import data, hardware, model, optimizers, sharding, training
 from lm.config import RunConfig, UsageError, complete
 
 TARGETS = "tpu:TOPOLOGY, such as tpu:v5e:4x4, or gpu:h100:N"
@@ -72,8 +72,8 @@ def run(given: dict[str, Any], parallelism, options: argparse.Namespace) -> int:
     """Compiles the step of every optimizer asked for; 1 if one does not fit."""
     jax.config.update("jax_platforms", "cpu")  # or JAX looks for the device
     config = complete(given)
+    rows = data.rows_per_host(config, data.Host(0, 1))
     devices = find_devices(options.target)
-    rows = config.batch_size // config.accumulate
     mesh = sharding.make_mesh(parallelism, rows, devices)
     device = hardware.find(devices[0].device_kind)
     print(

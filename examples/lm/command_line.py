@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import pathlib
 from typing import Any, NoReturn
 
 from lm.config import (
@@ -63,6 +64,13 @@ def real(low: float = 0.0, high: float = math.inf, *, exclude_low: bool = False)
         return value
 
     return parse
+
+
+def folder(text: str) -> pathlib.Path:
+    """Parses the name of a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be the name of a folder, not ''")
+    return pathlib.Path(text)
 
 
 class RunFlags:

@@ -37,7 +37,7 @@ class Progress:
         self._config = config
         self._name_width = max(map(len, config.optimizers))
         self._last_step: Row = {}
-        self._spikes = 0
+        self._clipped = 0
         self._bars = None
         self._task = None
         if hosts.is_main() and sys.stdout.isatty():
@@ -63,7 +63,7 @@ class Progress:
 
     def start(self, optimizer: str, state: TrainState) -> None:
         """Begins to show `optimizer`, which may have been trained in part."""
-        self._spikes = int(optax.tree.get(state.opt_state, "spike_total", 0))
+        self._clipped = int(optax.tree.get(state.opt_state, "spike_total", 0))
         if self._bars:
             self._task = self._bars.add_task(
                 optimizer,
@@ -75,7 +75,7 @@ class Progress:
     def __call__(self, row: Row) -> None:
         if "loss" in row:
             self._last_step = row
-            self._spikes += row["spikes_clipped"]
+            self._clipped += row["spikes_clipped"]
             if self._bars:
                 status = self._status()
                 self._bars.update(self._task, completed=row["step"], status=status)
@@ -91,7 +91,7 @@ class Progress:
         row = self._last_step
         share = row["flops_utilization"]
         return (
-            f"loss {row['loss']:.3f} spikes {self._spikes:,}"
+            f"loss {row['loss']:.3f} clipped {self._clipped:,}"
             f" lr {row['learning_rate']:.1e}"
             f" {analysis.number(row['tokens_per_second'], ',.0f')} tokens/s"
             + ("" if share is None else f" MFU {share:.1%}")
