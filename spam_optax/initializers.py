@@ -9,6 +9,9 @@ The gradient norm of a Pre-LN transformer stays small when
    ``ScaledEmbed`` or a ``NormedEmbed`` of :mod:`spam_optax.linen` or
    :mod:`spam_optax.nnx`.
 
+:func:`wesar` is another way to small sub-layers, in which all matrices are drawn alike
+and a trainable factor makes each as small as it has to be.
+
 The factories return plain JAX initializers, ``init(key, shape, dtype, out_sharding)``,
 for both flavours of Flax and for anything else that takes those of
 ``jax.nn.initializers``. The standard deviation depends on the model alone, never on
@@ -27,11 +30,15 @@ from spam_optax import _validate
 
 __all__ = (
     "StableInitializers",
+    "WesarInitializers",
     "stable",
     "stable_embedding",
     "stable_kernel",
     "stable_residual",
+    "wesar",
 )
+
+WESAR_STD = math.sqrt(4e-5)
 
 
 class StableInitializers(NamedTuple):
@@ -234,6 +241,73 @@ def embedding_table(
 ) -> jax.Array:
     """`stable_embedding` of the width in `shape`: a default that modules can share."""
     return stable_embedding(shape[-1])(key, shape, dtype, out_sharding)
+
+
+class WesarInitializers(NamedTuple):
+    """The initializers of one reparameterised matrix, see :func:`wesar`.
+
+    Attributes:
+      kernel: For the matrix that is stored, :math:`W`; the same for every target.
+      alpha: For its factor, a scalar.
+    """
+
+    kernel: Initializer
+    alpha: Initializer
+
+
+def wesar(target_std: float) -> WesarInitializers:
+    r"""The initializers of WeSaR, weight scaling as reparameterisation.
+
+    .. math::
+      \bar W = \alpha W, \qquad W \sim \mathcal{N}(0, \sigma^2), \quad
+      \sigma^2 = 4 \cdot 10^{-5}, \qquad \alpha_0 = \frac{s}{\sigma}
+
+    with :math:`s` = `target_std`, the standard deviation that the matrix would be drawn
+    with: that of :func:`stable_kernel`, for example. A model computes with
+    :math:`\bar W` and trains :math:`W` and :math:`\alpha`. All matrices then have the
+    same norm for their width, and an optimizer whose steps do not depend on the size of
+    the gradient, as Adam's, changes all by the same share of it; elsewhere the smallest
+    matrices change most.
+
+    ``WesarDense`` of :mod:`spam_optax.linen` and ``WesarLinear`` of
+    :mod:`spam_optax.nnx` are layers that do so.
+
+    Args:
+      target_std: Standard deviation of :math:`\bar W` at initialization.
+
+    Returns:
+      ``kernel`` and ``alpha``, in a named tuple.
+
+    Raises:
+      ValueError: If `target_std` is not > 0.
+      TypeError: If `target_std` is not a number.
+
+    Examples:
+      >>> import jax
+      >>> from spam_optax import initializers
+      >>> init = initializers.wesar(target_std=0.02)
+      >>> kernel = init.kernel(jax.random.key(42), (1024, 512))
+      >>> alpha = init.alpha(jax.random.key(43), ())
+      >>> print(f"{alpha * kernel.std():.4f} = {alpha:.4f} * {kernel.std():.4f}")
+      0.0200 = 3.1623 * 0.0063
+
+    References:
+      Nishida et al., `Initialization of Large Language Models via Reparameterization to
+      Mitigate Loss Spikes <https://arxiv.org/abs/2410.05052>`_, EMNLP 2024.
+    """
+    _validate.check_number("wesar", "target_std", target_std, above=0)
+    alpha = jax.nn.initializers.constant(target_std / WESAR_STD)
+    return WesarInitializers(kernel=wesar_kernel, alpha=alpha)
+
+
+def wesar_kernel(
+    key: jax.Array,
+    shape: Sequence[int],
+    dtype: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """The `kernel` of `wesar`: a default that modules can share."""
+    return _normal(WESAR_STD)(key, shape, dtype, out_sharding)
 
 
 def _normal(std: float) -> Initializer:

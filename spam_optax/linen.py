@@ -1,16 +1,19 @@
-"""Embeddings with a large shortcut for Flax Linen, after Spike No More.
+"""Layers for Flax Linen: large embeddings after Spike No More, and WeSaR.
 
-Drop-in replacements of ``flax.linen.Embed``: the residual stream leaves them with a
-standard deviation near 1. See :mod:`spam_optax.initializers` for the other half of the
-method, and :mod:`spam_optax.nnx` for the same modules in NNX.
+``ScaledEmbed`` and ``NormedEmbed`` replace ``flax.linen.Embed``: the residual stream
+leaves them with a standard deviation near 1. See :mod:`spam_optax.initializers` for the
+other half of the method. ``WesarDense`` replaces ``flax.linen.Dense``.
+:mod:`spam_optax.nnx` has the same modules in NNX.
 """
 
 import math
+from typing import Any
 
 import jax
 from jax.nn.initializers import Initializer
 
-from spam_optax import initializers
+from spam_optax import _wesar, initializers
+from spam_optax._wesar import fold_wesar as fold_wesar
 
 try:
     from flax import linen as nn
@@ -19,7 +22,7 @@ except ModuleNotFoundError as error:
         "spam_optax.linen needs Flax: pip install spam_optax[flax]"
     ) from error
 
-__all__ = ("NormedEmbed", "ScaledEmbed")
+__all__ = ("NormedEmbed", "ScaledEmbed", "WesarDense", "fold_wesar")
 
 
 class ScaledEmbed(nn.Embed):
@@ -103,3 +106,54 @@ class NormedEmbed(nn.Embed):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Embeds integers; appends an axis of length ``features``."""
         return self.norm(super().__call__(inputs))
+
+
+class WesarDense(nn.Dense):
+    r"""Dense layer whose matrix is reparameterised: WeSaR.
+
+    .. math::
+      y = x \, (\alpha W) + b, \qquad W \sim \mathcal{N}(0, 4 \cdot 10^{-5}), \quad
+      \alpha_0 = \frac{s}{\sqrt{4 \cdot 10^{-5}}}
+
+    with :math:`s` = ``target_std``. The parameters are ``kernel``, which is :math:`W`;
+    ``alpha``, a scalar; and ``bias``, which is not scaled. The product
+    :math:`\alpha W` is made in ``param_dtype``.
+    :func:`~spam_optax.initializers.wesar` tells what it is good for; :func:`fold_wesar`
+    makes the parameters of a plain ``Dense``.
+
+    The attributes are those of ``flax.linen.Dense``, with another default for
+    ``kernel_init``, and ``target_std``: the standard deviation of :math:`\alpha W` at
+    initialization, > 0. None is that of Spike No More's kernels,
+    :math:`\sqrt{2 / (5 d)}` with :math:`d` the width of the input. That is right where
+    the input is the residual stream; for attention-out and FFN-out pass
+    :math:`\sqrt{2 / (5 d)} / \sqrt{2 N}`, with the width and depth of the model. Wrap
+    ``kernel_init`` to partition, but keep what it draws: ``initializers.wesar`` has it.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from spam_optax import linen
+      >>> layer = linen.WesarDense(512, target_std=0.02)
+      >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 1024)))
+      >>> params = variables["params"]
+      >>> print(f"{params['kernel'].std():.4f} {params['alpha']:.4f}")
+      0.0063 3.1623
+      >>> print(f"{linen.fold_wesar(params)['kernel'].std():.3f}")
+      0.020
+
+    References:
+      Nishida et al., `Initialization of Large Language Models via Reparameterization to
+      Mitigate Loss Spikes <https://arxiv.org/abs/2410.05052>`_, EMNLP 2024.
+    """
+
+    kernel_init: Initializer = initializers.wesar_kernel
+    target_std: float | None = None
+
+    def param(self, name: str, init_fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Declares a parameter; the ``kernel`` that ``Dense`` gets is the product."""
+        value = super().param(name, init_fn, *args, **kwargs)
+        if name != "kernel":
+            return value
+        width = value.shape[-2]
+        init = _wesar.alpha_init("WesarDense", self.target_std, width)
+        alpha = super().param("alpha", init, (), self.param_dtype)
+        return _wesar.scale(value, alpha)

@@ -1,8 +1,9 @@
-"""Embeddings with a large shortcut for Flax NNX, after Spike No More.
+"""Layers for Flax NNX: large embeddings after Spike No More, and WeSaR.
 
-Drop-in replacements of ``flax.nnx.Embed``: the residual stream leaves them with a
-standard deviation near 1. See :mod:`spam_optax.initializers` for the other half of the
-method, and :mod:`spam_optax.linen` for the same modules in Linen.
+``ScaledEmbed`` and ``NormedEmbed`` replace ``flax.nnx.Embed``: the residual stream
+leaves them with a standard deviation near 1. See :mod:`spam_optax.initializers` for the
+other half of the method. ``WesarLinear`` replaces ``flax.nnx.Linear``.
+:mod:`spam_optax.linen` has the same modules in Linen.
 """
 
 import math
@@ -11,7 +12,8 @@ from typing import Any
 import jax
 from jax.nn.initializers import Initializer
 
-from spam_optax import initializers
+from spam_optax import _wesar, initializers
+from spam_optax._wesar import fold_wesar as fold_wesar
 
 try:
     from flax import nnx
@@ -20,7 +22,7 @@ except ModuleNotFoundError as error:
         "spam_optax.nnx needs Flax: pip install spam_optax[flax]"
     ) from error
 
-__all__ = ("NormedEmbed", "ScaledEmbed")
+__all__ = ("NormedEmbed", "ScaledEmbed", "WesarLinear", "fold_wesar")
 
 
 class ScaledEmbed(nnx.Embed):
@@ -145,3 +147,87 @@ class NormedEmbed(nnx.Embed):
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Embeds integers; appends an axis of length ``features``."""
         return self.norm(super().__call__(inputs, out_sharding))
+
+
+class WesarLinear(nnx.Linear):
+    r"""Linear layer whose matrix is reparameterised: WeSaR.
+
+    .. math::
+      y = x \, (\alpha W) + b, \qquad W \sim \mathcal{N}(0, 4 \cdot 10^{-5}), \quad
+      \alpha_0 = \frac{s}{\sqrt{4 \cdot 10^{-5}}}
+
+    with :math:`s` = `target_std`. The parameters are ``kernel``, the matrix :math:`W`;
+    ``alpha``, a scalar; and ``bias``, which is not scaled. The product
+    :math:`\alpha W` is made in ``param_dtype``.
+    :func:`~spam_optax.initializers.wesar` tells what it is good for; :func:`fold_wesar`
+    makes the parameters of a plain ``Linear``.
+
+    Args:
+      in_features: Width of the input.
+      out_features: Width of the output.
+      target_std: Standard deviation of :math:`\alpha W` at initialization. None is that
+        of Spike No More's kernels, :math:`\sqrt{2 / (5 d)}` with :math:`d` =
+        `in_features`. That is right where the input is the residual stream; for
+        attention-out and FFN-out pass :math:`\sqrt{2 / (5 d)} / \sqrt{2 N}`, with the
+        width and depth of the model.
+      kernel_init: Initializer of :math:`W`; wrap it, but keep what it draws.
+      rngs: The random streams, as for any NNX module.
+      **kwargs: Everything else that ``flax.nnx.Linear`` takes.
+
+    Raises:
+      ValueError: If `target_std` is not > 0.
+      TypeError: If `target_std` is not a number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx as flax_nnx
+      >>> from spam_optax import nnx
+      >>> layer = nnx.WesarLinear(1024, 512, target_std=0.02, rngs=flax_nnx.Rngs(0))
+      >>> print(f"{layer.kernel.std():.4f} {layer.alpha[...]:.4f}")
+      0.0063 3.1623
+      >>> folded = nnx.fold_wesar(flax_nnx.state(layer))
+      >>> print(f"{folded['kernel'].std():.3f}")
+      0.020
+
+    References:
+      Nishida et al., `Initialization of Large Language Models via Reparameterization to
+      Mitigate Loss Spikes <https://arxiv.org/abs/2410.05052>`_, EMNLP 2024.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        target_std: float | None = None,
+        kernel_init: Initializer = initializers.wesar_kernel,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
+        alpha_init = _wesar.alpha_init("WesarLinear", target_std, in_features)
+        super().__init__(
+            in_features, out_features, kernel_init=kernel_init, rngs=rngs, **kwargs
+        )
+        self.alpha = nnx.Param(alpha_init(rngs.params(), (), self.param_dtype))
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer to the last axis."""
+        return self._folded()(inputs, out_sharding)
+
+    def _folded(self) -> nnx.Linear:
+        """The plain layer that computes the same: its forward pass is this one's."""
+        kernel = _wesar.scale(self.kernel[...], self.alpha[...])
+        return nnx.Linear(
+            self.in_features,
+            self.out_features,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=lambda *_: kernel,
+            bias_init=lambda *_: self.bias[...],
+            dot_general=self.dot_general,
+            promote_dtype=self.promote_dtype,
+            preferred_element_type=self.preferred_element_type,
+            rngs=nnx.Rngs(0),
+        )

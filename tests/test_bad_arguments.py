@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import spam_optax
-from spam_optax import functional, testing
+from spam_optax import functional, initializers, testing
 
 WRONG_TYPES = tuple(
     (value, TypeError)
@@ -179,6 +179,7 @@ FUNCTIONS = (
         (),
         {"num_heads": "heads", "num_kv_heads": "heads"},
     ),
+    (initializers.wesar, (), {"target_std": "positive"}),
     (testing.inject_spikes, (), {"key": "key"}),
     (testing.inject_spikes, (0,), {"rate": "share", "scale": "finite"}),
     (functional.spike_limit, SPIKES[:1], {"threshold": "positive"}),

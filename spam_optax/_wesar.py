@@ -1,0 +1,76 @@
+"""What the layers of WeSaR have in common: the product, its target, and folding."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from spam_optax import _validate, initializers
+
+
+def alpha_init(
+    layer: str, target_std: float | None, width: int
+) -> jax.nn.initializers.Initializer:
+    """The initializer of a layer's factor; without a target, Spike No More's."""
+    if target_std is None:
+        target_std = math.sqrt(2 / (5 * width))
+    _validate.check_number(layer, "target_std", target_std, above=0)
+    return initializers.wesar(target_std).alpha
+
+
+def scale(kernel: jax.Array, alpha: jax.Array) -> jax.Array:
+    """``alpha * kernel``, where both may have leading axes of stacked layers."""
+    return jnp.expand_dims(alpha, (-2, -1)) * kernel
+
+
+def fold_wesar(params: Any) -> Any:
+    r"""Parameters of plain layers, with the outputs of reparameterised ones.
+
+    .. math::
+      W \leftarrow \alpha W
+
+    wherever a ``kernel`` has an ``alpha`` beside it, which goes. What is left fits the
+    same model with ``flax.linen.Dense`` for ``WesarDense``, or ``flax.nnx.Linear`` for
+    ``WesarLinear``: for inference, or to store.
+
+    Args:
+      params: Linen's ``variables`` or their ``params``; an ``nnx.State``, or the nested
+        dictionary that ``nnx.to_pure_dict`` makes of it. Layers may be stacked along
+        leading axes, by ``vmap`` or ``scan``.
+
+    Returns:
+      The same kind of tree. Metadata, as for partitioning, stay, and so do dtypes.
+
+    Raises:
+      ValueError: If an ``alpha`` is not one number for each matrix in the ``kernel``
+        beside it.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx as flax_nnx
+      >>> from spam_optax import nnx
+      >>> layer = nnx.WesarLinear(8, 4, rngs=flax_nnx.Rngs(0))
+      >>> plain = flax_nnx.Linear(8, 4, rngs=flax_nnx.Rngs(1))
+      >>> flax_nnx.update(plain, nnx.fold_wesar(flax_nnx.state(layer)))
+      >>> print(jnp.array_equal(plain(jnp.ones(8)), layer(jnp.ones(8))))
+      True
+
+    References:
+      Nishida et al., `WeSaR <https://arxiv.org/abs/2410.05052>`_, EMNLP 2024.
+    """
+    if not isinstance(params, Mapping):
+        return params
+    children = {name: fold_wesar(child) for name, child in params.items()}
+    if children.keys() >= {"kernel", "alpha"}:
+        (alpha,) = jax.tree.leaves(children.pop("alpha"))
+        (kernel,) = jax.tree.leaves(children["kernel"])
+        if alpha.shape != kernel.shape[:-2]:
+            raise ValueError(
+                "fold_wesar: alpha must be one number for each matrix, of shape "
+                f"{kernel.shape[:-2]} for a kernel of shape {kernel.shape}, "
+                f"got {alpha.shape}."
+            )
+        children["kernel"] = jax.tree.map(lambda w: scale(w, alpha), children["kernel"])
+    return type(params)(children)
