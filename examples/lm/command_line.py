@@ -11,6 +11,7 @@ from lm.config import (
     EMBEDDINGS,
     INITIALIZATIONS,
     KINDS,
+    NORMS,
     OPTIMIZERS,
     REMAT,
     RunConfig,
@@ -165,10 +166,24 @@ def add_model_flags(flags: RunFlags) -> None:
     )
     flags.add(
         "initialization",
-        "standard (normal, 0.5 over the root of the width) or stable (Spike No More;"
-        " goes with --embedding scaled or normed)",
+        "standard (normal, 0.5 over the root of the width), stable (Spike No More; goes"
+        " with --embedding scaled or normed) or wesar (every matrix alike, times a"
+        " trainable scale that makes it what stable would)",
         choices=INITIALIZATIONS,
         metavar="NAME",
+    )
+    flags.add(
+        "norm",
+        "pre (before each sub-layer), scaled (LayerNorm Scaling: that, divided by the"
+        " root of the layer's number; not with --initialization stable or wesar) or"
+        " mixed (Mix-LN: after the sum in the first quarter of the layers, and at least"
+        " in one; before each sub-layer in the others)",
+        choices=NORMS,
+    )
+    flags.add(
+        "gated_attention",
+        "multiply what the heads put out with a sigmoid gate, of a matrix of its own",
+        action=argparse.BooleanOptionalAction,
     )
     flags.add(
         "untied_head",

@@ -25,7 +25,9 @@ OPTIMIZERS = (
 )
 DEMONSTRATION = ("adam", "adam_clip", "spam", "clip_spam")
 EMBEDDINGS = ("plain", "scaled", "normed")
-INITIALIZATIONS = ("standard", "stable")
+INITIALIZATIONS = ("standard", "stable", "wesar")
+DEPTH_SCALED = ("stable", "wesar")  # what writes to the stream: over sqrt(2 * layers)
+NORMS = ("pre", "scaled", "mixed")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "dots", "full")
 KINDS = ("noise", "scale", "nan", "inf")
@@ -50,6 +52,8 @@ class RunConfig:
     preset: str = "tiny"  # a key of model.PRESETS
     embedding: str = "plain"  # one of EMBEDDINGS
     initialization: str = "standard"  # one of INITIALIZATIONS; stable: Spike No More
+    norm: str = "pre"  # one of NORMS; scaled: LayerNorm Scaling, mixed: Mix-LN
+    gated_attention: bool = False  # a sigmoid gate on what the heads put out
     untied_head: bool = False  # a head of its own rather than the embedding, transposed
     z_loss: float = 0.0  # weight of the mean squared log-partition function
     compute_dtype: str = "float32"  # of activations; parameters and moments are float32
@@ -79,6 +83,14 @@ class RunConfig:
     eval_sequences: int = 512  # at most, evenly spaced in the validation text
     checkpoint_every: int = 100  # steps
     keep_checkpoints: int = 2  # the newest ones
+
+    def __post_init__(self):
+        if self.norm == "scaled" and self.initialization in DEPTH_SCALED:
+            raise UsageError(
+                f"--norm scaled and --initialization {self.initialization} both make"
+                " sub-layers smaller with depth, and must not be combined: use"
+                " --initialization standard, or another --norm"
+            )
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,11 +1,16 @@
 """A LLaMA-style decoder: RMSNorm, SwiGLU, rotary positions, causal attention.
 
+Options against instability: the embeddings and initializers of Spike No More, WeSaR,
+LayerNorm Scaling (arXiv 2502.05795), Mix-LN (2412.13795), gated attention (2505.06708).
+
 Letters in shape comments: B sequences, T tokens, D width, H heads, K head width,
 V vocabulary.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +18,7 @@ from flax import nnx
 
 import spam_optax.nnx
 from lm import sharding
-from lm.config import RunConfig
+from lm.config import DEPTH_SCALED, RunConfig
 from spam_optax import initializers
 
 EMBEDDINGS = {
@@ -38,7 +43,9 @@ class ModelConfig:
     vocabulary: int = 32_000  # tokens, V
     rotary_base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi times this
     embedding: str = "plain"  # a key of EMBEDDINGS
-    initialization: str = "standard"  # or stable: Spike No More
+    initialization: str = "standard"  # or stable: Spike No More; or wesar: WeSaR
+    norm: str = "pre"  # or scaled: LayerNorm Scaling; or mixed: Mix-LN
+    gated_attention: bool = False  # a sigmoid gate on what the heads put out
     untied_head: bool = False  # the head is not the embedding, transposed
     compute_dtype: str = "float32"  # of activations; parameters are float32
     remat: str = "none"  # or a key of REMAT_POLICIES
@@ -48,7 +55,8 @@ class ModelConfig:
     @property
     def matrix_parameters(self) -> int:
         """Parameters that a token is multiplied with: all but norms and the lookup."""
-        block = 4 * self.width**2 + 3 * self.width * self.ffn_width
+        attention = (4 + self.gated_attention) * self.width**2
+        block = attention + 3 * self.width * self.ffn_width
         return self.layers * block + self.vocabulary * self.width
 
     def flops_per_token(self, tokens: int) -> int:
@@ -83,6 +91,8 @@ def configure(config: RunConfig, vocabulary: int, platform: str) -> ModelConfig:
         vocabulary=vocabulary,
         embedding=config.embedding,
         initialization=config.initialization,
+        norm=config.norm,
+        gated_attention=config.gated_attention,
         untied_head=config.untied_head,
         compute_dtype=config.compute_dtype,
         remat=config.remat,
@@ -107,9 +117,9 @@ def make_initializers(config: ModelConfig) -> initializers.StableInitializers:
     """For kernels, those that write to the residual stream, and the embedding.
 
     The standard one is a normal distribution for all: GPT-2's deviation of 0.02 at
-    width 625, more in a narrower model.
+    width 625, more in a narrower model. WeSaR's kernels have initializers of their own.
     """
-    if config.initialization == "stable":
+    if config.initialization in DEPTH_SCALED:
         return initializers.stable(config.width, config.layers)
     normal = nnx.initializers.normal(0.5 / config.width**0.5)
     return initializers.StableInitializers(normal, normal, normal)
@@ -138,13 +148,19 @@ def linear(
     residual: bool = False,
 ) -> nnx.Linear:
     """A matrix without bias; `residual` if its output is added to the stream."""
-    init = make_initializers(config)
-    return nnx.Linear(
+    if config.initialization == "wesar":
+        std = (2 / (5 * config.width)) ** 0.5  # Spike No More's
+        target_std = std / (2 * config.layers) ** 0.5 if residual else std
+        layer = functools.partial(spam_optax.nnx.WesarLinear, target_std=target_std)
+    else:
+        init = make_initializers(config)
+        kernel_init = init.residual if residual else init.kernel
+        layer = functools.partial(nnx.Linear, kernel_init=kernel_init)
+    return layer(
         inputs,
         outputs,
         use_bias=False,
         dtype=config.compute_dtype,
-        kernel_init=init.residual if residual else init.kernel,
         dot_general=flat_dot_general,
         rngs=rngs,
     )
@@ -170,7 +186,11 @@ def rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions."""
+    """Causal self-attention with rotary positions.
+
+    The gate, if there is one, is that of Qiu et al. (2025): a sigmoid for each feature
+    of each head, of a linear function of the block's input, before the last matrix.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -179,6 +199,8 @@ class Attention(nnx.Module):
         self.key = project()
         self.value = project()
         self.out = project(residual=True)
+        if config.gated_attention:
+            self.gate = project()
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
@@ -194,7 +216,10 @@ class Attention(nnx.Module):
             is_causal=True,
             implementation=self.config.attention,
         )
-        return self.out(attended_BTHK.reshape(B, T, D))
+        attended_BTD = attended_BTHK.reshape(B, T, D)
+        if self.config.gated_attention:
+            attended_BTD = attended_BTD * nnx.sigmoid(self.gate(x_BTD))
+        return self.out(attended_BTD)
 
 
 class FeedForward(nnx.Module):
@@ -210,7 +235,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm residual block."""
+    """One residual block: attention, then the feed-forward layer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = norm(config, rngs)
@@ -218,9 +243,18 @@ class Block(nnx.Module):
         self.ffn_norm = norm(config, rngs)
         self.ffn = FeedForward(config, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def pre_norm(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+    def scaled_norm(self, x_BTD: jax.Array, factor: jax.Array) -> jax.Array:
+        """LayerNorm Scaling: pre-norm, times 1 over the root of the block's number."""
+        x_BTD = x_BTD + self.attention(factor * self.attention_norm(x_BTD))
+        return x_BTD + self.ffn(factor * self.ffn_norm(x_BTD))
+
+    def post_norm(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD))
+        return self.ffn_norm(x_BTD + self.ffn(x_BTD))
 
 
 class Decoder(nnx.Module):
@@ -257,19 +291,38 @@ class Decoder(nnx.Module):
 
 def through_blocks(config: ModelConfig, x_BTD: jax.Array, blocks: Block) -> jax.Array:
     """Applies the stacked blocks in turn."""
+    scan = functools.partial(scan_blocks, config)
+    if config.norm == "scaled":
+        factors = 1 / jnp.sqrt(jnp.arange(1, config.layers + 1))
+        factors = factors.astype(config.compute_dtype)
+        return scan(Block.scaled_norm, x_BTD, blocks, factors)
+    if config.norm == "mixed":
+        early = max(1, config.layers // 4)
+        first, rest = (
+            jax.tree.map(lambda x, part=part: x[part], blocks)
+            for part in (slice(early), slice(early, None))
+        )
+        return scan(Block.pre_norm, scan(Block.post_norm, x_BTD, first), rest)
+    return scan(Block.pre_norm, x_BTD, blocks)
 
-    def apply(x_BTD, block):
-        return sharding.constrain_batch(block(x_BTD))
+
+def scan_blocks(
+    config: ModelConfig, forward: Callable, x_BTD: jax.Array, *stacked: Any
+) -> jax.Array:
+    """Applies `forward` to each block, the stream, and the block's part of the rest."""
+
+    def apply(x_BTD, block, *rest):
+        return sharding.constrain_batch(forward(block, x_BTD, *rest))
 
     if config.remat != "none":
         apply = nnx.remat(apply, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
     scan = nnx.scan(
         apply,
-        in_axes=(nnx.Carry, 0),
+        in_axes=(nnx.Carry, *(0 for _ in stacked)),
         out_axes=nnx.Carry,
         unroll=config.scan_unroll,
     )
-    return scan(x_BTD, blocks)
+    return scan(x_BTD, *stacked)
 
 
 def cast_table(arrays: tuple[jax.Array, ...], *, dtype: str, **options):
