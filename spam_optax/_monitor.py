@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from spam_optax import _arithmetic, _validate, functional
+from spam_optax._names import tensor_name
 
 
 class TrackSpikesState(NamedTuple):
@@ -160,12 +161,6 @@ def tensor_names(params: optax.Params) -> tuple[str, ...]:
     return tuple(
         tensor_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
     )
-
-
-def tensor_name(path: tuple) -> str:
-    """The parts of a path joined by ``/``, without the ``value`` of an NNX variable."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return name.removesuffix("/value")
 
 
 def _norms(tensors: list[jax.Array]) -> jax.Array:

@@ -10,13 +10,15 @@ of ``|g|**2``, not bias corrected) and steps are counted from 1.
 
 import math
 import operator
+from collections.abc import Collection
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spam_optax import _arithmetic, _validate
+from spam_optax import _arithmetic, _names, _validate
 
 __all__ = (
     "attention_jacobian_bound",
@@ -25,6 +27,7 @@ __all__ = (
     "clipped_square",
     "ffn_jacobian_bound",
     "gradient_spike_score",
+    "layer_gradient_norms",
     "nonfinite_mask",
     "online_spike_score",
     "reset_position",
@@ -32,6 +35,7 @@ __all__ = (
     "spike_limit",
     "spike_mask",
     "spike_score",
+    "token_embedding_variability",
     "zero_nonfinite",
 )
 
@@ -611,6 +615,120 @@ def spike_score(
     # Batched, so that a long curve does not need (steps, window) values at once.
     spikes = jax.lax.map(is_spike, jnp.arange(judged), batch_size=min(judged, 256))
     return 100 * spikes.astype(jnp.float32).mean()
+
+
+def layer_gradient_norms(
+    gradients: Any, stacked: Collection[str] = (), *, layer_axis: int = 0
+) -> dict[str, jax.Array]:
+    r"""Norm of every tensor's gradient, layer by layer where layers are stacked.
+
+    .. math::
+      \|g^{(l)}\|_2 = \sqrt{\sum_i |g^{(l)}_i|^2}
+
+    for each layer :math:`l` of a tensor that holds those of all layers, as ``scan`` and
+    ``vmap`` make them. It shows where in the depth of a model a gradient grows or
+    vanishes, which the norm of the whole tensor hides.
+
+    Args:
+      gradients: A tree of arrays, floating or complex: of Linen, of NNX (an
+        ``nnx.State`` or a module), or any other. ``None`` leaves are skipped.
+      stacked: Names of parts of paths, such as ``("blocks",)``: a tensor with one of
+        them in its path has an axis of layers.
+      layer_axis: That axis.
+
+    Returns:
+      The norms by name, as of :func:`spam_optax.tensor_names`: of shape ``(layers,)``
+      for a stacked tensor, a scalar for another; float32 (float64 for 64-bit input), in
+      units of the gradient. A layer with an entry that is not finite has a norm that is
+      not.
+
+    Raises:
+      AssertionError: If a tensor is neither floating nor complex, or a stacked one has
+        no layer along `layer_axis`.
+      ValueError: If a name in `stacked` is part of no path.
+      TypeError: If `stacked` is not a collection of strings.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> kernel = jnp.ones((3, 2, 8)) * jnp.array([1.0, 10.0, 100.0])[:, None, None]
+      >>> gradients = {"blocks": {"kernel": kernel}, "head": jnp.ones((2, 8))}
+      >>> norms = functional.layer_gradient_norms(gradients, ("blocks",))
+      >>> print(norms["blocks/kernel"], norms["head"])
+      [  4.  40. 400.] 4.0
+
+    .. seealso:: :func:`spam_optax.track_spikes` for the norm of each whole tensor.
+    """
+    function = "layer_gradient_norms"
+    if isinstance(stacked, str) or not (
+        isinstance(stacked, Collection) and all(isinstance(x, str) for x in stacked)
+    ):
+        raise TypeError(
+            f"{function}: stacked must be a collection of names of parts of paths, "
+            f"got {stacked!r}."
+        )
+    tensors = {
+        _names.tensor_name(path): jnp.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+    }
+    parts = {part for name in tensors for part in name.split("/")}
+    for name in stacked:
+        if name not in parts:
+            raise ValueError(
+                f"{function}: stacked must have names of parts of the tensors' paths, "
+                f"got {name!r}, which is in none."
+            )
+
+    def norms(name: str, gradient: jax.Array) -> jax.Array:
+        _check_inexact(gradient)
+        if set(name.split("/")).isdisjoint(stacked):
+            return _arithmetic.norm(gradient)
+        chex.assert_axis_dimension_gt(gradient, layer_axis, 0)
+        return jax.vmap(_arithmetic.norm, in_axes=layer_axis)(gradient)
+
+    return {name: norms(name, gradient) for name, gradient in tensors.items()}
+
+
+def token_embedding_variability(embedding: jax.typing.ArrayLike) -> jax.Array:
+    r"""Token embedding variability (TEV): how far the entries of each row spread.
+
+    .. math::
+      \mathrm{TEV}_i = \sqrt{\frac1d \sum_{j=1}^{d} (e_{ij} - \bar e_i)^2}, \qquad
+      \bar e_i = \frac1d \sum_{j=1}^{d} e_{ij}
+
+    The published number is the mean over the tokens, its company their standard
+    deviation: ``tev.mean()`` and ``tev.std()``. Chung et al. found runs of pre-norm
+    models with a lower one to be more stable, and it costs a pass over the table rather
+    than many gradients.
+
+    Args:
+      embedding: The table, of shape ``(tokens, width)``, floating.
+
+    Returns:
+      The deviation of each row, of shape ``(tokens,)``, in units of the table: float32
+      (float64 for float64 input). It is divided by :math:`d`, not by :math:`d - 1`, as
+      PyTorch does.
+
+    Raises:
+      AssertionError: If `embedding` is not a matrix of floats, or without columns.
+
+    Examples:
+      >>> import jax
+      >>> from spam_optax import functional, initializers
+      >>> table = initializers.stable_embedding(256)(jax.random.key(0), (1000, 256))
+      >>> tev = functional.token_embedding_variability(table)
+      >>> print(tev.shape, f"{tev.mean():.4f} +- {tev.std():.4f}")
+      (1000,) 0.0394 +- 0.0017
+
+    References:
+      Chung et al., `Stable Language Model Pre-training by Reducing Embedding
+      Variability <https://arxiv.org/abs/2409.07787>`_, EMNLP 2024.
+    """
+    embedding = jnp.asarray(embedding)
+    chex.assert_rank(embedding, 2)
+    chex.assert_type(embedding, float)
+    chex.assert_axis_dimension_gt(embedding, 1, 0)
+    return jnp.std(_arithmetic.widen(embedding), axis=1)
 
 
 def ffn_jacobian_bound(

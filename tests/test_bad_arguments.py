@@ -460,6 +460,28 @@ def other_cases():
             TypeError,
         ),
     )
+    norms = functools.partial(functional.layer_gradient_norms, PARAMS)
+    for value in ("a", b"a", None, 3, [1], ("a", None), iter(())):
+        yield (
+            f"layer_gradient_norms-stacked-{value!r:.20}",
+            Case(
+                functools.partial(norms, value),
+                "stacked",
+                repr(value),
+                "a collection of names of parts of paths",
+                TypeError,
+            ),
+        )
+    for value in ("A", "b/0", ""):
+        yield (
+            f"layer_gradient_norms-stacked-[{value!r}]",
+            Case(
+                functools.partial(norms, ["a", value]),
+                "stacked",
+                repr(value),
+                "names of parts of the tensors' paths",
+            ),
+        )
     yield (
         "spike_score-window of all values",
         Case(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -613,6 +614,63 @@ def test_attention_bound_is_the_formula():
     np.testing.assert_allclose(bound, 1 + 0.01 / 0.4 * 2 * 30 * norms, rtol=1e-6)
 
 
+# Norms of layers, and the spread of embeddings.
+
+layer_norms = jax.jit(functional.layer_gradient_norms, static_argnums=1)
+
+
+@each_dtype
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_layer_norms_are_those_of_the_layers_one_by_one(dtype, axis):
+    gradient, other = draw(dtype, (4, 3, 5)), draw(dtype, (6,), 1)
+    tree = {"blocks": {"ffn": [gradient]}, "head": other, "none": None}
+    with enabled(dtype):
+        norms = run(
+            functional.layer_gradient_norms, tree, stacked=("blocks",), layer_axis=axis
+        )
+    assert norms.keys() == {"blocks/ffn/0", "head"}
+    assert {x.dtype for x in norms.values()} == {jnp.dtype(wide_dtype(dtype))}
+    layers = np.moveaxis(precise(gradient), axis, 0)
+    want = [np.linalg.norm(layer) for layer in layers]
+    rtol = WIDE_RTOL.get(dtype, 1e-6)
+    np.testing.assert_allclose(norms["blocks/ffn/0"], want, rtol=rtol)
+    np.testing.assert_allclose(norms["head"], np.linalg.norm(precise(other)), rtol=rtol)
+
+
+def test_layer_norms_of_huge_and_of_nonfinite_gradients():
+    """Guards the squares against overflowing, and one bad layer's from the others."""
+    gradient = np.full((4, 9), 1e30, np.float32)
+    gradient[1, 2], gradient[2, 0] = np.nan, -np.inf
+    norms = layer_norms({"w": gradient}, ("w",))["w"]
+    np.testing.assert_allclose(norms, [3e30, np.nan, np.inf, 3e30], rtol=1e-6)
+
+
+def test_layer_norms_take_flax_states_and_part_names_as_a_whole():
+    """An NNX state's names have no `value`; `block` is no part of `blocks`."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.blocks = nnx.Param(jnp.full((2, 4), 3.0))
+            self.block = nnx.Param(jnp.full((2, 2), 0.5))
+
+    for tree in (nnx.state(Model()), nnx.to_pure_dict(nnx.state(Model())), Model()):
+        norms = layer_norms(tree, ("blocks",))
+        np.testing.assert_allclose(norms["blocks"], [6.0, 6.0])
+        assert norms["block"] == 1.0
+    assert layer_norms(tree, ())["blocks"].shape == ()
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES)
+def test_token_embedding_variability_is_the_deviation_of_each_row(dtype):
+    """Not of each column, and around the row's own mean."""
+    table = draw(dtype, (7, 200)) + np.arange(7)[:, None].astype(jnp.dtype(dtype))
+    with enabled(dtype):
+        got = run(functional.token_embedding_variability, table)
+    assert (got.dtype, got.shape) == (wide_dtype(dtype), (7,))
+    want = precise(table).std(axis=1)
+    np.testing.assert_allclose(got, want, rtol=WIDE_RTOL.get(dtype, 1e-5))
+
+
 # What all have in common.
 
 RNG = np.random.default_rng(3)
@@ -648,6 +706,11 @@ CALLS = {
         lambda x: functional.spike_score(x, window=5, deviations=2.0),
         [GRADIENT.reshape(4, 18)],
     ),
+    "layer_gradient_norms": (
+        lambda g: functional.layer_gradient_norms({"w": g}, ("w",))["w"],
+        [NU],
+    ),
+    "token_embedding_variability": (functional.token_embedding_variability, [NU]),
     "ffn_jacobian_bound": (functional.ffn_jacobian_bound, list(POSITIVE)),
     "attention_jacobian_bound": (
         functional.attention_jacobian_bound,
@@ -717,6 +780,14 @@ VECTOR, WHOLE = np.ones(3, np.float32), np.ones(3, np.int32)
         (F.spike_score, [VECTOR[0]]),
         (F.spike_score, [WHOLE]),
         (F.spike_score, [VECTOR.astype(np.complex64)]),
+        (F.layer_gradient_norms, [{"w": WHOLE}]),
+        (functools.partial(F.layer_gradient_norms, stacked=["w"]), [{"w": VECTOR[0]}]),
+        (functools.partial(F.layer_gradient_norms, stacked=["w"]), [{"w": VECTOR[:0]}]),
+        (F.token_embedding_variability, [VECTOR]),
+        (F.token_embedding_variability, [NU]),
+        (F.token_embedding_variability, [VECTOR[:, None].astype(np.complex64)]),
+        (F.token_embedding_variability, [WHOLE[:, None]]),
+        (F.token_embedding_variability, [np.ones((3, 0), np.float32)]),
     ],
 )
 @pytest.mark.parametrize("jitted", [False, True])
