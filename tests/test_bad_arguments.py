@@ -890,6 +890,7 @@ def test_every_number_may_be_traced(function, dtype):
             np.asarray(got["w"], np.float64),
             np.asarray(want["w"], np.float64),
             rtol=1e-4 if dtype == "float32" else 1e-2,
+            atol=0 if dtype == "float32" else 1e-5,  # Decay may cancel a step.
         )
     assert all(update._cache_size() == 1 for update in updates)
 

@@ -411,6 +411,35 @@ def test_sparse_momentum_is_for_attention_and_feed_forward_matrices(task):
         assert moment.size == parameter.size // (4 if matrix else 1), name
 
 
+def test_adam_mini_has_one_second_moment_a_head_row_or_column(task):
+    transform = optimizers.make("adam_mini", task.config).transform
+    state = jax.eval_shape(transform.init, training.abstract_params(task))
+    nu = optax.tree.get(state, "nu")
+    blocks = {name: x["kernel"].shape for name, x in nu["blocks"]["attention"].items()}
+    heads, width = task.model.heads, task.model.width
+    layers = (task.model.layers, 1)
+    assert blocks["query"] == blocks["key"] == (*layers, heads)
+    assert blocks["value"] == blocks["out"] == (*layers, width)
+    assert nu["embed"]["embedding"].shape == (task.model.vocabulary, 1)
+    assert nu["norm"]["scale"].shape == (1,)
+
+
+def test_stacked_layers_are_projected_one_by_one():
+    """GaLore on a stack of matrices is GaLore on each, with a redraw in between."""
+    galore = optax.contrib.scale_by_galore(rank=2, update_proj_gap=2)
+    stacked = optimizers.for_each_layer(galore)
+    params = jnp.ones((2, 6, 4))
+    state, alone = stacked.init(params), [galore.init(p) for p in params]
+    assert optax.tree.get(state, "mu").shape == (2, 2, 4)
+    update, update_alone = jax.jit(stacked.update), jax.jit(galore.update)
+    for step in range(3):
+        gradients = jax.random.normal(jax.random.key(step), params.shape)
+        updates, state = update(gradients, state)
+        for layer in range(2):
+            want, alone[layer] = update_alone(gradients[layer], alone[layer])
+            np.testing.assert_allclose(updates[layer], want, rtol=1e-3, atol=1e-5)
+
+
 def test_global_norms_are_those_of_the_tensors(rows):
     for row in records.steps_of(rows, "clip_spam"):
         for name in ("grad_norm", "clipped_grad_norm", "update_norm", "param_norm"):
