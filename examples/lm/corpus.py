@@ -4,8 +4,10 @@ import codecs
 import glob
 import hashlib
 import itertools
+import lzma
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +21,9 @@ from lm import tokenization
 from lm.config import UsageError
 from lm.tokenization import BYTES, Tokenizer
 
-SHAKESPEARE = pathlib.Path(__file__).parents[1] / "data" / "shakespeare.txt"
+DATA = pathlib.Path(__file__).parents[1] / "data"
+SHAKESPEARE = DATA / "shakespeare.txt"
+PROSE = DATA / "prose_pd.txt.xz"
 PIECE = 2**18  # bytes of a file that are in memory at once
 LARGE = 2**24  # bytes of text that take long enough to encode for a progress bar
 
@@ -132,7 +136,7 @@ def find(data: str | None) -> list[pathlib.Path]:
         found = sorted(path.rglob("*.txt"))
         missing = f"there is no .txt file in the folder {data}"
     elif path.exists() or not glob.has_magic(data):
-        return [path]
+        return [unpacked(path) if path.suffix == ".xz" else path]
     else:
         found = sorted(map(pathlib.Path, glob.glob(data, recursive=True)))
         missing = f"there is no file like {data}"
@@ -140,6 +144,26 @@ def find(data: str | None) -> list[pathlib.Path]:
     if not files:
         raise UsageError(missing)
     return files
+
+
+def unpacked(path: pathlib.Path) -> pathlib.Path:
+    """The text in an .xz file, as a file of the user's cache that is made if needed."""
+    try:
+        with path.open("rb") as packed:
+            digest = hashlib.file_digest(packed, "sha256").hexdigest()
+        text = user_cache() / f"{path.stem}-{digest[:16]}"
+        if not text.is_file():
+            text.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                lzma.open(path) as packed,
+                tokenization.replacing(text) as temporary,
+                temporary.open("wb") as file,
+            ):
+                shutil.copyfileobj(packed, file)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot unpack the data file {path}: {reason}") from error
+    return text
 
 
 def whole(paths: Sequence[pathlib.Path]) -> list[Span]:

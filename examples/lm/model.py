@@ -9,7 +9,6 @@ V vocabulary.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +41,7 @@ class ModelConfig:
     ffn_width: int  # inner width of the gated feed-forward layer
     vocabulary: int = 32_000  # tokens, V
     rotary_base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi times this
+    positions: int = 1024  # of `architectures.GPT2`: the longest sequence
     embedding: str = "plain"  # a key of EMBEDDINGS
     initialization: str = "standard"  # or stable: Spike No More; or wesar: WeSaR
     norm: str = "pre"  # or scaled: LayerNorm Scaling; or mixed: Mix-LN
@@ -146,8 +146,9 @@ def linear(
     rngs: nnx.Rngs,
     *,
     residual: bool = False,
+    use_bias: bool = False,
 ) -> nnx.Linear:
-    """A matrix without bias; `residual` if its output is added to the stream."""
+    """A matrix; `residual` if its output is added to the stream."""
     if config.initialization == "wesar":
         std = (2 / (5 * config.width)) ** 0.5  # Spike No More's
         target_std = std / (2 * config.layers) ** 0.5 if residual else std
@@ -159,7 +160,7 @@ def linear(
     return layer(
         inputs,
         outputs,
-        use_bias=False,
+        use_bias=use_bias,
         dtype=config.compute_dtype,
         dot_general=flat_dot_general,
         rngs=rngs,
@@ -261,8 +262,11 @@ class Decoder(nnx.Module):
     """Tokens in, float32 logits of the next token out.
 
     The blocks are one module whose parameters have a leading axis of layers, so a deep
-    model compiles as fast as a shallow one.
+    model compiles as fast as a shallow one. Other architectures have other blocks.
     """
+
+    block = Block
+    make_norm = staticmethod(norm)
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -274,13 +278,13 @@ class Decoder(nnx.Module):
             embedding_init=make_initializers(config).embedding,
             rngs=rngs,
         )
-        self.blocks = stack_blocks(config, rngs)
-        self.norm = norm(config, rngs)
+        self.blocks = stack_blocks(self.block, config, rngs)
+        self.norm = self.make_norm(config, rngs)
         if config.untied_head:
             self.head = linear(config, config.width, config.vocabulary, rngs)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        x_BTD = sharding.constrain_batch(self.embed(tokens_BT))
+        x_BTD = sharding.constrain_batch(self.look_up(tokens_BT))
         x_BTD = self.norm(through_blocks(self.config, x_BTD, self.blocks))
         if self.config.untied_head:
             return self.head(x_BTD).astype(jnp.float32)
@@ -288,31 +292,37 @@ class Decoder(nnx.Module):
         logits_BTV = flat_dot_general(x_BTD, embedding_VD, (((2,), (1,)), ((), ())))
         return logits_BTV.astype(jnp.float32)
 
+    def look_up(self, tokens_BT: jax.Array) -> jax.Array:
+        """What the tokens enter the residual stream as."""
+        return self.embed(tokens_BT)
 
-def through_blocks(config: ModelConfig, x_BTD: jax.Array, blocks: Block) -> jax.Array:
+
+def through_blocks(
+    config: ModelConfig, x_BTD: jax.Array, blocks: nnx.Module
+) -> jax.Array:
     """Applies the stacked blocks in turn."""
     scan = functools.partial(scan_blocks, config)
     if config.norm == "scaled":
         factors = 1 / jnp.sqrt(jnp.arange(1, config.layers + 1))
         factors = factors.astype(config.compute_dtype)
-        return scan(Block.scaled_norm, x_BTD, blocks, factors)
+        return scan("scaled_norm", x_BTD, blocks, factors)
     if config.norm == "mixed":
         early = max(1, config.layers // 4)
         first, rest = (
             jax.tree.map(lambda x, part=part: x[part], blocks)
             for part in (slice(early), slice(early, None))
         )
-        return scan(Block.pre_norm, scan(Block.post_norm, x_BTD, first), rest)
-    return scan(Block.pre_norm, x_BTD, blocks)
+        return scan("pre_norm", scan("post_norm", x_BTD, first), rest)
+    return scan("pre_norm", x_BTD, blocks)
 
 
 def scan_blocks(
-    config: ModelConfig, forward: Callable, x_BTD: jax.Array, *stacked: Any
+    config: ModelConfig, method: str, x_BTD: jax.Array, *stacked: Any
 ) -> jax.Array:
-    """Applies `forward` to each block, the stream, and the block's part of the rest."""
+    """Applies a method of each block to the stream and the block's part of the rest."""
 
     def apply(x_BTD, block, *rest):
-        return sharding.constrain_batch(forward(block, x_BTD, *rest))
+        return sharding.constrain_batch(getattr(block, method)(x_BTD, *rest))
 
     if config.remat != "none":
         apply = nnx.remat(apply, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
@@ -335,12 +345,14 @@ def cast_table(arrays: tuple[jax.Array, ...], *, dtype: str, **options):
     return tuple(sharding.gather_columns(x) if x.ndim == 2 else x for x in cast)
 
 
-def stack_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+def stack_blocks(
+    block: type[nnx.Module], config: ModelConfig, rngs: nnx.Rngs
+) -> nnx.Module:
     """All blocks as one, with independently drawn parameters."""
 
     @nnx.split_rngs(splits=config.layers)
     @nnx.vmap(in_axes=0, out_axes=0)
     def create(rngs):
-        return Block(config, rngs=rngs)
+        return block(config, rngs=rngs)
 
     return create(rngs)
