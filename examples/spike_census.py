@@ -3,7 +3,7 @@
     python examples/spike_census.py
 
 trains five models with Adam, each on two texts with two batch sizes, and looks at
-every coordinate of every gradient. On two idle CPU cores it takes about 15 minutes.
+every coordinate of every gradient. On two idle CPU cores it takes about 20 minutes.
 
     llama          RMSNorm, SwiGLU, rotary positions
     llama-scaled   the same, its embedding multiplied by the square root of the width
@@ -42,6 +42,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import rich.console
 import rich.progress
 
@@ -62,7 +63,7 @@ DEFAULT = Setting()
 BATCH_SIZES = (4, 16)
 EXAMPLES = """\
 examples:
-  everything, about 15 minutes        spike_census.py
+  everything, about 20 minutes        spike_census.py
   two minutes: one model, one text    spike_census.py --models llama --texts shakespeare
                                         --batch-sizes 4 --steps 300 --output runs/quick
   only what the embedding changes     spike_census.py --models llama llama-scaled
@@ -275,7 +276,7 @@ def run(setting: Setting, text: census.Text, progress: "Progress") -> Record:
         text.digest,
         census.tensor_sizes(task.params),
         counted.halted_at,
-        counted.losses,
+        counted.losses.astype(np.float64),
         counts,
     )
 
@@ -333,13 +334,10 @@ def report(made: Sequence[Record], folder: pathlib.Path) -> None:
     """Writes tables and pictures, and shows the tables."""
     summaries = [census_analysis.summarize(record) for record in made]
     tables = census_report.tables(made, summaries)
-    records.replace(
-        folder / "summary.json",
-        json.dumps(summary_of(made, summaries), indent=1) + "\n",
-    )
-    page = "\n".join(
-        ["# Census of gradient spikes\n", *(t.to_markdown() for t in tables)]
-    )
+    summary = json.dumps(summary_of(made, summaries), indent=1)
+    records.replace(folder / "summary.json", summary + "\n")
+    sections = (table.to_markdown() for table in tables)
+    page = "\n".join(["# Census of gradient spikes\n", *sections])
     records.replace(folder / "census.md", page)
     (folder / "heat_maps").mkdir(exist_ok=True)
     for record in made:

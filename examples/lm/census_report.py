@@ -162,8 +162,8 @@ def relation_table(summaries: Sequence[dict]) -> Table:
         " the last two columns, of the step's largest score outside the embedding. The"
         f" excess is over the median of the {AROUND} steps on either side; a bump is an"
         f" excess of more than {BUMP:g} robust standard deviations. Loss after: how"
-        " much larger it is after the tenth of the steps with most spikes than after others."
-        " Bumps: their rate at those steps / at others. In parentheses: the"
+        " much larger it is after the tenth of the steps with most spikes than after"
+        " others. Bumps: their rate at those steps / at others. In parentheses: the"
         " probability by chance, two-sided, from rotating one series against the"
         f" other. {agreement(summaries)}",
         left=2,
