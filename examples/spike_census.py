@@ -28,7 +28,8 @@ what the scale of the embedding changes. The folder --output holds
     runs/           a file a run, with the counts of every tensor in every step
 
 A run whose file is there is not run again: after Ctrl-C the same command goes on, and
-one with more models, texts or batch sizes adds to the folder.
+one with more models, texts or batch sizes adds to the folder. Tables and pictures are
+of the runs that the command names.
 """
 
 import argparse

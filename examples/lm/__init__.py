@@ -9,6 +9,7 @@ What a run is:
 What it computes:
 
 - `model`: a LLaMA-style decoder in Flax NNX, and its presets.
+- `architectures`: decoders with other blocks, GPT-2's and Hawk's.
 - `optimizers`: the table of optimizers and their schedule.
 - `training`: the training step, pure functions of a state and a batch.
 - `sharding`: where arrays live on a mesh of devices.
@@ -33,4 +34,10 @@ What it shows:
 - `analysis`: the summary, computed from the records alone.
 - `console`: progress bar and tables.
 - `picture`, `report`: the figure, and the page at the end.
+
+And for `spike_census.py`:
+
+- `census`: every spike of a run's gradients, counted without keeping them.
+- `census_analysis`: what they show, and whether they go with loss bumps.
+- `census_pictures`, `census_report`: heat maps and tables of that.
 """

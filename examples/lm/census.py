@@ -233,7 +233,7 @@ def observe(
     found = statistics(gradient, state.mean, state.adam.nu)
     update, adam = ADAM.update(gradient, state.adam)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, update)
-    total = jax.tree.map(lambda sum, g: sum + jnp.abs(g) / steps, state.total, gradient)
+    total = jax.tree.map(lambda old, g: old + jnp.abs(g) / steps, state.total, gradient)
     finite = jnp.isfinite(optax.tree.norm(gradient))
     return State(params, adam, state.mean, total), found, finite
 
