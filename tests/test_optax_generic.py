@@ -89,13 +89,14 @@ ALIASES = (
     *(
         {"opt_name": name, "opt_kwargs": {"learning_rate": 1e-2}}
         for name in (
-            *("stable_spam", "stabilizer_adam", "stable_adamw", "adam_mini"),
+            *("stable_spam", "stabilizer_adam", "stable_adamw"),
             *("zclip_adam", "adagc_adam"),
         )
     ),
 )
+REAL = ({"opt_name": "adam_mini", "opt_kwargs": {"learning_rate": 1e-2}},)
 CONTRIB = tuple(
-    {**row, "wrapper_name": None, "wrapper_kwargs": None} for row in ALIASES
+    {**row, "wrapper_name": None, "wrapper_kwargs": None} for row in ALIASES + REAL
 ) + (
     {
         "opt_name": "adam",
