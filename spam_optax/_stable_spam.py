@@ -161,9 +161,9 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
     ) -> tuple[optax.Updates, AdaClipState]:
         del params
         gradients, structure = _flatten("adaclip", updates, state.adaclip_steps)
-        finite, nonfinite, usable = _screen(gradients)
+        finite, bad, nonfinite = _screen(gradients)
         clipped, spikes, steps, mean = _adaclip(
-            finite, usable, state.adaclip_steps, state.adaclip_mean, gamma3
+            finite, bad, state.adaclip_steps, state.adaclip_mean, gamma3
         )
         add = _arithmetic.saturating_add
         return jax.tree.unflatten(structure, _cast(clipped, gradients)), AdaClipState(
@@ -249,11 +249,11 @@ def adagn(
     ) -> tuple[optax.Updates, AdaGNState]:
         del params
         gradients, structure = _flatten("adagn", updates, state.adagn_steps)
-        finite, nonfinite, usable = _screen(gradients)
+        finite, bad, nonfinite = _screen(gradients)
         step = optax.safe_increment(state.adagn_count)
         scaled, *statistics = _adagn(
             finite,
-            usable,
+            bad,
             (state.adagn_steps, state.adagn_mean, state.adagn_square),
             gamma1 * _decay_scale(step, total_steps),
             gamma2,
@@ -326,8 +326,8 @@ def gradient_stabilizer(
         gradients, structure = _flatten(
             "gradient_stabilizer", updates, state.stabilizer_mean
         )
-        finite, nonfinite, usable = _screen(gradients)
-        norm, usable = _measure(finite, usable)
+        finite, bad, nonfinite = _screen(gradients)
+        norm, usable = _measure(finite, bad)
         mean = _average(state.stabilizer_mean, norm, gamma1, usable)
         square = _average(state.stabilizer_square, norm**2, gamma2, usable)
         wanted = mean / jnp.sqrt(_or_one(square))
@@ -411,13 +411,13 @@ def scale_by_stable_spam(
         step = optax.safe_increment(state.count)
         scale = _decay_scale(step, total_steps)
         structure = jax.tree.structure(state.mu)
-        finite, nonfinite, usable = _screen(structure.flatten_up_to(updates))
+        finite, bad, nonfinite = _screen(structure.flatten_up_to(updates))
         clipped, spikes, max_steps, max_mean = _adaclip(
-            finite, usable, state.max_steps, state.max_mean, gamma3
+            finite, bad, state.max_steps, state.max_mean, gamma3
         )
         scaled, norm_steps, norm_mean, norm_square = _adagn(
             clipped,
-            usable,
+            bad,
             (state.norm_steps, state.norm_mean, state.norm_square),
             gamma1 * scale,
             gamma2,
@@ -615,31 +615,30 @@ def _screen(
     """Zeros what is not finite, or has no square in float32 as the statistics are.
 
     Returns:
-      The gradients in the dtype of arithmetic, the number of non-finite coordinates,
-      and of every tensor whether its statistics may move: not if there is no gradient,
-      or if only coordinates that are not finite keep it from being 0.
+      The gradients in the dtype of arithmetic, the number of non-finite coordinates of
+      every tensor, 1 for one without a gradient, and of all together.
     """
     single = jnp.zeros([], jnp.float32)
-    finite, counts, usable = [], [], []
+    finite, counts = [], []
     for g in gradients:
         if g is None:
             finite.append(None)
-            usable.append(jnp.asarray(False))
             continue
         bad = functional.nonfinite_mask(_arithmetic.narrow_like(g, single))
-        (count,) = _arithmetic.totals(bad)
+        counts += _arithmetic.totals(bad)
         finite.append(_arithmetic.widen(jnp.where(bad, jnp.zeros_like(g), g)))
-        counts.append(count)
-        usable.append((count == 0) | jnp.any(finite[-1] != 0))
-    return finite, _moments.total(counts), _arithmetic.stack(usable, bool)
+    remaining = iter(counts)
+    each = [jnp.ones([]) if g is None else next(remaining) for g in gradients]
+    return finite, _arithmetic.stack(each, jnp.int32), _moments.total(counts)
 
 
-def _adaclip(finite, usable, steps, mean, gamma3):
+def _adaclip(finite, bad, steps, mean, gamma3):
     """Clipped gradients, coordinates limited, and the statistics after the step."""
     largest = _arithmetic.stack(
         [jnp.zeros([]) if g is None else jnp.abs(g).max(initial=0) for g in finite],
         jnp.float32,
     )
+    usable = (bad == 0) | (largest > 0)
     steps = steps + usable
     mean = _average(mean, largest, gamma3, usable)
     limit = _corrected(mean, gamma3, steps)
@@ -655,10 +654,10 @@ def _adaclip(finite, usable, steps, mean, gamma3):
     return clipped, _moments.total(counts), steps, mean
 
 
-def _adagn(finite, usable, statistics, gamma1, gamma2, eps):
+def _adagn(finite, bad, statistics, gamma1, gamma2, eps):
     """Rescaled gradients, and the statistics after the step."""
     steps, mean, square = statistics
-    norm, usable = _measure(finite, usable)
+    norm, usable = _measure(finite, bad)
     steps = steps + usable
     mean = _average(mean, norm, gamma1, usable)
     square = _average(square, norm**2, gamma2, usable)
@@ -702,15 +701,16 @@ def _decay_scale(step, total_steps) -> jax.typing.ArrayLike:
 
 
 def _measure(
-    finite: list[jax.Array | None], usable: jax.Array
+    finite: list[jax.Array | None], bad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Norm of every tensor, and whether its statistics may move.
 
-    They may not if the square of the norm would be infinite.
+    They may not if only what is not finite keeps it from being 0, or if the square of
+    the norm would be infinite.
     """
     norms = [jnp.zeros([]) if g is None else _arithmetic.norm(g) for g in finite]
     norm = _arithmetic.stack(norms, jnp.float32)
-    return norm, usable & jnp.isfinite(norm**2)
+    return norm, ((bad == 0) | (norm > 0)) & jnp.isfinite(norm**2)
 
 
 def _average(mean, value, decay, usable) -> jax.Array:

@@ -71,6 +71,16 @@ BYTES = {
         36,
     ),
     "reset_moments": (lambda: spam_optax.reset_moments(optax.adam(1e-3), 500), 28),
+    # A pass over the gradient more for every statistic of it that the next one needs.
+    "adaclip": (lambda: optax.chain(spam_optax.adaclip(), optax.adam(1e-3)), 32),
+    "adagn": (lambda: optax.chain(spam_optax.adagn(), optax.adam(1e-3)), 32),
+    "gradient_stabilizer": (
+        lambda: optax.chain(spam_optax.gradient_stabilizer(), optax.adam(1e-3)),
+        32,
+    ),
+    "zclip": (lambda: optax.chain(spam_optax.zclip(), optax.adam(1e-3)), 32),
+    "adagc": (lambda: optax.chain(spam_optax.adagc(), optax.adam(1e-3)), 32),
+    "stable_spam": (lambda: spam_optax.stable_spam(1e-3), 36),
 }
 
 
