@@ -102,7 +102,7 @@ def test_output_is_that_of_the_scaled_matrix_and_the_unscaled_bias(flavor):
         {"dtype": jnp.float16, "param_dtype": jnp.bfloat16},
         {"precision": "highest", "bias_init": nn.initializers.ones},
     ],
-    ids=str,
+    ids=lambda kwargs: " ".join(kwargs) or "plain",
 )
 @pytest.mark.parametrize("jitted", [False, True])
 def test_folded_parameters_give_the_same_outputs_bit_for_bit(flavor, kwargs, jitted):
