@@ -127,7 +127,7 @@ def flags_of(name: str, value: Any) -> list[str]:
     if name == "optimizers":
         return ["--optimizer", *map(str, value)]
     flag = name.replace("_", "-")
-    if name == "untied_head":
+    if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
     return [f"--{flag}={value}"]
 
