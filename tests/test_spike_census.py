@@ -253,7 +253,7 @@ def test_a_second_pass_that_differs_is_an_error(task, monkeypatch):
     def drift(*args, **kwargs):
         loss, gradient = compute(*args, **kwargs)
         if next(calls) == TINY.steps + 7:
-            gradient["norm"]["scale"] *= 1 + 1e-6
+            gradient["norm"]["scale"] *= 1.01
         return loss, gradient
 
     monkeypatch.setattr(census, "loss_and_gradient", drift)
@@ -272,15 +272,23 @@ KINDS = {"gpt2": architectures.GPT2, "hawk": architectures.Hawk}
 
 @pytest.fixture(scope="module", params=KINDS)
 def decoder(request):
+    """A small model. NumPy draws its parameters: compiling JAX's way takes seconds."""
     config = model.ModelConfig(
         layers=2, width=16, heads=2, ffn_width=32, vocabulary=11, positions=12
     )
+    graphdef, shapes = nnx.split(
+        nnx.eval_shape(lambda: KINDS[request.param](config, rngs=nnx.Rngs(0)))
+    )
+    rng = np.random.default_rng(0)
 
-    def make():
-        return KINDS[request.param](config, rngs=nnx.Rngs(0))
+    def draw(path, like):
+        if path[-1].key == "scale":
+            return np.ones(like.shape, like.dtype)
+        if path[-1].key == "decay":  # slow, as Hawk's is at first
+            return np.full(like.shape, 6.0, like.dtype)
+        return rng.normal(scale=0.2, size=like.shape).astype(like.dtype)
 
-    graphdef, _ = nnx.split(nnx.eval_shape(make))
-    params = quick_jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
+    params = jax.tree_util.tree_map_with_path(draw, nnx.to_pure_dict(shapes))
     apply = quick_jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
     return types.SimpleNamespace(graphdef=graphdef, params=params, apply=apply)
 
@@ -288,13 +296,11 @@ def decoder(request):
 def test_later_tokens_do_not_change_earlier_logits(decoder):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 11, (2, 12))
-    # Far from the small initial weights, where everything has an effect.
-    params = jax.tree.map(lambda x: 3 * x, decoder.params)
-    logits = decoder.apply(params, tokens)
+    logits = decoder.apply(decoder.params, tokens)
     for changed in (1, 5, 11):
         other = tokens.copy()
         other[:, changed] = (other[:, changed] + 1) % 11
-        new = decoder.apply(params, other)
+        new = decoder.apply(decoder.params, other)
         np.testing.assert_array_equal(new[:, :changed], logits[:, :changed])
         assert np.abs(new[:, changed:] - logits[:, changed:]).max() > 1e-3
 
@@ -304,8 +310,7 @@ def test_earlier_tokens_change_later_logits(decoder):
     tokens = np.random.default_rng(0).integers(0, 11, (1, 12))
     other = tokens.copy()
     other[:, 0] = (other[:, 0] + 1) % 11
-    params = jax.tree.map(lambda x: 3 * x, decoder.params)
-    new, old = decoder.apply(params, other), decoder.apply(params, tokens)
+    new, old = (decoder.apply(decoder.params, these) for these in (other, tokens))
     assert np.abs(new[:, 11] - old[:, 11]).max() > 1e-4  # past the convolution's reach
 
 
