@@ -914,10 +914,13 @@ def test_digest_of_a_streamed_set():
         ("empty.txt", ["empty.txt", "is empty"]),
         ("short.txt", ["train", "90 bytes", "101"]),
         ("medium.txt", ["validation", "50 bytes", "101"]),
+        ("packed.gz", ["packed.gz", "not text but gzip", "--data hf:"]),
+        ("packed.*", ["packed.gz", "not text but gzip"]),
     ],
 )
 def test_files_that_are_refused(source, words):
     pathlib.Path("folder").mkdir()
+    pathlib.Path("packed.gz").write_bytes(gzip.compress(SHAKESPEARE.encode()))
     for name, length in (("empty", 0), ("short", 100), ("medium", 500)):
         write(f"{name}.txt", "x" * length)
     line = refused(data=source, sequence_length=100)

@@ -24,6 +24,15 @@ from lm.tokenization import BYTES, Tokenizer
 DATA = pathlib.Path(__file__).parents[1] / "data"
 SHAKESPEARE = DATA / "shakespeare.txt"
 PROSE = DATA / "prose_pd.txt.xz"
+# How files begin that nobody means to train on byte by byte.
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ": "xz",
+    b"(\xb5/\xfd": "Zstandard",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "Parquet",
+}
 PIECE = 2**18  # bytes of a file that are in memory at once
 LARGE = 2**24  # bytes of text that take long enough to encode for a progress bar
 
@@ -172,6 +181,7 @@ def whole(paths: Sequence[pathlib.Path]) -> list[Span]:
     for path in paths:
         try:
             with path.open("rb") as file:
+                check_is_text(path, file.read(8))
                 spans.append(Span(path, 0, file.seek(0, os.SEEK_END)))
         except OSError as error:
             raise UsageError(
@@ -180,6 +190,15 @@ def whole(paths: Sequence[pathlib.Path]) -> list[Span]:
     if not any(span.stop for span in spans):
         raise UsageError(f"the data file {paths[0]} is empty")
     return spans
+
+
+def check_is_text(path: pathlib.Path, beginning: bytes) -> None:
+    for signature, kind in PACKED.items():
+        if beginning.startswith(signature):
+            raise UsageError(
+                f"the data file {path} is not text but {kind}: unpack it, or read a"
+                f" data set of such files with --data hf:{path.parent}"
+            )
 
 
 def split_spans(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
