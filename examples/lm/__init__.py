@@ -35,6 +35,12 @@ What it shows:
 - `console`: progress bar and tables.
 - `picture`, `report`: the figure, and the page at the end.
 
+For `compare.py`:
+
+- `experiments`: the questions, and the runs that answer them.
+- `single_run`: a whole run as one compiled program.
+- `comparison`: statistics, tables and pictures of many runs.
+
 And for `spike_census.py`:
 
 - `census`: every spike of a run's gradients, counted without keeping them.
