@@ -253,7 +253,7 @@ def test_command_is_resumable(tmp_path, capsys):
         (["--data", "nowhere.txt"], "cannot read the data file nowhere.txt"),
         (
             ["--experiment", "unseen", "--optimizer", "lion"],
-            "the experiments have no such optimizer or scenario",
+            "experiments have no such optimizer or scenario",
         ),
     ],
 )
