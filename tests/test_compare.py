@@ -10,7 +10,7 @@ import pytest
 import compare
 import pretrain
 from lm import comparison, experiments, loop, optimizers, sharding, single_run, training
-from lm.config import RunConfig
+from lm.config import BURST_LENGTH, RunConfig
 from lm.experiments import Spec
 from lm.run_folder import Run
 
@@ -213,6 +213,18 @@ def test_spikes_and_jumps():
     np.testing.assert_allclose(line.worst_jump, 7 - 3.005)
     losses[-1] = None  # not finite
     assert comparison.spike_percent(record(losses=losses)) == 2.0
+
+
+@pytest.mark.parametrize(("scenario", "jump"), [("noise", 4.0), ("batches", 0.5)])
+def test_the_loss_of_a_corrupted_batch_is_not_the_models(scenario, jump):
+    """In the second burst 7, and 3.5 in the step after it."""
+    losses = np.where(np.arange(200) % 2, 3.1, 2.9)
+    end = BURSTS[1] - 1 + BURST_LENGTH
+    losses[BURSTS[1] - 1 : end] = 7.0
+    losses[end] = 3.5
+    this = record(scenario=scenario, losses=list(losses))
+    np.testing.assert_allclose(comparison.worst_jump(this), jump)
+    assert (comparison.spike_percent(this) == 0) == (scenario == "batches")
 
 
 # ------------------------------------------------------------------------ the command

@@ -41,17 +41,21 @@ def count_spikes(grad_norms: np.ndarray) -> int:
     return int(np.sum(spikes | ~np.isfinite(grad_norms)))
 
 
-def worst_loss_jump(losses: np.ndarray, burst_starts: tuple[int, ...]) -> float | None:
-    """The largest rise of the training loss within 40 steps after a burst began.
+def worst_loss_jump(
+    losses: np.ndarray, burst_starts: tuple[int, ...], skipped: int = 1
+) -> float | None:
+    """The largest rise of the training loss in the 40 steps after a burst began.
 
-    The rise is over the mean loss of the 20 steps before the burst. The loss of a
-    burst's first step is computed before its update and so belongs to neither. NaN if
-    a loss in a window is not finite, None without a burst.
+    The rise is over the mean loss of the 20 steps before the burst. The `skipped` first
+    steps of a burst belong to neither: the loss of the first is computed before its
+    update, and that of a corrupted batch is no loss of the model's. NaN if a loss in a
+    window is not finite, None without a burst.
     """
     jumps = []
     for start in burst_starts:
         before = losses[max(0, start - 1 - STEPS_BEFORE_FAULT) : start - 1]
-        after = losses[start : start + STEPS_AFTER_FAULT]
+        first = start - 1 + skipped
+        after = losses[first : first + STEPS_AFTER_FAULT]
         if len(before) and len(after):
             jumps.append(np.max(after) - np.mean(before))
     return float(np.max(jumps)) if jumps else None

@@ -90,14 +90,24 @@ def recovery_steps(record: Record) -> float | None:
     return longest if starts else None
 
 
+def has_corrupted_batches(record: Record) -> bool:
+    """Whether the losses of the bursts are those of random tokens."""
+    return record["scenario"] == "batches"
+
+
 def spike_percent(record: Record) -> float:
+    """Of the steps whose batch was not corrupted."""
     losses = np.nan_to_num(losses_of(record), nan=np.inf).astype(np.float32)
+    if has_corrupted_batches(record):
+        steps = np.add.outer(burst_starts(record), range(BURST_LENGTH))
+        losses = np.delete(losses, steps - 1)
     window = min(SPIKE_WINDOW, len(losses) // 2)
     return float(functional.spike_score(losses, window=window))
 
 
 def worst_jump(record: Record) -> float | None:
-    return analysis.worst_loss_jump(losses_of(record), burst_starts(record))
+    skipped = BURST_LENGTH if has_corrupted_batches(record) else 1
+    return analysis.worst_loss_jump(losses_of(record), burst_starts(record), skipped)
 
 
 def model_of(record: Record) -> str:
@@ -176,11 +186,12 @@ highest that was swept. At {FAR} x rate: the final loss at {FAR} times the best 
 sensitivity (Wortsman et al., 2023): mean over all swept rates of the final loss, capped
 at the loss of initialization, less the best. Spike score (AdaGC): percent of the steps
 whose training loss is 10 deviations from the mean of the {SPIKE_WINDOW} steps before.
-Worst jump: rise of the training loss within 40 steps after a burst. Steps to recover:
-from a burst's end until the mean loss of {RECOVERY_WINDOW} steps is no higher than
-before it, the worst burst's, median over the seeds; inf: not before the next burst or
-the end. Diverged: runs, of all rates, that ended no better than they began. Step time:
-as a multiple of adam's, while several runs share the machine: a rough number.
+Worst jump: rise of the training loss within 40 steps after a burst. Neither counts the
+loss of a batch that was corrupted. Steps to recover: from a burst's end until the mean
+loss of {RECOVERY_WINDOW} steps is no higher than before it, the worst burst's, median
+over the seeds; inf: not before the next burst or the end. Diverged: runs, of all rates,
+that ended no better than they began. Step time: as a multiple of adam's, while several
+runs share the machine: a rough number.
 """
 
 
