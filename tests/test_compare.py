@@ -205,6 +205,14 @@ def test_recovery(after, expected):
     assert comparison.recovery_steps(this | {"scenario": "clean"}) is None
 
 
+def test_a_recovery_that_nobody_could_see_is_not_one_of_no_steps():
+    """Of 40 steps, three bursts leave at most 8 in a row."""
+    this = record(scenario="noise", steps=40, bursts=3, losses=[3.0] * 40)
+    assert comparison.recovery_steps(this) is None
+    line = comparison.line([this])
+    assert line.recovery is None and line.worst_jump == 0
+
+
 def test_spikes_and_jumps():
     losses = [3.0 + 0.01 * (i % 2) for i in range(200)]
     losses[BURSTS[1] + 4] = 7.0

@@ -75,10 +75,11 @@ def recovery_steps(record: Record) -> float | None:
     """Steps from the worst burst's end until the loss is back where it was.
 
     Back is when the mean of ten steps is no higher than that of the 20 steps before the
-    burst; infinite if that does not happen before the next burst or the end.
+    burst; infinite if that does not happen before the next burst or the end. None if
+    there is no burst, or too few steps after any.
     """
     losses, starts = losses_of(record), burst_starts(record)
-    longest = 0.0
+    steps = []
     for start, next_start in itertools.pairwise([*starts, len(losses) + 1]):
         before = losses[max(0, start - 1 - analysis.STEPS_BEFORE_FAULT) : start - 1]
         after = losses[start - 1 + BURST_LENGTH : next_start - 1]
@@ -86,8 +87,8 @@ def recovery_steps(record: Record) -> float | None:
             continue
         means = np.lib.stride_tricks.sliding_window_view(after, RECOVERY_WINDOW)
         back = np.flatnonzero(means.mean(axis=1) <= before.mean())
-        longest = max(longest, back[0] if len(back) else np.inf)
-    return longest if starts else None
+        steps.append(float(back[0]) if len(back) else np.inf)
+    return max(steps, default=None)
 
 
 def has_corrupted_batches(record: Record) -> bool:
@@ -139,7 +140,6 @@ def line(records: Sequence[Record]) -> Line:
     first = records[0]
     jumps = [worst_jump(r) for r in at_best]
     recoveries = [recovery_steps(r) for r in at_best]
-    has_faults = first["scenario"] != "clean"
     return Line(
         label=first["label"],
         scenario=first["scenario"],
@@ -153,8 +153,8 @@ def line(records: Sequence[Record]) -> Line:
         far_loss=far,
         sensitivity=float(np.mean(list(means.values()))) - means[best],
         spike_score=float(np.mean([spike_percent(r) for r in at_best])),
-        worst_jump=float(np.mean(jumps)) if has_faults else None,
-        recovery=float(np.median(recoveries)) if has_faults else None,
+        worst_jump=None if None in jumps else float(np.mean(jumps)),
+        recovery=None if None in recoveries else float(np.median(recoveries)),
         diverged=sum(map(diverged, records)),
         runs=len(records),
         bytes_per_parameter=first["optimizer_bytes"] / first["parameters"],
