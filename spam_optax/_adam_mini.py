@@ -125,7 +125,7 @@ def scale_by_adam_mini(
         _validate.check_same_tree(function, updates, state.mu)
         _validate.check_not_complex(function, updates, state.mu)
         step = optax.safe_increment(state.count)
-        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, state.mu)
+        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, state.nu)
         bad = _moments.map_leaves(functional.nonfinite_mask, gradients)
         gradients = _moments.map_leaves(functional.zero_nonfinite, gradients)
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
@@ -350,9 +350,7 @@ def _blocks(
     role, shape = _role(path, p), jnp.shape(p)
     if role is None:
         return (1,) * len(shape)
-    if role == "vector":
-        return (*shape[:-1], 1)
-    if role == "embedding":
+    if role in ("vector", "embedding"):
         return (*shape[:-1], 1)
     has_head_axis = has_head_axis and len(shape) > 2
     if role in ("query", "key"):

@@ -195,6 +195,18 @@ def test_scattered_faults_in_narrow_gradients(name, dtype):
     assert int(optax.tree.get(states, f"{prefix}_total")[-1]) == expected
 
 
+@pytest.mark.parametrize("name", ["spam", "stable_adamw", "adam_mini"])
+def test_what_a_narrow_second_moment_cannot_hold_counts_as_infinite(name):
+    """A float64 gradient of a float64 parameter, whose square float32 has not."""
+    with jax.enable_x64(True):
+        tx = getattr(spam_optax, name)(0.1, nu_dtype="float32")
+        params = jnp.ones(2, jnp.float64)
+        updates, state = tx.update(jnp.array([1.0, 1e30]), tx.init(params), params)
+        assert updates[0] < -0.05 and updates[1] == 0
+        assert (optax.tree.get(state, "nu") < 1).all()
+        assert int(optax.tree.get(state, "nonfinite_count")) == 1
+
+
 def test_apply_if_finite_skips_the_whole_step():
     """It looks at the gradients: one NaN, and the state stays as it was."""
     tx = optax.apply_if_finite(spam_optax.spam(0.1), max_consecutive_errors=2)
