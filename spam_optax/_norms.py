@@ -13,15 +13,17 @@ def check_params(function: str, params: optax.Params) -> None:
         _validate.check_inexact(function, path, p)
 
 
-def finite(
-    function: str, updates: optax.Updates, total: jax.Array
-) -> tuple[optax.Updates, tuple[jax.Array, jax.Array]]:
-    """The gradients with 0 for what is not finite; how many those were, new total.
+def check_updates(function: str, updates: optax.Updates) -> None:
+    """Raises unless every update has a floating or complex dtype."""
+    for path, g in jax.tree_util.tree_leaves_with_path(updates):
+        _validate.check_inexact(function, path, g, "update")
+
+
+def screen(updates: optax.Updates) -> tuple[optax.Updates, optax.Updates]:
+    """The gradients with 0 for what is not finite, and where that was.
 
     Not finite is what has no square in float32, since the norms are float32.
     """
-    for path, g in jax.tree_util.tree_leaves_with_path(updates):
-        _validate.check_inexact(function, path, g, "update")
     single = jnp.zeros([], jnp.float32)
 
     def is_bad(g):
@@ -31,6 +33,15 @@ def finite(
     gradients = _moments.map_leaves(
         lambda g, b: jnp.where(b, jnp.zeros_like(g), g), updates, bad
     )
+    return gradients, bad
+
+
+def finite(
+    function: str, updates: optax.Updates, total: jax.Array
+) -> tuple[optax.Updates, tuple[jax.Array, jax.Array]]:
+    """The gradients of :func:`screen`; how many were not finite, and the new total."""
+    check_updates(function, updates)
+    gradients, bad = screen(updates)
     return gradients, _moments.count(bad, total)
 
 

@@ -8,6 +8,7 @@ All statistics are of whole tensors: a vector with one number a tensor, in the o
 ``jax.tree.leaves``. A tensor none of whose coordinates is finite leaves its own alone.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -604,8 +605,7 @@ def _flatten(
 ) -> tuple[list[jax.Array], Any]:
     """The tensors that `statistic` is of, and the structure of their tree."""
     _validate.check_tensors(function, updates, statistic.shape[0])
-    for path, g in jax.tree_util.tree_leaves_with_path(updates):
-        _validate.check_inexact(function, path, g, "update")
+    _norms.check_updates(function, updates)
     return jax.tree.flatten(updates)
 
 
@@ -618,26 +618,27 @@ def _screen(
       The gradients in the dtype of arithmetic, the number of non-finite coordinates of
       every tensor, 1 for one without a gradient, and of all together.
     """
-    single = jnp.zeros([], jnp.float32)
-    finite, counts = [], []
-    for g in gradients:
-        if g is None:
-            finite.append(None)
-            continue
-        bad = functional.nonfinite_mask(_arithmetic.narrow_like(g, single))
-        counts += _arithmetic.totals(bad)
-        finite.append(_arithmetic.widen(jnp.where(bad, jnp.zeros_like(g), g)))
-    remaining = iter(counts)
-    each = [jnp.ones([]) if g is None else next(remaining) for g in gradients]
-    return finite, _arithmetic.stack(each, jnp.int32), _moments.total(counts)
+    finite, bad = _norms.screen(gradients)
+    counts = _moments.map_leaves(lambda mask: _arithmetic.totals(mask)[0], bad)
+    each = [jnp.ones([]) if count is None else count for count in counts]
+    return (
+        _moments.map_leaves(_arithmetic.widen, finite),
+        _arithmetic.stack(each, jnp.int32),
+        _moments.total(jax.tree.leaves(counts)),
+    )
+
+
+def _of_each(
+    f: Callable[[jax.Array], jax.Array], tensors: list[jax.Array | None]
+) -> jax.Array:
+    """A number of every tensor, float32; 0 of one without a gradient."""
+    numbers = [jnp.zeros([]) if x is None else f(x) for x in tensors]
+    return _arithmetic.stack(numbers, jnp.float32)
 
 
 def _adaclip(finite, bad, steps, mean, gamma3):
     """Clipped gradients, coordinates limited, and the statistics after the step."""
-    largest = _arithmetic.stack(
-        [jnp.zeros([]) if g is None else jnp.abs(g).max(initial=0) for g in finite],
-        jnp.float32,
-    )
+    largest = _of_each(lambda g: jnp.abs(g).max(initial=0), finite)
     usable = (bad == 0) | (largest > 0)
     steps = steps + usable
     mean = _average(mean, largest, gamma3, usable)
@@ -708,8 +709,7 @@ def _measure(
     They may not if only what is not finite keeps it from being 0, or if the square of
     the norm would be infinite.
     """
-    norms = [jnp.zeros([]) if g is None else _arithmetic.norm(g) for g in finite]
-    norm = _arithmetic.stack(norms, jnp.float32)
+    norm = _of_each(_arithmetic.norm, finite)
     return norm, ((bad == 0) | (norm > 0)) & jnp.isfinite(norm**2)
 
 
