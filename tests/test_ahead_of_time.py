@@ -131,6 +131,27 @@ def test_60m_on_one_h100():
     assert measured.total < hardware.find("NVIDIA H100 80GB HBM3").memory
 
 
+def test_flops_are_those_of_the_model_asked_for(capsys):
+    """Not the preset's: with gates, and with another vocabulary."""
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    measured = ahead_of_time.Measurement("adam", 0, 0, 0, None, None, {}, 0.0)
+
+    def teraflops(**given):
+        settings = config.complete({"preset": "60m", **given})
+        ahead_of_time.show(measured, None, settings, mesh)
+        output = capsys.readouterr().out
+        return float(re.search(r"FLOPs of the model\s+([\d.]+) T", output)[1])
+
+    tokens, plain = 512 * 256, teraflops()
+    gates, words = 8 * 512**2, 32_000 * 512
+    for added, given in (
+        (gates, {"gated_attention": True}),
+        (words, {"tokenizer": "bpe:64000"}),
+    ):
+        more = 6 * added * tokens / 1e12
+        assert teraflops(**given) - plain == pytest.approx(more, abs=0.02)
+
+
 def test_collectives_are_counted_with_their_bytes():
     text = """
   %a = f32[4,8]{1,0} all-gather(%x), dimensions={0}

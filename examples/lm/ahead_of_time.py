@@ -184,8 +184,7 @@ def measure(name: str, config: RunConfig, mesh: Mesh) -> Measurement:
 
 def compile_step(name: str, config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
     """The very step that training runs, for the devices of `mesh`."""
-    platform = mesh.devices.flat[0].platform
-    model_config = model.configure(config, vocabulary(config), platform)
+    model_config = configure(config, mesh)
     optimizer = optimizers.make(name, config)
     faults = training.make_faults(config)
     with jax.set_mesh(mesh):
@@ -211,6 +210,12 @@ def compile_step(name: str, config: RunConfig, mesh: Mesh) -> jax.stages.Compile
             z_loss=config.z_loss,
         )
         return lowered.compile()
+
+
+def configure(config: RunConfig, mesh: Mesh) -> model.ModelConfig:
+    """The model of a run on the devices of `mesh`."""
+    platform = mesh.devices.flat[0].platform
+    return model.configure(config, vocabulary(config), platform)
 
 
 def vocabulary(config: RunConfig) -> int:
@@ -259,8 +264,7 @@ def show(
     """Prints one measurement as a table."""
     gib = 1 << 30
     tokens = config.tokens_per_step / mesh.size
-    shape = model.PRESETS[config.preset]
-    needed = shape.flops_per_token(config.sequence_length) * tokens
+    flops_per_token = configure(config, mesh).flops_per_token(config.sequence_length)
     rows = {
         "state (parameters, moments, batch)": f"{measured.state / gib:.2f} GiB",
         "temporaries, at most": f"{measured.temporaries / gib:.2f} GiB",
@@ -269,7 +273,7 @@ def show(
     if device:
         fits = "fits" if measured.total <= device.memory else "DOES NOT FIT"
         rows["of the device's"] = f"{device.memory / gib:.0f} GiB: {fits}"
-    rows["FLOPs of the model"] = f"{needed / 1e12:.2f} T"
+    rows["FLOPs of the model"] = f"{flops_per_token * tokens / 1e12:.2f} T"
     if measured.flops is not None:
         rows["FLOPs compiled (loops counted once)"] = f"{measured.flops / 1e12:.2f} T"
     if measured.accessed is not None:
