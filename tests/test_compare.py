@@ -94,10 +94,29 @@ def test_a_record_has_what_it_cost(spam):
     json.dumps(record, allow_nan=False)
 
 
-def test_every_variant_of_every_experiment_can_be_made():
+@pytest.mark.parametrize("steps", [40, 300])
+def test_every_variant_of_every_experiment_can_be_made(steps):
+    base = dataclasses.replace(experiments.BASE, steps=steps)
     for name in experiments.EXPERIMENTS:
-        for this in experiments.specs(name, experiments.BASE, [0]):
+        for this in experiments.specs(name, base, [0]):
             experiments.make(this.label, this.config, 1e-3)
+
+
+def test_the_warm_up_keeps_its_share_of_the_interval(monkeypatch):
+    def intervals(label, steps):
+        made = []
+        monkeypatch.setattr(
+            optimizers,
+            "spam",
+            lambda config, rate, **given: made.append(config.spam_intervals | given),
+        )
+        experiments.make(label, dataclasses.replace(BASE, steps=steps), 1e-3)
+        return tuple(made[0][x] for x in ("reset_interval", "warmup_steps"))
+
+    assert intervals("spam, interval 0.1 of the run", 300) == (30, 9)
+    assert intervals("spam, interval 0.5 of the run", 300) == (150, 45)
+    assert intervals("spam, warm-up 0.9 of the interval", 300) == (75, round(0.9 * 75))
+    assert intervals("spam: clip", 300)[0] is None
 
 
 # ------------------------------------------------------------------- files and grids

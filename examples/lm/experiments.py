@@ -104,12 +104,16 @@ class Experiment(NamedTuple):
 
 
 def spam_with(**changes) -> Row:
-    """SPAM with other arguments: interval and warm-up as shares of run and interval."""
+    """SPAM with other arguments: interval and warm-up as shares of run and interval.
+
+    Warm-up and grace change with the interval where they are not given.
+    """
 
     def make(config, learning_rate):
         given = dict(changes)
         if given.get("reset_interval"):
-            given["reset_interval"] = round(given["reset_interval"] * config.steps)
+            interval = round(given.pop("reset_interval") * config.steps)
+            config = dataclasses.replace(config, reset_interval=interval)
         if "warmup_steps" in given:
             interval = config.spam_intervals["reset_interval"]
             given["warmup_steps"] = round(given["warmup_steps"] * interval)
