@@ -24,7 +24,9 @@ Ctrl-C and repeat the command to go on, or add experiments later. At the end it 
 
 import argparse
 import concurrent.futures
+import concurrent.futures.process
 import contextlib
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -152,7 +154,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         parser.error(str(error))
     except OSError as error:
-        parser.exit(1, f"{parser.prog}: error: {error.filename}: {error.strerror}\n")
+        where = error.filename or options.output
+        parser.exit(1, f"{parser.prog}: error: {where}: {error.strerror}\n")
+    except concurrent.futures.process.BrokenProcessPool:
+        parser.exit(
+            1,
+            f"{parser.prog}: error: a worker was killed, perhaps for lack of memory:"
+            " repeat the command with fewer --workers to go on\n",
+        )
     if not done:
         print("Interrupted: repeat the command to go on", file=sys.stderr)
         return 130
@@ -161,11 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def grid(name: str, options: argparse.Namespace) -> list[Spec]:
-    base = experiments.BASE
     settings = {"steps": options.steps, "preset": options.preset, "data": options.data}
     return experiments.specs(
         name,
-        type(base)(**{**vars(base), **settings}),
+        dataclasses.replace(experiments.BASE, **settings),
         range(options.seeds),
         labels=options.optimizer,
         scenarios=options.scenario,
@@ -198,14 +206,19 @@ def train_all(grids: dict[str, list[Spec]], folder: pathlib.Path, workers: int) 
     try:
         show_progress(futures, folder, missing, len(wanted))
     except KeyboardInterrupt:
-        for process in multiprocessing.active_children():
-            process.terminate()
+        end_workers()
         return False
+    except Exception:
+        end_workers()  # now: a task is many runs
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    for future in futures:
-        future.result()
     return True
+
+
+def end_workers() -> None:
+    for process in multiprocessing.active_children():
+        process.terminate()
 
 
 def show_progress(
@@ -214,7 +227,7 @@ def show_progress(
     missing: Sequence[Spec],
     total: int,
 ) -> None:
-    """Shows how many runs are there, until all are or one failed."""
+    """Shows how many runs are there, until all are; raises what one of them raises."""
     columns = (
         *rich.progress.Progress.get_default_columns()[:-1],
         rich.progress.MofNCompleteColumn(),
@@ -229,8 +242,8 @@ def show_progress(
             done, waiting = concurrent.futures.wait(waiting, POLL)
             new = sum(p.exists() and p.stat().st_mtime >= began for p in paths)
             progress.update(bar, completed=total - len(missing) + new)
-            if any(future.exception() for future in done):
-                break
+            for future in done:
+                future.result()
 
 
 def begin_worker() -> None:

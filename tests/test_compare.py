@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import multiprocessing
+import time
 
 import jax
 import numpy as np
@@ -148,7 +150,12 @@ def test_grids():
     rates = {s.config.learning_rate for s in specs if s.label == "lion"}
     assert rates == {rate / 8 for rate in experiments.RATES}
     only = experiments.specs(
-        "main", experiments.BASE, [0], labels=["lion"], scenarios=["noise"], rates=[1.0]
+        "main",
+        experiments.BASE,
+        [0],
+        labels=["lion"],
+        scenarios=["noise"],
+        rates=[1.0, 1.0],  # a run that is named twice is one
     )
     assert [(s.label, s.scenario, s.config.learning_rate) for s in only] == [
         ("lion", "noise", 1.0)
@@ -312,3 +319,24 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
         compare.main([*FLAGS, f"--output={tmp_path / 'file'}"])
     assert exit_.value.code == 1
     assert "Not a directory" in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed_takes_one_line(tmp_path, capsys, monkeypatch):
+    """By the system, for lack of memory."""
+
+    def kill(futures, *_):
+        deadline = time.monotonic() + 60
+        while not (workers := multiprocessing.active_children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for worker in workers:
+            worker.kill()
+        usual(futures, *_)
+
+    usual = compare.show_progress
+    monkeypatch.setattr(compare, "show_progress", kill)
+    with pytest.raises(SystemExit) as exit_:
+        compare.main([*FLAGS, f"--output={tmp_path}"])
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert "fewer --workers" in error and error.count("\n") == 1

@@ -258,7 +258,7 @@ def specs(
         experiment.models,
         kept_scenarios,
         kept,
-        rates or experiment.rates,
+        dict.fromkeys(rates or experiment.rates),
         seeds,
     )
     return [
