@@ -264,6 +264,7 @@ def adam_mini_partition(
     kernel of an untied head                    a token                  (1, vocabulary)
     embedding (vocabulary, width)               a token                  (vocabulary, 1)
     norm's scale, bias                          the whole (last) axis    (1,)
+    ``alpha`` of a WeSaR layer                  a number                 ()
     anything else                               the whole                (1, ..., 1)
     ==========================================  =======================  ===============
 
@@ -330,6 +331,7 @@ def _role(path: tuple, p: Any) -> str | None:
         path = path[:-1]
     parts = _paths.part_names(path)
     for role, names, least_rank in (
+        ("factor", ("alpha",), 1),
         ("vector", _paths.NORMS, 1),
         ("embedding", _paths.EMBEDDINGS, 2),
         ("query", _QUERIES, 2),
@@ -350,6 +352,8 @@ def _blocks(
     role, shape = _role(path, p), jnp.shape(p)
     if role is None:
         return (1,) * len(shape)
+    if role == "factor":
+        return shape
     if role in ("vector", "embedding"):
         return (*shape[:-1], 1)
     has_head_axis = has_head_axis and len(shape) > 2
