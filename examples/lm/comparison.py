@@ -185,13 +185,13 @@ the seeds, whose lowest and highest are beside it; a rate marked * is the lowest
 highest that was swept. At {FAR} x rate: the final loss at {FAR} times the best rate. LR
 sensitivity (Wortsman et al., 2023): mean over all swept rates of the final loss, capped
 at the loss of initialization, less the best. Spike score (AdaGC): percent of the steps
-whose training loss is 10 deviations from the mean of the {SPIKE_WINDOW} steps before.
-Worst jump: rise of the training loss within 40 steps after a burst. Neither counts the
-loss of a batch that was corrupted. Steps to recover: from a burst's end until the mean
-loss of {RECOVERY_WINDOW} steps is no higher than before it, the worst burst's, median
-over the seeds; inf: not before the next burst or the end. Diverged: runs, of all rates,
-that ended no better than they began. Step time: as a multiple of adam's, while several
-runs share the machine: a rough number.
+whose training loss is 10 deviations from the mean of the {SPIKE_WINDOW} steps before,
+or of half the run's if they are fewer. Worst jump: rise of the training loss within 40
+steps after a burst. Neither counts the loss of a batch that was corrupted. Steps to
+recover: from a burst's end until the mean loss of {RECOVERY_WINDOW} steps is no higher
+than before it, the worst burst's, median over the seeds; inf: not before the next burst
+or the end. Diverged: runs, of all rates, that ended no better than they began. Step
+time: as a multiple of adam's, while several runs share the machine: a rough number.
 """
 
 
