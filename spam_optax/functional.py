@@ -706,8 +706,8 @@ def token_embedding_variability(embedding: jax.typing.ArrayLike) -> jax.Array:
 
     Returns:
       The deviation of each row, of shape ``(tokens,)``, in units of the table: float32
-      (float64 for float64 input). It is divided by :math:`d`, not by :math:`d - 1`, as
-      PyTorch does.
+      (float64 for float64 input). The squares are divided by :math:`d`; PyTorch's
+      ``std`` would divide by :math:`d - 1`.
 
     Raises:
       AssertionError: If `embedding` is not a matrix of floats, or without columns.
