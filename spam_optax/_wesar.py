@@ -1,6 +1,5 @@
 """What the layers of WeSaR have in common: the product, its target, and folding."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ def alpha_init(
 ) -> jax.nn.initializers.Initializer:
     """The initializer of a layer's factor; without a target, Spike No More's."""
     if target_std is None:
-        target_std = math.sqrt(2 / (5 * width))
+        target_std = initializers.stable_std(width)
     _validate.check_number(layer, "target_std", target_std, above=0)
     return initializers.wesar(target_std).alpha
 

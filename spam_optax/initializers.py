@@ -110,6 +110,11 @@ def stable(width: int, num_layers: int) -> StableInitializers:
     )
 
 
+def stable_std(width: int) -> float:
+    """The standard deviation that all three have in common."""
+    return math.sqrt(2 / (5 * width))
+
+
 def stable_kernel(width: int) -> Initializer:
     r"""Initializer for queries, keys, values, FFN-in and gate.
 
@@ -143,7 +148,7 @@ def stable_kernel(width: int) -> Initializer:
       Takase et al., `Spike No More <https://arxiv.org/abs/2312.16903>`_, COLM 2025.
     """
     _validate.check_whole("stable_kernel", "width", width, low=1)
-    return _normal(math.sqrt(2 / (5 * width)))
+    return _normal(stable_std(width))
 
 
 def stable_residual(width: int, num_layers: int) -> Initializer:
@@ -182,7 +187,7 @@ def stable_residual(width: int, num_layers: int) -> Initializer:
     """
     _validate.check_whole("stable_residual", "width", width, low=1)
     _validate.check_whole("stable_residual", "num_layers", num_layers, low=1)
-    return _normal(math.sqrt(2 / (5 * width)) / math.sqrt(2 * num_layers))
+    return _normal(stable_std(width) / math.sqrt(2 * num_layers))
 
 
 def stable_embedding(width: int) -> Initializer:
@@ -230,7 +235,7 @@ def stable_embedding(width: int) -> Initializer:
       down only the gradient of the embedding leaves the shortcut small.
     """
     _validate.check_whole("stable_embedding", "width", width, low=1)
-    return _normal(math.sqrt(2 / (5 * width)))
+    return _normal(stable_std(width))
 
 
 def embedding_table(
