@@ -331,7 +331,7 @@ def _role(path: tuple, p: Any) -> str | None:
         path = path[:-1]
     parts = _paths.part_names(path)
     for role, names, least_rank in (
-        ("factor", ("alpha",), 1),
+        ("factor", _paths.FACTORS, 1),
         ("vector", _paths.NORMS, 1),
         ("embedding", _paths.EMBEDDINGS, 2),
         ("query", _QUERIES, 2),

@@ -14,6 +14,7 @@ EMBEDDINGS = (
     *("pos_embed", "pos_embedding", "position_embedding", "wte", "wpe"),
 )
 HEADS = ("head", "lm_head")
+FACTORS = ("alpha",)  # Of WeSaR's layers.
 
 
 def part_names(path: tuple) -> set[str]:

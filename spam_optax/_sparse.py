@@ -36,7 +36,7 @@ _MOST_LANES = 2**16 - 1
 _MOST_BLOCKS = 2**16
 _MOST_SLICES = 32
 _TILE = 8  # Rows of a tile of TPU memory.
-_DENSE_NAMES = _paths.NORMS + _paths.EMBEDDINGS + _paths.HEADS
+_DENSE_NAMES = _paths.NORMS + _paths.EMBEDDINGS + _paths.HEADS + _paths.FACTORS
 
 
 class ScaleBySparseSpamState(NamedTuple):
@@ -282,8 +282,9 @@ def matrices_only(
     ``params/head/kernel`` and not ``MultiHeadAttention_0/kernel``.
 
     Args:
-      exclude: The names of parts of paths: by default those of embeddings, heads,
-        biases and norms, which may have 2 dimensions where layers are stacked.
+      exclude: The names of parts of paths: by default those of embeddings, heads, and
+        of biases, norms and WeSaR's factors, which may have 2 dimensions where layers
+        are stacked.
 
     Returns:
       A function from parameters to a tree of booleans, for `sparse_params`.

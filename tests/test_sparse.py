@@ -357,7 +357,7 @@ def test_selection_by_size(selection):
 
 
 def test_matrices_only():
-    """Whole parts of a path; stacked and per-head norms and biases stay dense."""
+    """Whole parts of a path; stacked and per-head norms, biases, factors stay dense."""
     params = {
         "Embed_0": {"embedding": jnp.ones((9, 4))},
         "lm_head": {"kernel": jnp.ones((4, 9))},
@@ -367,6 +367,7 @@ def test_matrices_only():
         "layers": {
             "LayerNorm_1": {"scale": jnp.ones((3, 4))},
             "mlp": {"kernel": jnp.ones((3, 4, 8)), "bias": jnp.ones((3, 8))},
+            "experts": {"kernel": jnp.ones((3, 2, 4, 4)), "alpha": jnp.ones((3, 2))},
         },
         "header": jnp.ones((2, 2)),
         "absent": None,
@@ -377,6 +378,7 @@ def test_matrices_only():
     assert [name for name, sparse in is_sparse.items() if sparse] == [
         "MultiHeadAttention_0/query/kernel",
         "header",
+        "layers/experts/kernel",
         "layers/mlp/kernel",
     ]
     only = spam_optax.matrices_only(exclude=("header", "MLP"))(params)
