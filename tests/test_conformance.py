@@ -32,18 +32,12 @@ TRANSFORMATIONS = {
     "adaclip": spam_optax.adaclip,
     "adagn": lambda: spam_optax.adagn(total_steps=5),
     "gradient_stabilizer": spam_optax.gradient_stabilizer,
-    "scale_by_stable_spam": lambda: spam_optax.scale_by_stable_spam(reset_interval=5),
     "stable_spam": lambda: spam_optax.stable_spam(
         0.1, reset_interval=5, total_steps=6, weight_decay=0.1
     ),
-    "stable_spam_reference": lambda: spam_optax.stable_spam(
-        0.1, reset_interval=5, reference_resets=True
-    ),
     "zclip": lambda: spam_optax.zclip(warmup_steps=3),
     "adagc": lambda: spam_optax.adagc(warmup_steps=3),
-    "scale_by_stable_adamw": spam_optax.scale_by_stable_adamw,
     "stable_adamw": lambda: spam_optax.stable_adamw(0.1, weight_decay=0.1),
-    "scale_by_adam_mini": spam_optax.scale_by_adam_mini,
     "adam_mini": lambda: spam_optax.adam_mini(0.1, weight_decay=0.1),
 }
 OPTIMIZERS = {
