@@ -37,15 +37,15 @@ class ScaleByAdamMiniState(NamedTuple):
       count: Steps taken.
       mu: First moment, shaped like the parameters.
       nu: Second moment, one value a block: shaped as `partition` said.
-      nonfinite_count: Coordinates of the last gradient that were not finite.
-      nonfinite_total: The same, of all steps.
+      dropped_count: Coordinates of the last gradient that were not finite.
+      dropped_total: The same, of all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
-    nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
-    nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+    dropped_count: jax.Array  # shape=(), dtype=jnp.int32.
+    dropped_total: jax.Array  # shape=(), dtype=jnp.int32.
 
 
 def scale_by_adam_mini(
@@ -143,7 +143,7 @@ def scale_by_adam_mini(
             step,
             _moments.cast_like(mu, state.mu),
             _moments.cast_like(nu, state.nu),
-            *_moments.count(bad, state.nonfinite_total),
+            *_moments.count(bad, state.dropped_total),
         )
 
     return optax.GradientTransformation(init_fn, update_fn)

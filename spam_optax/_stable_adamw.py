@@ -23,16 +23,16 @@ class ScaleByStableAdamWState(NamedTuple):
       update_rms: What the update of each tensor was divided by in the last step if it
         was above 1: the root mean square of the gradient in units of the second moment.
         In `tensor_names`' order; 0 where the gradient had no finite coordinate.
-      nonfinite_count: Coordinates of the last gradient that were not finite.
-      nonfinite_total: The same, of all steps.
+      dropped_count: Coordinates of the last gradient that were not finite.
+      dropped_total: The same, of all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     update_rms: jax.Array  # shape=(tensors,), dtype=jnp.float32.
-    nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
-    nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+    dropped_count: jax.Array  # shape=(), dtype=jnp.int32.
+    dropped_total: jax.Array  # shape=(), dtype=jnp.int32.
 
 
 def scale_by_stable_adamw(
@@ -122,7 +122,7 @@ def scale_by_stable_adamw(
                 _moments.cast_like(mu, state.mu),
                 _moments.cast_like(nu, state.nu),
                 _moments.vector(rms, state.mu),
-                *_moments.count(bad, state.nonfinite_total),
+                *_moments.count(bad, state.dropped_total),
             ),
         )
 

@@ -88,10 +88,10 @@ class ScaleByStableSpamState(NamedTuple):
       norm_steps: Steps that entered `norm_mean` and `norm_square`, of every tensor.
       norm_mean: Running mean of the norm, of every tensor.
       norm_square: Running mean of the norm's square, of every tensor.
-      spike_count: Coordinates that the adaptive clip limited in the last step.
-      spike_total: The same, of all steps.
-      nonfinite_count: NaN, infinite or overflowing coordinates in the last step.
-      nonfinite_total: The same, of all steps.
+      limited_count: Coordinates that the adaptive clip limited in the last step.
+      limited_total: The same, of all steps.
+      dropped_count: NaN, infinite or overflowing coordinates in the last step.
+      dropped_total: The same, of all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
@@ -102,10 +102,10 @@ class ScaleByStableSpamState(NamedTuple):
     norm_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
     norm_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
     norm_square: jax.Array  # shape=(tensors,), dtype=jnp.float32.
-    spike_count: jax.Array  # shape=(), dtype=jnp.int32.
-    spike_total: jax.Array  # shape=(), dtype=jnp.int32.
-    nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
-    nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+    limited_count: jax.Array  # shape=(), dtype=jnp.int32.
+    limited_total: jax.Array  # shape=(), dtype=jnp.int32.
+    dropped_count: jax.Array  # shape=(), dtype=jnp.int32.
+    dropped_total: jax.Array  # shape=(), dtype=jnp.int32.
 
 
 def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformation:
@@ -449,9 +449,9 @@ def scale_by_stable_spam(
             norm_mean,
             norm_square,
             spikes,
-            add(state.spike_total, spikes),
+            add(state.limited_total, spikes),
             nonfinite,
-            add(state.nonfinite_total, nonfinite),
+            add(state.dropped_total, nonfinite),
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -493,7 +493,7 @@ def stable_spam(
     the paper has ``gamma1=0.85, gamma2=0.99999``.
 
     Since each tensor is clipped by the mean of its own maxima, a coordinate is limited
-    in about every other step: ``spike_count`` counts those, not rare events.
+    in about every other step: ``limited_count`` counts those, not rare events.
 
     Args:
       learning_rate: A number >= 0 or a schedule.

@@ -291,6 +291,22 @@ def test_extra_arguments_pass(name):
 
 
 @pytest.mark.parametrize(
+    "name", ["spam_adam", "stable_spam", "stable_adamw", "adam_mini"]
+)
+def test_names_in_a_chain_are_unique(name):
+    """What is behind all the clips finds its statistics by name, and they theirs."""
+    clips = ("spam_clip", "zclip", "adagc", "adaclip", "adagn", "gradient_stabilizer")
+    tx = spam_optax.track_spikes(
+        optax.chain(*(getattr(spam_optax, x)() for x in (*clips, name)))
+    )
+    state = tx.init(make_params())
+    states = [*state.inner_state[: len(clips)], state.inner_state[-1][0], state]
+    for part in states:
+        for field in part._fields:
+            optax.tree.get(state, field)  # raises if there are two
+
+
+@pytest.mark.parametrize(
     "name",
     ["spam_clip", "spam_adam", "spam", "stable_spam", "stable_adamw", "adam_mini"],
 )
