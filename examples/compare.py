@@ -267,10 +267,12 @@ def report(grids: dict[str, list[Spec]], folder: pathlib.Path) -> None:
     """Writes tables, numbers and pictures of the runs that are there."""
     tables, summary = [], {}
     for name, specs in grids.items():
-        found = comparison.lines(comparison.read(folder / "runs", specs))
+        runs, unfinished = comparison.read(folder / "runs", specs)
+        found = comparison.lines(runs)
+        experiment = EXPERIMENTS[name]
+        tables.append(comparison.markdown(name, experiment, found, unfinished))
         if not found:
             continue
-        tables.append(comparison.markdown(name, EXPERIMENTS[name], found))
         summary[name] = [records.finite(line._asdict()) for line in found]
         comparison.picture(found).savefig(folder / f"{name}.png")
     text = "\n".join(["# Comparison\n", *tables, comparison.NOTES])

@@ -144,6 +144,18 @@ def test_a_record_of_other_settings_is_not_taken(tmp_path):
     assert this.read(tmp_path) is None
 
 
+def test_a_line_with_runs_missing_is_no_line(tmp_path):
+    specs = [
+        spec(label, learning_rate=rate) for label in ("adam", "spam") for rate in (1, 2)
+    ]
+    for this in specs[:3]:
+        text = json.dumps({"settings": this.settings()})
+        (tmp_path / this.file_name()).write_text(text)
+    records, unfinished = comparison.read(tmp_path, specs)
+    assert [record["label"] for record in records] == ["adam", "adam"]
+    assert unfinished == ["spam (clean; standard, plain): 1 of 2"]
+
+
 def test_grids():
     specs = experiments.specs("main", experiments.BASE, range(3))
     assert len(specs) == len(set(specs)) == 14 * 5 * 3 * 2
@@ -208,9 +220,10 @@ def test_the_best_lines_come_first_and_an_edge_is_marked():
     lines = comparison.lines(records)
     assert [line.label for line in lines] == ["lion", "spam"]
     experiment = experiments.EXPERIMENTS["main"]
-    text = comparison.markdown("main", experiment, lines)
+    text = comparison.markdown("main", experiment, lines, ["adam (clean): 1 of 15"])
     assert "| lion | 0.001* | 1.500 |" in text
     assert "worst jump" not in text
+    assert "Runs that are not finished: adam (clean): 1 of 15." in text
 
 
 BURSTS = RunConfig(steps=200, bursts=2).burst_starts

@@ -44,10 +44,24 @@ class Line(NamedTuple):
     curve: dict[float, list[float]]  # rate -> final losses of the seeds, capped
 
 
-def read(folder: pathlib.Path, specs: Iterable[Spec]) -> list[Record]:
-    """The records of those runs that are there."""
-    found = (spec.read(folder) for spec in specs)
-    return [record | record["settings"] for record in found if record]
+def read(folder: pathlib.Path, specs: Iterable[Spec]) -> tuple[list[Record], list[str]]:
+    """The records of the lines that are whole, and how far the others have come.
+
+    A line with some of its rates or seeds would not compare with the others.
+    """
+    groups = {}
+    for spec in specs:
+        key = spec.scenario, model_of(spec.settings()), spec.label
+        groups.setdefault(key, []).append(spec.read(folder))
+    records, unfinished = [], []
+    for (scenario, model, label), group in groups.items():
+        there = [record | record["settings"] for record in group if record]
+        if len(there) == len(group):
+            records += there
+        else:
+            of = f"{len(there)} of {len(group)}"
+            unfinished.append(f"{label} ({scenario}; {model}): {of}")
+    return records, unfinished
 
 
 def capped_loss(record: Record) -> float:
@@ -214,7 +228,12 @@ def cells(line: Line, adam_seconds: float | None) -> dict[str, str]:
     }
 
 
-def markdown(name: str, experiment: Experiment, found: Sequence[Line]) -> str:
+def markdown(
+    name: str,
+    experiment: Experiment,
+    found: Sequence[Line],
+    unfinished: Sequence[str],
+) -> str:
     """The experiment's question, and a table for every scenario and model."""
     parts = [f"## {name}: {experiment.question}\n"]
     for (scenario, model), group in grouped(found):
@@ -228,6 +247,8 @@ def markdown(name: str, experiment: Experiment, found: Sequence[Line]) -> str:
         parts.append("|---" * len(shown) + "|")
         parts += [markdown_row([row[key] for key in shown]) for row in table]
         parts.append("")
+    if unfinished:
+        parts.append(f"Runs that are not finished: {'; '.join(unfinished)}.\n")
     return "\n".join(parts) + "\n"
 
 
