@@ -158,7 +158,7 @@ def test_a_line_with_runs_missing_is_no_line(tmp_path):
 
 def test_grids():
     specs = experiments.specs("main", experiments.BASE, range(3))
-    assert len(specs) == len(set(specs)) == 14 * 5 * 3 * 2
+    assert len(specs) == len(set(specs)) == 15 * 5 * 3 * 2
     rates = {s.config.learning_rate for s in specs if s.label == "lion"}
     assert rates == {rate / 8 for rate in experiments.RATES}
     only = experiments.specs(

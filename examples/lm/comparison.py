@@ -40,7 +40,7 @@ class Line(NamedTuple):
     diverged: int  # runs of all rates that ended above their first loss
     runs: int
     bytes_per_parameter: float  # of optimizer state
-    seconds_per_step: float  # median over all runs
+    seconds_per_step: float  # of the fastest run, the least disturbed
     curve: dict[float, list[float]]  # rate -> final losses of the seeds, capped
 
 
@@ -172,7 +172,7 @@ def line(records: Sequence[Record]) -> Line:
         diverged=sum(map(diverged, records)),
         runs=len(records),
         bytes_per_parameter=first["optimizer_bytes"] / first["parameters"],
-        seconds_per_step=float(np.median([r["seconds_per_step"] for r in records])),
+        seconds_per_step=min(r["seconds_per_step"] for r in records),
         curve=curve,
     )
 
@@ -205,7 +205,7 @@ steps after a burst. Neither counts the loss of a batch that was corrupted. Step
 recover: from a burst's end until the mean loss of {RECOVERY_WINDOW} steps is no higher
 than before it, the worst burst's, median over the seeds; inf: not before the next burst
 or the end. Diverged: runs, of all rates, that ended no better than they began. Step
-time: as a multiple of adam's, while several runs share the machine: a rough number.
+time: of the fastest run, as a multiple of adam's; other work on the machine disturbs it.
 """
 
 

@@ -19,6 +19,7 @@ from lm.optimizers import Row
 SCENARIOS = ("clean", "noise", "coordinates", "batches")
 MAIN = (
     "adam",
+    "adam_clip",
     "adamw_clip",
     "adafactor",
     "lion",
