@@ -205,7 +205,8 @@ steps after a burst. Neither counts the loss of a batch that was corrupted. Step
 recover: from a burst's end until the mean loss of {RECOVERY_WINDOW} steps is no higher
 than before it, the worst burst's, median over the seeds; inf: not before the next burst
 or the end. Diverged: runs, of all rates, that ended no better than they began. Step
-time: of the fastest run, as a multiple of adam's; other work on the machine disturbs it.
+time: of the fastest run, as a multiple of adam's; other work on the machine disturbs
+it.
 """
 
 
