@@ -203,6 +203,8 @@ def train_all(grids: dict[str, list[Spec]], folder: pathlib.Path, workers: int) 
         initializer=begin_worker,
     )
     futures = [pool.submit(train, task, folder) for task in tasks]
+    # As Ctrl-C does; or the workers would go on alone.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         show_progress(futures, folder, missing, len(wanted))
     except KeyboardInterrupt:
@@ -212,6 +214,7 @@ def train_all(grids: dict[str, list[Spec]], folder: pathlib.Path, workers: int) 
         end_workers()  # now: a task is many runs
         raise
     finally:
+        signal.signal(signal.SIGTERM, before)
         pool.shutdown(wait=False, cancel_futures=True)
     return True
 

@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import multiprocessing
+import pathlib
+import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -300,6 +304,32 @@ def test_command_is_resumable(tmp_path, capsys):
     assert {line["label"] for line in summary} == {"adam", "spam"}
     assert (tmp_path / "main.png").stat().st_size > 10_000
     assert "Tables are in" in capsys.readouterr().out
+
+
+def test_sigterm_ends_the_workers_too(tmp_path):
+    """And says how to go on; what they had finished is there."""
+    command = [sys.executable, compare.__file__, *FLAGS, "--scenario=clean"]
+    with subprocess.Popen(
+        [*command, f"--output={tmp_path}"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        workers = []
+        while not workers:  # the resource tracker is a child, too
+            time.sleep(0.1)
+            workers = [
+                child
+                for child in children_of(process.pid)
+                if "spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_text()
+            ]
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert "repeat the command to go on" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    for worker in workers:
+        assert not pathlib.Path(f"/proc/{worker}").exists()
+
+
+def children_of(pid):
+    return pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
 @pytest.mark.parametrize(
