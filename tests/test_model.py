@@ -296,5 +296,5 @@ def test_flags_reach_the_model_and_the_folder_of_a_run():
     assert got == ("mixed", True, "wesar")
     usual = model.configure(RunConfig(), 256, "cpu")
     assert (usual.norm, usual.gated_attention) == ("pre", False)
-    with pytest.raises(ValueError, match="unknown name 'post'"):
+    with pytest.raises(ValueError, match="invalid choice: 'post'"):
         run_folder.Run.from_json(run.to_json().replace('"mixed"', '"post"'))

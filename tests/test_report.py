@@ -280,7 +280,7 @@ def test_progress_lines_stand_below_each_other(capsys):
     lines = shown_by_progress(capsys, OPTIMIZERS)
     assert len(lines) == len(OPTIMIZERS)
     assert {line.index(" step 100/200 loss 2.000 clipped 7 ") for line in lines} == {
-        len("sparse_spam")
+        max(map(len, OPTIMIZERS))
     }
 
 
@@ -356,15 +356,17 @@ def test_the_demonstration_keeps_its_picture():
     assert "Dotted: its momentum resets" in spikes.get_title("left")
 
 
-def test_sixteen_optimizers_of_which_two_halted():
+def test_all_optimizers_of_which_two_halted():
     config = RunConfig(optimizers=OPTIMIZERS, steps=100)
     figure = figure_of(config, {"adam": 55, "lion": 3})
     assert rendered(figure).startswith(b"\x89PNG")
     loss, *norms, _ = figure.axes
     rows = [round(panel.get_position().y0, 6) for panel in norms]
-    assert [len(list(row)) for _, row in itertools.groupby(rows)] == [4, 4, 4, 4]
+    full, rest = divmod(len(OPTIMIZERS), 4)
+    lengths = [len(list(row)) for _, row in itertools.groupby(rows)]
+    assert lengths == [4] * full + [rest] * (rest > 0)
     labeled = [bool(panel.get_ylabel()) for panel in norms]
-    assert labeled == [i % 4 == 0 for i in range(16)]
+    assert labeled == [i % 4 == 0 for i in range(len(OPTIMIZERS))]
     for panels in ([loss], norms):
         crosses = [
             (line.get_color(), *line.get_xdata())

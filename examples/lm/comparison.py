@@ -210,9 +210,9 @@ it.
 """
 
 
-def cells(line: Line, adam_seconds: float | None) -> dict[str, str]:
+def cells(line: Line, seconds: dict[str, float]) -> dict[str, str]:
     number = analysis.number
-    time = line.seconds_per_step / adam_seconds if adam_seconds else None
+    time = seconds[line.label] / seconds["adam"] if "adam" in seconds else None
     return {
         "label": line.label,
         "best_rate": f"{line.best_rate:g}{'*' if line.is_at_edge else ''}",
@@ -237,11 +237,13 @@ def markdown(
 ) -> str:
     """The experiment's question, and a table for every scenario and model."""
     parts = [f"## {name}: {experiment.question}\n"]
+    fastest = {}  # of any scenario: the program is the same
+    for line in found:
+        seconds = fastest.get(line.label, line.seconds_per_step)
+        fastest[line.label] = min(seconds, line.seconds_per_step)
     for (scenario, model), group in grouped(found):
         rows = list(group)
-        seconds = [x.seconds_per_step for x in rows if x.label == "adam"]
-        adam_seconds = seconds[0] if seconds else None
-        table = [cells(row, adam_seconds) for row in rows]
+        table = [cells(row, fastest) for row in rows]
         shown = [key for key in HEADINGS if any(row[key] != "-" for row in table)]
         parts.append(f"### {scenario}; initialization {model}\n")
         parts.append(markdown_row([HEADINGS[key] for key in shown]))
