@@ -2,7 +2,7 @@
 
     python examples/pretrain.py
 
-takes about two minutes on two CPU cores. It trains a LLaMA-style transformer on bytes
+takes two to four minutes on two CPU cores. It trains a LLaMA-style transformer on bytes
 of Shakespeare four times, from the same parameters, on the same batches, with the same
 faults: four times in the run, for three steps in a row, every tensor's gradient gets
 normal noise of 1000 x its own RMS. The optimizers are
@@ -73,7 +73,7 @@ from lm.run_folder import Run, RunFolder
 
 EXAMPLES = """\
 examples:
-  everything, about two minutes      pretrain.py
+  everything, two to four minutes    pretrain.py
   one optimizer, a longer run        pretrain.py --optimizer spam --steps 2000
   a lower threshold                  pretrain.py --optimizer spam --threshold 100
   faults in one coordinate of 1000   pretrain.py --spike-rate 0.001
