@@ -36,8 +36,14 @@ MAIN = (
 )
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 # Of the rates, for those whose best ones are known to lie elsewhere: Lion's update is a
-# sign, of size 1; GaLore's is scaled by a quarter.
-RATE_SCALES = {"lion": 1 / 8, "galore": 4}
+# sign, of size 1; GaLore's is scaled by a quarter; sparse momentum moves a share of a
+# matrix, its density, at a time.
+RATE_SCALES = {
+    "lion": 1 / 8,
+    "galore": 4,
+    "sparse_spam": 4,
+    "sparse_spam, density 0.5": 2,
+}
 SEEDS = (0, 1, 2)
 STEPS = 300
 BASE = RunConfig(
