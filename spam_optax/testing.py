@@ -95,14 +95,7 @@ def inject_spikes(
             for i, g in enumerate(leaves):
                 leaf_key = jax.random.fold_in(jax.random.fold_in(key, step), i)
                 hit_key, value_key = jax.random.split(leaf_key)
-                # The rate in float32: with float64 enabled other bits would be drawn.
-                # A mask must be sharded as what it selects from on an explicit mesh.
-                hit = jax.random.bernoulli(
-                    hit_key,
-                    jnp.asarray(rate, jnp.float32),
-                    g.shape,
-                    out_sharding=jax.typeof(g).sharding,
-                )
+                hit = _hit(hit_key, g, rate)
                 leaves[i] = jnp.where(hit, _fault(value_key, g, scale, kind), g)
                 count = _arithmetic.saturating_add(count, *_arithmetic.totals(hit))
             return jax.tree.unflatten(structure, leaves), count
@@ -132,6 +125,20 @@ def _step_test(
     for step in steps:
         _validate.check_steps("inject_spikes", "steps", step, low=1)
     return lambda step: jnp.isin(step, jnp.asarray(steps, jnp.int32))
+
+
+def _hit(key: jax.Array, g: jax.Array, rate: jax.typing.ArrayLike) -> jax.Array:
+    """Which coordinates of `g` are hit, sharded as `g` on an explicit mesh."""
+    if isinstance(rate, (int, float)) and rate == 1:
+        # What would be drawn, but drawing takes a third of a second to compile.
+        return jnp.ones_like(g, bool)
+    # The rate in float32: with float64 enabled other bits would be drawn.
+    return jax.random.bernoulli(
+        key,
+        jnp.asarray(rate, jnp.float32),
+        g.shape,
+        out_sharding=jax.typeof(g).sharding,
+    )
 
 
 def _fault(

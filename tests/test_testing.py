@@ -123,6 +123,18 @@ def test_rates_of_none_and_all(rate, want):
         assert count == want == sum(mask.sum() for mask in hits(updates).values())
 
 
+def test_a_rate_of_one_draws_no_mask_and_hits_with_the_same_noise():
+    """A number known beforehand; an array may be a tracer, and is drawn with."""
+    tx = testing.inject_spikes(3, 1.0, kind="noise")
+    drawn = testing.inject_spikes(3, jnp.float32(1), kind="noise")
+    assert_same(run(tx, jitted=True), run(drawn, jitted=True))
+    sizes = [
+        len(jax.jit(x.update).lower(gradients_of(), x.init(None)).as_text())
+        for x in (tx, drawn)
+    ]
+    assert sizes[0] < sizes[1]
+
+
 @functools.cache
 def mask_of_float32():
     """What is hit in the first step with key 5 and rate 0.25."""
@@ -262,11 +274,11 @@ def test_in_multi_steps_steps_are_optimizer_steps():
     assert got == [0, 0, 1, 0, 0, 10, 0, 0, 1]
 
 
-@pytest.mark.parametrize("kind", ["noise", "inf"])
-def test_on_a_mesh_the_faults_are_those_of_one_device(kind):
+@pytest.mark.parametrize(("kind", "rate"), [("noise", 0.2), ("noise", 1), ("inf", 0.2)])
+def test_on_a_mesh_the_faults_are_those_of_one_device(kind, rate):
     """An explicit mesh of 8 devices; the updates keep the gradients' shardings."""
     mesh = jax.make_mesh((4, 2), ("data", "model"))
-    tx = testing.inject_spikes(0, 0.2, kind=kind, steps=[2])
+    tx = testing.inject_spikes(0, rate, kind=kind, steps=[2])
     want = run(tx, 3)
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, P("data", "model"))
