@@ -2,10 +2,10 @@
 
     python examples/pretrain.py
 
-takes two to four minutes on two CPU cores. It trains a LLaMA-style transformer on bytes
-of Shakespeare four times, from the same parameters, on the same batches, with the same
-faults: four times in the run, for three steps in a row, every tensor's gradient gets
-normal noise of 1000 x its own RMS. The optimizers are
+takes two to three minutes on two CPU cores. It trains a LLaMA-style transformer on
+bytes of Shakespeare four times, from the same parameters, on the same batches, with the
+same faults: four times in the run, for three steps in a row, every tensor's gradient
+gets normal noise of 1000 x its own RMS. The optimizers are
 
     adam        Adam
     adam_clip   optax.chain(optax.clip_by_global_norm(1.0), adam)
@@ -73,7 +73,7 @@ from lm.run_folder import Run, RunFolder
 
 EXAMPLES = """\
 examples:
-  everything, two to four minutes    pretrain.py
+  everything, two to three minutes   pretrain.py
   one optimizer, a longer run        pretrain.py --optimizer spam --steps 2000
   a lower threshold                  pretrain.py --optimizer spam --threshold 100
   faults in one coordinate of 1000   pretrain.py --spike-rate 0.001
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.compile_only:
             return ahead_of_time.run(given, command_line.parallelism(options), options)
         hosts.connect(cluster)
-        return run(parser.prog, given, options)
+        return run(given, options)
     except UsageError as error:
         parser.error(str(error))
     except OSError as error:
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
 
 
-def run(program: str, given: dict, options: argparse.Namespace) -> int:
+def run(given: dict, options: argparse.Namespace) -> int:
     """Begins or continues a run, to its end or until it is stopped."""
     if options.wandb:
         records.import_wandb()  # so that its absence shows before the work
@@ -185,8 +185,8 @@ def run(program: str, given: dict, options: argparse.Namespace) -> int:
     for message in halted:
         console.warn(message)
     if stop.signal is not None and not done:
-        again = f"{program} --resume --output {shlex.quote(str(folder.path))}"
-        console.say(f"Interrupted. Continue with: {again}")
+        command = ["python", sys.argv[0], "--resume", "--output", str(folder.path)]
+        console.say(f"Interrupted. Continue with: {shlex.join(command)}")
         return 130 if stop.signal == signal.SIGINT else 0
     return 1 if halted else 0
 
@@ -303,6 +303,11 @@ def begin_or_continue(
                 f"there is no checkpoint in {checkpoints.folder}, but metrics.jsonl has"
                 f" {recorded} steps of {optimizer.name}: say where they are with"
                 " --checkpoints, or start again in another folder with --output"
+            )
+        if recorded:
+            console.warn(
+                f"{optimizer.name}: {recorded} steps are recorded, but there is no"
+                f" checkpoint in {checkpoints.folder} yet: beginning again"
             )
         return make(), batches
     state, place = restored

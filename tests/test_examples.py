@@ -37,8 +37,8 @@ from lm import (
 )
 from lm.config import DEMONSTRATION, OPTIMIZERS, RunConfig
 from lm.run_folder import Run
+from trainer_process import CONTINUE, EXAMPLES, PROGRAM
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 SMALL = {"preset": "nano", "steps": 24, "batch_size": 4, "sequence_length": 16}
 SMALL_FLAGS = [
     "--preset=nano",
@@ -627,7 +627,7 @@ def start(tmp_path_factory):
 
     def start_program(*flags, cwd):
         return subprocess.Popen(
-            [sys.executable, EXAMPLES / "pretrain.py", *flags],
+            [sys.executable, PROGRAM, *flags],
             cwd=cwd,
             env=environment,
             stdout=subprocess.PIPE,
@@ -794,9 +794,7 @@ def test_killed_run_resumes_bit_for_bit(finished_run, start, tmp_path):
     process.send_signal(signal.SIGINT)
     code, _, errors = finish(process)
     assert code == 130
-    assert errors.splitlines() == [
-        "Interrupted. Continue with: pretrain.py --resume --output run"
-    ]
+    assert errors.splitlines() == [CONTINUE]
     rows = records.read(folder / "metrics.jsonl")
     assert 63 + 30 <= len(rows) < 2 * 63
     assert set(json.loads((folder / "summary.json").read_text())) == {"adam"}

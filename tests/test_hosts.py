@@ -20,6 +20,7 @@ from lm.checkpoints import Checkpoints
 from lm.config import UsageError
 from lm.run_folder import Run
 from trainer_process import (
+    CONTINUE,
     Trainer,
     checkpoint_steps,
     count_lines,
@@ -40,7 +41,6 @@ FLAGS = [
 SHORT = [*FLAGS, "--steps=20", "--checkpoint-every=10"]
 LONG = [*FLAGS, "--steps=40", "--checkpoint-every=4", "--optimizer=adam"]
 ASK = "reached_preemption_sync_point"
-CONTINUE = "Interrupted. Continue with: pretrain.py --resume --output run"
 
 
 @pytest.fixture(scope="module")

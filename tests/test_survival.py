@@ -16,10 +16,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 import pretrain
-from lm import corpus, loop, optimizers, sharding, training
+from lm import corpus, loop, optimizers, records, sharding, training
 from lm.config import RunConfig
 from lm.run_folder import Run
 from trainer_process import (
+    CONTINUE,
     Trainer,
     assert_same_arrays,
     assert_same_run,
@@ -56,7 +57,6 @@ SHORT = [
 RESUME = ["--resume", "--output=run"]
 RESUME_SHORT = ["--resume", "--data-parallel=1"]
 LARGE = 2**16  # kilobytes of a disk that holds a run
-CONTINUE = "Interrupted. Continue with: pretrain.py --resume --output run\n"
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_streamed_run_is_interrupted_and_goes_on(stream, trainer, tmp_path):
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
         code, _, errors = finish(process)
-        assert (code, errors) == (expected, CONTINUE)
+        assert (code, errors) == (expected, CONTINUE + "\n")
         assert watch.rows_since("adam") == 0, "the state is that after the last row"
         assert watch.saved("adam")[-1] < 40
         assert json.loads((folder / "summary.json").read_text()) == {}
@@ -319,6 +319,31 @@ def test_run_without_a_good_checkpoint_is_left_as_it_is(short_run, tmp_path, cap
         assert read_rows(folder) == rows
 
 
+def test_run_whose_checkpoints_are_gone_is_left_as_it_is(short_run, tmp_path, capsys):
+    folder = shutil.copytree(short_run, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    rows = read_rows(folder)
+    line = refused(capsys, "--resume", f"--output={folder}")
+    assert line.startswith(f"there is no checkpoint in {folder}/checkpoints/adam, but")
+    assert "12 steps" in line
+    assert read_rows(folder) == rows
+
+
+def test_run_without_a_checkpoint_yet_begins_again_and_says_so(
+    short_run, tmp_path, capsys
+):
+    folder = shutil.copytree(short_run, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    records.cut(folder / "metrics.jsonl", "adam", 7)
+    capsys.readouterr()
+    assert pretrain.main([*RESUME_SHORT, f"--output={folder}"]) == 0
+    assert capsys.readouterr().err == (
+        "pretrain.py: adam: 7 steps are recorded, but there is no checkpoint in"
+        f" {folder}/checkpoints/adam yet: beginning again\n"
+    )
+    assert_same_run(folder, short_run, "adam")
+
+
 def test_saved_states_are_those_of_their_steps(tmp_path, monkeypatch):
     """Though they are written while training goes on in the same memory."""
     settings = {
@@ -459,7 +484,7 @@ def test_halts_before_an_update_that_is_not_finite(tmp_path, capsys):
     assert re.fullmatch(
         r"pretrain.py: adam: the update of step 6 is not finite; worst gradient:"
         r" \S+ \(not finite\). The state of step 5 is kept. Try a lower"
-        r" --learning-rate, --optimizer clip_spam, or --initialization stable"
+        r" --learning-rate, or --optimizer clip_spam, or --initialization stable"
         r" --embedding scaled\n",
         line,
     )

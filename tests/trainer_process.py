@@ -16,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+PROGRAM = EXAMPLES / "pretrain.py"
+CONTINUE = f"Interrupted. Continue with: python {PROGRAM} --resume --output run"
 TIMEOUT = 900  # seconds after which a program counts as hung
 TIMING = ("tokens_per_second", "flops_utilization")  # differ from run to run
 
@@ -64,7 +66,7 @@ class Trainer:
 
     def start(self, *flags, cwd: pathlib.Path, devices: int = 1) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, EXAMPLES / "pretrain.py", *flags],
+            [sys.executable, PROGRAM, *flags],
             cwd=cwd,
             env={**self._environment, "JAX_NUM_CPU_DEVICES": str(devices)},
             stdout=subprocess.PIPE,

@@ -2,16 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grain
 import jax
 import numpy as np
 
-import spam_optax
 from lm import hardware, sharding, training
 from lm.checkpoints import Place
-from lm.config import UsageError
+from lm.config import RunConfig, UsageError
 from lm.optimizers import Optimizer
 from lm.records import Row
 from lm.training import Task, TrainState
@@ -139,7 +138,7 @@ def train(
             recorder.flush()
         if recorder.halted:
             save(state, places[int(state.step)])
-            raise Halted(explain(recorder.halted, optimizer, state.params))
+            raise Halted(explain(recorder.halted, task, optimizer))
         if due["evaluation"]:
             record(evaluation(state, step, task, optimizer))
         if due["checkpoint"]:
@@ -162,7 +161,7 @@ def evaluation(state: TrainState, step: int, task: Task, optimizer: Optimizer) -
     }
 
 
-def explain(row: Row, optimizer: Optimizer, params) -> str:
+def explain(row: Row, task: Task, optimizer: Optimizer) -> str:
     """Which step failed, the tensor with the worst gradient, and what to try."""
     what = "update" if math.isfinite(row["loss"]) else "loss"
     scores = np.array(row["tensors"]["spike_score"])  # infinite if not finite
@@ -173,9 +172,18 @@ def explain(row: Row, optimizer: Optimizer, params) -> str:
         if math.isfinite(norm)
         else "not finite"
     )
+    help_from = ", or ".join(remedies(task.config, optimizer))
     return (
         f"{optimizer.name}: the {what} of step {row['step']} is not finite; worst"
-        f" gradient: {spam_optax.tensor_names(params)[worst]} ({size}). The state of"
-        f" step {row['step'] - 1} is kept. Try a lower --learning-rate, --optimizer"
-        " clip_spam, or --initialization stable --embedding scaled"
+        f" gradient: {training.tensor_names(task)[worst]} ({size}). The state of"
+        f" step {row['step'] - 1} is kept. Try {help_from}"
     )
+
+
+def remedies(config: RunConfig, optimizer: Optimizer) -> Iterator[str]:
+    """What may help and is not in use; flags of the command line."""
+    yield "a lower --learning-rate"
+    if optimizer.name != "clip_spam":
+        yield "--optimizer clip_spam"
+    if config.initialization == "standard" and config.norm != "scaled":
+        yield "--initialization stable --embedding scaled"
