@@ -278,6 +278,28 @@ def test_the_loss_of_a_corrupted_batch_is_not_the_models(scenario, jump):
     assert (comparison.spike_percent(this) == 0) == (scenario == "batches")
 
 
+def test_gradient_spikes_begin_at_a_rate_and_are_not_the_faults():
+    norms = [1.0] * 200
+    norms[BURSTS[1] - 1] = norms[150] = 11.0
+    records = [
+        record(1e-3),
+        record(2e-3, seed=0, gradient_norms=norms),
+        record(2e-3, seed=1),
+        record(4e-3, gradient_norms=[*norms[:-1], None]),  # not finite
+    ]
+    (clean,) = comparison.lines(records)
+    assert clean.gradient_spikes == {1e-3: 0, 2e-3: 1, 4e-3: 3}
+    assert clean.spikes_from == 2e-3
+    (noise,) = comparison.lines([r | {"scenario": "noise"} for r in records])
+    assert noise.gradient_spikes == {1e-3: 0, 2e-3: 0.5, 4e-3: 2}
+    calm = comparison.line(records[:1])._replace(label="calm")
+    assert calm.spikes_from is None
+    experiment = experiments.EXPERIMENTS["main"]
+    text = comparison.markdown("main", experiment, [clean, calm], [])
+    assert "| spam | clean | standard, plain | 0.0 | 1.0 | 3.0 |" in text
+    assert "| calm | clean | standard, plain | 0.0 |" not in text
+
+
 # ------------------------------------------------------------------------ the command
 
 FLAGS = ["--optimizer", "adam", "spam", "--preset=nano", "--steps=40", "--seeds=1"]

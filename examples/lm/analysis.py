@@ -32,13 +32,13 @@ def running_median(values: np.ndarray, window: int = MEDIAN_WINDOW) -> np.ndarra
     return np.take_along_axis(ordered, middle, axis=1).mean(axis=1)
 
 
-def count_spikes(grad_norms: np.ndarray) -> int:
-    """Steps whose gradient norm exceeds 10 times its running median.
+def find_spikes(grad_norms: np.ndarray) -> np.ndarray:
+    """Whether a step's gradient norm exceeds 10 times its running median.
 
     A norm that is not finite is a spike.
     """
     spikes = grad_norms > SPIKE_FACTOR * running_median(grad_norms)
-    return int(np.sum(spikes | ~np.isfinite(grad_norms)))
+    return spikes | ~np.isfinite(grad_norms)
 
 
 def worst_loss_jump(
@@ -99,7 +99,7 @@ def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
                 column(steps, "loss"), config.burst_starts
             ),
             "worst_burst": worst_burst(steps),
-            "spikes_seen": count_spikes(column(steps, "grad_norm")),
+            "spikes_seen": int(find_spikes(column(steps, "grad_norm")).sum()),
             "spikes_clipped": sum(row["spikes_clipped"] for row in steps),
             "tokens_per_second": median(column(steps, "tokens_per_second")),
             "flops_utilization": median(column(steps, "flops_utilization")),

@@ -42,6 +42,12 @@ class Line(NamedTuple):
     bytes_per_parameter: float  # of optimizer state
     seconds_per_step: float  # of the fastest run, the least disturbed
     curve: dict[float, list[float]]  # rate -> final losses of the seeds, capped
+    gradient_spikes: dict[float, float]  # rate -> steps of a run that spike, mean
+
+    @property
+    def spikes_from(self) -> float | None:
+        """The lowest rate at which a gradient spikes in any of the seeds."""
+        return min((r for r, n in self.gradient_spikes.items() if n), default=None)
 
 
 def read(folder: pathlib.Path, specs: Iterable[Spec]) -> tuple[list[Record], list[str]]:
@@ -81,6 +87,12 @@ def burst_starts(record: Record) -> tuple[int, ...]:
     return RunConfig(steps=record["steps"], bursts=record["bursts"]).burst_starts
 
 
+def fault_steps(record: Record) -> np.ndarray:
+    """Counted from 0; none in a clean run."""
+    starts = np.array(burst_starts(record), int)
+    return np.add.outer(starts - 1, range(BURST_LENGTH)).ravel()
+
+
 def losses_of(record: Record) -> np.ndarray:
     return np.array(record["losses"], np.float64)
 
@@ -114,10 +126,15 @@ def spike_percent(record: Record) -> float:
     """Of the steps whose batch was not corrupted."""
     losses = np.nan_to_num(losses_of(record), nan=np.inf).astype(np.float32)
     if has_corrupted_batches(record):
-        steps = np.add.outer(burst_starts(record), range(BURST_LENGTH))
-        losses = np.delete(losses, steps - 1)
+        losses = np.delete(losses, fault_steps(record))
     window = min(SPIKE_WINDOW, len(losses) // 2)
     return float(functional.spike_score(losses, window=window))
+
+
+def gradient_spikes(record: Record) -> int:
+    """Steps whose gradient norm is 10 times its running median, but for the faults."""
+    norms = np.array(record["gradient_norms"], np.float64)
+    return int(np.delete(analysis.find_spikes(norms), fault_steps(record)).sum())
 
 
 def worst_jump(record: Record) -> float | None:
@@ -174,6 +191,10 @@ def line(records: Sequence[Record]) -> Line:
         bytes_per_parameter=first["optimizer_bytes"] / first["parameters"],
         seconds_per_step=min(r["seconds_per_step"] for r in records),
         curve=curve,
+        gradient_spikes={
+            rate: float(np.mean([gradient_spikes(r) for r in rs]))
+            for rate, rs in by_rate.items()
+        },
     )
 
 
@@ -187,6 +208,7 @@ HEADINGS = {
     "far_loss": f"at {FAR} x rate",
     "sensitivity": "LR sensitivity",
     "spike_score": "spike score %",
+    "spikes_from": "spikes from",
     "worst_jump": "worst jump",
     "recovery": "steps to recover",
     "diverged": "diverged",
@@ -200,13 +222,15 @@ highest that was swept. At {FAR} x rate: the final loss at {FAR} times the best 
 sensitivity (Wortsman et al., 2023): mean over all swept rates of the final loss, capped
 at the loss of initialization, less the best. Spike score (AdaGC): percent of the steps
 whose training loss is 10 deviations from the mean of the {SPIKE_WINDOW} steps before,
-or of half the run's if they are fewer. Worst jump: rise of the training loss within 40
-steps after a burst. Neither counts the loss of a batch that was corrupted. Steps to
-recover: from a burst's end until the mean loss of {RECOVERY_WINDOW} steps is no higher
-than before it, the worst burst's, median over the seeds; inf: not before the next burst
-or the end. Diverged: runs, of all rates, that ended no better than they began. Step
-time: of the fastest run, as a multiple of adam's; other work on the machine disturbs
-it.
+or of half the run's if they are fewer. Spikes from: the lowest of the swept rates at
+which, in any run, a gradient's norm was {analysis.SPIKE_FACTOR:g} times the median of
+the {analysis.MEDIAN_WINDOW} before, in a step without a fault. Worst jump: rise of the
+training loss within 40 steps after a burst. Neither counts the loss of a batch that was
+corrupted. Steps to recover: from a burst's end until the mean loss of {RECOVERY_WINDOW}
+steps is no higher than before it, the worst burst's, median over the seeds; inf: not
+before the next burst or the end. Diverged: runs, of all rates, that ended no better
+than they began. Step time: of the fastest run, as a multiple of adam's; other work on
+the machine disturbs it.
 """
 
 
@@ -221,6 +245,7 @@ def cells(line: Line, seconds: dict[str, float]) -> dict[str, str]:
         "far_loss": number(line.far_loss, ".3f"),
         "sensitivity": f"{line.sensitivity:.3f}",
         "spike_score": f"{line.spike_score:.2f}",
+        "spikes_from": number(line.spikes_from, "g"),
         "worst_jump": number(line.worst_jump, "+.3f"),
         "recovery": number(line.recovery, ".0f"),
         "diverged": f"{line.diverged} of {line.runs}",
@@ -250,9 +275,35 @@ def markdown(
         parts.append("|---" * len(shown) + "|")
         parts += [markdown_row([row[key] for key in shown]) for row in table]
         parts.append("")
+    parts += spikes_by_rate(found)
     if unfinished:
         parts.append(f"Runs that are not finished: {'; '.join(unfinished)}.\n")
     return "\n".join(parts) + "\n"
+
+
+def spikes_by_rate(found: Sequence[Line]) -> list[str]:
+    """A table of the lines with gradient spikes; nothing if there are none."""
+    spiking = [line for line in found if line.spikes_from is not None]
+    if not spiking:
+        return []
+    rates = sorted({rate for line in spiking for rate in line.gradient_spikes})
+    heading = ["optimizer", "scenario", "initialization", *(f"{r:g}" for r in rates)]
+    rows = [
+        [
+            line.label,
+            line.scenario,
+            line.model,
+            *(analysis.number(line.gradient_spikes.get(r), ".1f") for r in rates),
+        ]
+        for line in spiking
+    ]
+    return [
+        "### Gradient spikes in a run, mean over the seeds, at each rate\n",
+        markdown_row(heading),
+        "|---" * len(heading) + "|",
+        *map(markdown_row, rows),
+        "",
+    ]
 
 
 def markdown_row(cells: Iterable[str]) -> str:
