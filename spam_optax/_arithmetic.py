@@ -45,7 +45,7 @@ def stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def narrow_like(x: jax.Array, nu: jax.Array) -> jax.Array:
     """`x` no wider than arithmetic with `nu`: what does not fit becomes infinite."""
-    real = compute_dtype(nu)
+    x, real = jnp.asarray(x), compute_dtype(nu)
     if jnp.finfo(x.dtype).max <= jnp.finfo(real).max:
         return x
     return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else real)

@@ -744,4 +744,5 @@ def _or_one(x: jax.Array) -> jax.Array:
 
 
 def _cast(tensors: list[jax.Array], like: list[jax.Array]) -> list[jax.Array]:
-    return [_arithmetic.cast(x, y.dtype) for x, y in zip(tensors, like, strict=True)]
+    dtypes = [jnp.asarray(x).dtype for x in like]
+    return [_arithmetic.cast(x, to) for x, to in zip(tensors, dtypes, strict=True)]
