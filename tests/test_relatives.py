@@ -430,6 +430,18 @@ def test_blocks_of_flax_attention(layers, as_dict):
         assert blocks[name] == (*layers, *expected), name
 
 
+@pytest.mark.parametrize("name", ["out", "value", "key", "down", "wo"])
+def test_blocks_of_a_feed_forward_layer_beside_kernels_with_heads(name):
+    """Stacked, such a kernel has the rank of attention's; every layer has its own."""
+    params = {
+        "attention": {"query": {"kernel": jnp.zeros((3, 12, 4, 3))}},
+        "mlp": {name: {"kernel": jnp.zeros((3, 20, 12))}},
+    }
+    blocks = spam_optax.adam_mini_partition(4)(params)
+    assert blocks["attention"]["query"]["kernel"] == (3, 1, 4, 1)
+    assert blocks["mlp"][name]["kernel"] == (3, 1, 12)
+
+
 @pytest.mark.parametrize("num_kv_heads", [None, 2])
 def test_blocks_of_stacked_matrices(num_kv_heads):
     """The trainer's form; with fewer heads for keys and values, too."""
