@@ -126,9 +126,7 @@ def scale_by_adam_mini(
         _validate.check_same_tree(function, updates, state.mu)
         _validate.check_not_complex(function, updates, state.mu)
         step = optax.safe_increment(state.count)
-        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, state.nu)
-        bad = _moments.map_leaves(functional.nonfinite_mask, gradients)
-        gradients = _moments.map_leaves(functional.zero_nonfinite, gradients)
+        gradients, bad = _moments.screen(updates, state.nu)
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
         nu = _moments.map_moments(
             lambda v, g: _moments.move(v, _mean_square(g, v.shape), b2),
