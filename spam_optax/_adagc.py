@@ -141,8 +141,8 @@ def adagc(
         )
         running = jnp.where(history > 0, running, clipped).astype(jnp.float32)
         is_news = norm > 0
-        gradients = _norms.scale(gradients, list(scale))
-        return gradients, AdaGCState(
+        leaves, structure = jax.tree.flatten(gradients)
+        return structure.unflatten(_norms.scale(leaves, scale)), AdaGCState(
             jnp.where(
                 is_news, optax.safe_increment(state.adagc_steps), state.adagc_steps
             ),

@@ -24,9 +24,10 @@ _QUERIES = ("query", "q", "q_proj", "wq")
 _KEYS = ("key", "k", "k_proj", "wk")
 _VALUES = ("value", "v", "v_proj", "wv")
 _OUTS = ("out", "o", "o_proj", "out_proj", "wo")
-_FEED_FORWARD = (
-    *("mlp", "ffn", "feed_forward", "wi", "fc", "c_fc", "c_proj", "fc_in", "fc_out"),
-    *("gate", "up", "down", "gate_proj", "up_proj", "down_proj", "linear_in"),
+_FEED_FORWARDS = ("mlp", "ffn", "feed_forward")
+_NEURONS = (
+    *("wi", "fc", "c_fc", "c_proj", "fc_in", "fc_out", "linear_in"),
+    *("gate", "up", "down", "gate_proj", "up_proj", "down_proj"),
 )
 
 
@@ -125,9 +126,7 @@ def scale_by_adam_mini(
         _validate.check_same_tree(function, updates, state.mu)
         _validate.check_not_complex(function, updates, state.mu)
         step = optax.safe_increment(state.count)
-        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, state.nu)
-        bad = _moments.map_leaves(functional.nonfinite_mask, gradients)
-        gradients = _moments.map_leaves(functional.zero_nonfinite, gradients)
+        gradients, bad = _moments.screen(updates, state.nu)
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
         nu = _moments.map_moments(
             lambda v, g: _moments.move(v, _mean_square(g, v.shape), b2),
@@ -334,11 +333,13 @@ def _role(path: tuple, p: Any) -> str | None:
         ("factor", _paths.FACTORS, 1),
         ("vector", _paths.NORMS, 1),
         ("embedding", _paths.EMBEDDINGS, 2),
+        # First, for kernels of theirs may be called `out` or `key`, and have no heads.
+        ("neurons", _FEED_FORWARDS, 2),
         ("query", _QUERIES, 2),
         ("key", _KEYS, 2),
         ("value", _VALUES, 2),
         ("out", _OUTS, 2),
-        ("neurons", _FEED_FORWARD + _paths.HEADS, 2),
+        ("neurons", _NEURONS + _paths.HEADS, 2),
     ):
         if jnp.ndim(p) >= least_rank and parts & set(map(_paths.plain, names)):
             return role

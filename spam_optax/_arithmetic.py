@@ -32,8 +32,9 @@ def abs_sq(x: jax.Array) -> jax.Array:
 
 
 def norm(x: jax.Array) -> jax.Array:
-    """Euclidean norm of finite numbers, though the sum of their squares overflow."""
-    unit = 2.0**-40  # Of 2**80 numbers the sum is then finite.
+    """Euclidean norm of finite numbers, though their squares or the sum overflow."""
+    # The sum is then finite of 2**60 numbers, each the largest there is.
+    unit = 2.0 ** (-3 * jnp.finfo(compute_dtype(x)).maxexp // 4)
     total, scaled = jnp.sum(abs_sq(x)), jnp.sum(abs_sq(widen(x) * unit))
     return jnp.where(jnp.isfinite(total), jnp.sqrt(total), jnp.sqrt(scaled) / unit)
 
@@ -45,7 +46,7 @@ def stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def narrow_like(x: jax.Array, nu: jax.Array) -> jax.Array:
     """`x` no wider than arithmetic with `nu`: what does not fit becomes infinite."""
-    real = compute_dtype(nu)
+    x, real = jnp.asarray(x), compute_dtype(nu)
     if jnp.finfo(x.dtype).max <= jnp.finfo(real).max:
         return x
     return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else real)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _validate
+from spam_optax import _arithmetic, _validate, functional
 
 Mask = optax.Params | Callable[[optax.Params], Any]
 
@@ -90,6 +90,15 @@ def map_moments(
             for moment, g, *others in zip(leaves, *trees, strict=True)
         ],
     )
+
+
+def screen(
+    updates: optax.Updates, nu: optax.Updates
+) -> tuple[optax.Updates, optax.Updates]:
+    """The gradients with 0 for what has no square in `nu`, and where that was."""
+    gradients = map_leaves(_arithmetic.narrow_like, updates, nu)
+    bad = map_leaves(functional.nonfinite_mask, gradients)
+    return map_leaves(functional.zero_nonfinite, gradients), bad
 
 
 def hold(moved: optax.Updates, moments: optax.Updates, bad: Any) -> optax.Updates:

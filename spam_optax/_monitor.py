@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _validate, functional
+from spam_optax import _arithmetic, _norms, _validate, functional
 from spam_optax._names import tensor_name
 
 
@@ -113,13 +113,13 @@ def track_spikes(
         new_updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        norm = _norms([functional.zero_nonfinite(g) for g in gradients])
+        norm = _norms.of_tensors([functional.zero_nonfinite(g) for g in gradients])
         nonfinite = _arithmetic.stack(
             [_arithmetic.totals(functional.nonfinite_mask(g))[0] for g in gradients],
             jnp.int32,
         )
         mean = state.tensor_mean_norm
-        # The sum over a tensor can overflow where no square does.
+        # Of float64 gradients it can be more than float32 has.
         valid = (nonfinite == 0) & jnp.isfinite(norm)
         score = jnp.where(mean > 0, norm / jnp.where(mean > 0, mean, 1), 0)
         score = jnp.where(valid, score, jnp.inf)
@@ -131,7 +131,7 @@ def track_spikes(
         new_mean = (mean + rate * (limited - mean)).astype(jnp.float32)
         return new_updates, TrackSpikesState(
             tensor_grad_norm=norm,
-            tensor_update_norm=_norms(jax.tree.leaves(new_updates)),
+            tensor_update_norm=_norms.of_tensors(new_updates),
             tensor_mean_norm=jnp.where(valid, new_mean, mean),
             tensor_spike_score=score,
             tensor_spike_steps=state.tensor_spike_steps + (score > threshold),
@@ -161,8 +161,3 @@ def tensor_names(params: optax.Params) -> tuple[str, ...]:
     return tuple(
         tensor_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
     )
-
-
-def _norms(tensors: list[jax.Array]) -> jax.Array:
-    squares = [jnp.sum(_arithmetic.abs_sq(x)) for x in tensors]
-    return _arithmetic.stack([jnp.sqrt(x) for x in squares], jnp.float32)

@@ -1,5 +1,7 @@
 """What clips by the norms of whole tensors share."""
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -59,11 +61,11 @@ def factor(norm: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
     )
 
 
-def scale(gradients: optax.Updates, factors: list[jax.Array]) -> optax.Updates:
-    """The tensors times one factor each, in their dtypes."""
-    leaves, structure = jax.tree.flatten(gradients)
-    scaled = [
-        (_arithmetic.widen(g) * by).astype(jnp.asarray(g).dtype)
-        for g, by in zip(leaves, factors, strict=True)
+def scale(
+    tensors: list[jax.Array | None], factors: Iterable[jax.Array]
+) -> list[jax.Array | None]:
+    """The tensors times one factor each, in their dtypes; None stays None."""
+    return [
+        None if x is None else (_arithmetic.widen(x) * by).astype(jnp.asarray(x).dtype)
+        for x, by in zip(tensors, factors, strict=True)
     ]
-    return structure.unflatten(scaled)

@@ -455,6 +455,7 @@ def _scale_and_decay(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySparseSpamState]:
         _check_update(function, updates, state, params, masks)
+        updates = _moments.map_leaves(jnp.asarray, updates)
         if params is None and decay is not None:
             raise ValueError(f"{function}: weight_decay needs params, got None.")
         seeds, lanes = _draw(function, updates, state, params, settings, masks)
@@ -755,7 +756,7 @@ def _compact(function: str, params: optax.Params, masks: _MaskSettings) -> optax
 
 
 def _init_lanes(p: jax.Array, moment: Any, masks: _MaskSettings) -> jax.Array | None:
-    if p.shape == moment.shape:
+    if jnp.shape(p) == jnp.shape(moment):
         return None
     return jnp.zeros_like(moment, dtype=masks.layout(p.shape).lane_dtype)
 
@@ -813,18 +814,18 @@ def _check_update(
         )
 
     def check(path, g, moment):
-        if g is None or g.shape == moment.shape:
+        if g is None or jnp.shape(g) == moment.shape:
             return
         where = jax.tree_util.keystr(path) or "the root"
         if moment.ndim < 2:
             raise ValueError(
                 f"{function}: the update at {where} must have the shape {moment.shape} "
-                f"of its parameter, got {g.shape}."
+                f"of its parameter, got {jnp.shape(g)}."
             )
-        if g.ndim < 2 or moment.shape != masks.layout(g.shape).moment_shape:
+        if jnp.ndim(g) < 2 or moment.shape != masks.layout(jnp.shape(g)).moment_shape:
             raise ValueError(
                 f"{function}: the update at {where} must have the shape of its "
-                f"parameter, got {g.shape}, whose moments cannot have the shape "
+                f"parameter, got {jnp.shape(g)}, whose moments cannot have the shape "
                 f"{moment.shape} with density {masks.density} and row_blocks "
                 f"{masks.row_blocks}."
             )

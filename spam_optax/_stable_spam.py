@@ -732,10 +732,7 @@ def _rescale(
 ) -> list[jax.Array | None]:
     """Rescales every tensor that has a history from its norm to the one `wanted`."""
     factor = jnp.where(has_history & (norm > 0), wanted / _or_one(norm), 1)
-    return [
-        None if g is None else (g * factor[i]).astype(g.dtype)
-        for i, g in enumerate(finite)
-    ]
+    return _norms.scale(finite, factor)
 
 
 def _or_one(x: jax.Array) -> jax.Array:
@@ -744,4 +741,5 @@ def _or_one(x: jax.Array) -> jax.Array:
 
 
 def _cast(tensors: list[jax.Array], like: list[jax.Array]) -> list[jax.Array]:
-    return [_arithmetic.cast(x, y.dtype) for x, y in zip(tensors, like, strict=True)]
+    dtypes = [jnp.asarray(x).dtype for x in like]
+    return [_arithmetic.cast(x, to) for x, to in zip(tensors, dtypes, strict=True)]

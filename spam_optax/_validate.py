@@ -203,7 +203,8 @@ def check_inexact(
             "must have a floating or complex dtype of 16 bits or more, "
             f"got {dtype}."
         )
-    return jnp.promote_types(dtype, jnp.float32)
+    # JAX may not have the float64 of a NumPy array.
+    return jnp.promote_types(jax.dtypes.canonicalize_dtype(dtype), jnp.float32)
 
 
 def check_not_complex(function: str, updates: Any, mu: Any) -> None:

@@ -43,6 +43,7 @@ def fold_wesar(params: Any) -> Any:
       The same kind of tree. Metadata, as for partitioning, stay, and so do dtypes.
 
     Raises:
+      TypeError: If `params` is not a mapping, as a module is not.
       ValueError: If an ``alpha`` is not one number for each matrix in the ``kernel``
         beside it.
 
@@ -60,8 +61,17 @@ def fold_wesar(params: Any) -> Any:
       Nishida et al., `WeSaR <https://arxiv.org/abs/2410.05052>`_, EMNLP 2024.
     """
     if not isinstance(params, Mapping):
+        raise TypeError(
+            "fold_wesar: params must be a mapping of names to parameters, as "
+            f"flax.nnx.state(model) is, got {type(params).__name__}."
+        )
+    return _fold(params)
+
+
+def _fold(params: Any) -> Any:
+    if not isinstance(params, Mapping):
         return params
-    children = {name: fold_wesar(child) for name, child in params.items()}
+    children = {name: _fold(child) for name, child in params.items()}
     if children.keys() >= {"kernel", "alpha"}:
         (alpha,) = jax.tree.leaves(children.pop("alpha"))
         (kernel,) = jax.tree.leaves(children["kernel"])

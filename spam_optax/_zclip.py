@@ -139,8 +139,9 @@ def zclip(
         share = jnp.where(is_warm, keep, jnp.sqrt(keep))
         mean, std = _move(state, limit, keep, share)
         is_news = norm > 0
-        gradients = _norms.scale(gradients, [scale] * len(jax.tree.leaves(gradients)))
-        return gradients, ZClipState(
+        leaves, structure = jax.tree.flatten(gradients)
+        clipped = _norms.scale(leaves, [scale] * len(leaves))
+        return structure.unflatten(clipped), ZClipState(
             jnp.where(is_news, steps, state.zclip_steps),
             jnp.where(is_news, mean, state.zclip_mean),
             jnp.where(is_news, std, state.zclip_std),

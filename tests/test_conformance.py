@@ -113,6 +113,20 @@ def test_structure_shapes_and_dtypes_are_stable(name, dtype):
 
 
 @EVERY
+def test_numbers_and_numpy_arrays(name):
+    """A Python float is a float32 scalar; a float64 array is float32 without x64."""
+    tx = TRANSFORMATIONS[name]()
+    plain = {"number": 1.0, "array": np.ones(3)}
+    params = jax.tree.map(lambda x: jnp.asarray(x, "float32"), plain)
+    state, want_state = tx.init(plain), tx.init(params)
+    assert types(state) == types(want_state)
+    for _ in range(2):
+        updates, state = tx.update(plain, state, plain)
+        want, want_state = tx.update(params, want_state, params)
+        assert_close((updates, state), (want, want_state))
+
+
+@EVERY
 def test_jit_equals_eager(name):
     tx = TRANSFORMATIONS[name]()
     compiled = run(tx, make_params(), steps=3)

@@ -640,9 +640,12 @@ def test_layer_norms_are_those_of_the_layers_one_by_one(dtype, axis):
 def test_layer_norms_of_huge_and_of_nonfinite_gradients():
     """Guards the squares against overflowing, and one bad layer's from the others."""
     gradient = np.full((4, 9), 1e30, np.float32)
-    gradient[1, 2], gradient[2, 0] = np.nan, -np.inf
+    gradient[1, 2], gradient[2, 0], gradient[3] = np.nan, -np.inf, 1e38
     norms = layer_norms({"w": gradient}, ("w",))["w"]
-    np.testing.assert_allclose(norms, [3e30, np.nan, np.inf, 3e30], rtol=1e-6)
+    np.testing.assert_allclose(norms, [3e30, np.nan, np.inf, 3e38], rtol=1e-6)
+    with jax.enable_x64(True):
+        norm = layer_norms({"w": np.full(9, 1e307)}, ())["w"]
+    np.testing.assert_allclose(norm, 3e307, rtol=1e-14)
 
 
 def test_layer_norms_take_flax_states_and_part_names_as_a_whole():

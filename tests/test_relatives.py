@@ -46,10 +46,17 @@ def params_of(dtype="float32"):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("settings", [{}, {"max_norm": None, "warmup_steps": 10}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_norm": None, "warmup_steps": 10},
+        {"threshold": 1.5, "decay": 0.8, "eps": 0.1, "max_norm": 0.7},
+    ],
+)
 def test_zclip_is_the_papers(settings, dtype):
     ours = spam_optax.zclip(**settings)
-    renamed = {"warmup_steps": "warmup"}
+    renamed = {"warmup_steps": "warmup", "threshold": "z_thres", "decay": "alpha"}
     theirs = numpy_relatives.ZClip(
         **{renamed.get(name, name): value for name, value in settings.items()}
     )
@@ -71,10 +78,23 @@ def test_zclip_is_the_papers(settings, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("warmup_steps", [0, 40, 100])
-def test_adagc_is_the_papers(warmup_steps, dtype):
-    ours = spam_optax.adagc(warmup_steps=warmup_steps)
-    theirs = numpy_relatives.AdaGC(len(SHAPES), t_start=warmup_steps)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"warmup_steps": 0},
+        {"threshold": 1.2, "decay": 0.8, "max_norm": 0.5, "warmup_steps": 40},
+    ],
+)
+def test_adagc_is_the_papers(settings, dtype):
+    ours = spam_optax.adagc(**settings)
+    renamed = {
+        **{"threshold": "lambda_rel", "decay": "beta"},
+        **{"max_norm": "lambda_abs", "warmup_steps": "t_start"},
+    }
+    theirs = numpy_relatives.AdaGC(
+        len(SHAPES), **{renamed[name]: value for name, value in settings.items()}
+    )
     state, update = ours.init(params_of(dtype)), jax.jit(ours.update)
     different = 0
     for g in gradients_of(dtype=jnp.dtype(dtype)):
@@ -89,12 +109,17 @@ def test_adagc_is_the_papers(warmup_steps, dtype):
     assert different > 20
 
 
+# With an eps as large as the gradients it matters where it stands.
+ADAM = {"defaults": (), "others": (0.5, 0.9, 0.1)}
+
+
+@pytest.mark.parametrize("betas_and_eps", ADAM.values(), ids=ADAM)
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
-def test_stable_adamw_is_the_papers(dtype):
-    ours = spam_optax.stable_adamw(0.01, weight_decay=0.1)
+def test_stable_adamw_is_the_papers(dtype, betas_and_eps):
+    ours = spam_optax.stable_adamw(0.01, *betas_and_eps, weight_decay=0.1)
     params = params_of(dtype)
     theirs = {
-        name: numpy_relatives.StableAdamW(p, eta=0.01, decay=0.1)
+        name: numpy_relatives.StableAdamW(p, 0.01, *betas_and_eps, decay=0.1)
         for name, p in params.items()
     }
     state, update = ours.init(params), jax.jit(ours.update)
@@ -112,7 +137,7 @@ def test_stable_adamw_is_the_papers(dtype):
             close(np.imag(params[name]), np.imag(wanted), rtol=1e-4)
             close(rms[i], theirs[name].rms, rtol=1e-4)
         largest = max(largest, rms.max())
-    assert largest > 5
+    assert largest > (3 if betas_and_eps else 5)
 
 
 def test_stable_adamw_has_float32_moments_for_bfloat16_parameters():
@@ -143,8 +168,9 @@ def blocks_by_number(shape, blocks):
     return numbers
 
 
+@pytest.mark.parametrize("betas_and_eps", ADAM.values(), ids=ADAM)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_adam_mini_is_the_papers(dtype):
+def test_adam_mini_is_the_papers(dtype, betas_and_eps):
     """For blocks of every kind: heads, rows, columns, layers, the whole."""
     params = {
         "query": jnp.ones((2, 3, 8), dtype),
@@ -155,7 +181,7 @@ def test_adam_mini_is_the_papers(dtype):
         "scalar": jnp.ones((), dtype),
     }
     partition = spam_optax.adam_mini_partition(4)
-    ours = spam_optax.scale_by_adam_mini(partition=partition)
+    ours = spam_optax.scale_by_adam_mini(*betas_and_eps, partition=partition)
     blocks = {
         "query": (2, 1, 4),
         "wv": (1, 4),
@@ -167,7 +193,10 @@ def test_adam_mini_is_the_papers(dtype):
     assert partition(params) == blocks
     theirs = {
         name: numpy_relatives.AdamMini(
-            np.zeros(p.shape), blocks_by_number(p.shape, blocks[name]), eta=1
+            np.zeros(p.shape),
+            blocks_by_number(p.shape, blocks[name]),
+            1,
+            *betas_and_eps,
         )
         for name, p in params.items()
     }
@@ -428,6 +457,18 @@ def test_blocks_of_flax_attention(layers, as_dict):
         "head/kernel": (1, 11),
     }.items():
         assert blocks[name] == (*layers, *expected), name
+
+
+@pytest.mark.parametrize("name", ["out", "value", "key", "down", "wo"])
+def test_blocks_of_a_feed_forward_layer_beside_kernels_with_heads(name):
+    """Stacked, such a kernel has the rank of attention's; every layer has its own."""
+    params = {
+        "attention": {"query": {"kernel": jnp.zeros((3, 12, 4, 3))}},
+        "mlp": {name: {"kernel": jnp.zeros((3, 20, 12))}},
+    }
+    blocks = spam_optax.adam_mini_partition(4)(params)
+    assert blocks["attention"]["query"]["kernel"] == (3, 1, 4, 1)
+    assert blocks["mlp"][name]["kernel"] == (3, 1, 12)
 
 
 @pytest.mark.parametrize("num_kv_heads", [None, 2])

@@ -306,6 +306,13 @@ def test_an_alpha_that_is_not_one_number_a_matrix_is_an_error(shape):
     assert "fold_wesar: alpha" in message and f"got {shape}" in message
 
 
+def test_a_module_is_an_error_to_fold():
+    """Returned as it is, it would pass for folded."""
+    layer = nnx.WesarLinear(8, 4, rngs=flax_nnx.Rngs(0))
+    with pytest.raises(TypeError, match="^fold_wesar: params must .* got WesarLinear"):
+        nnx.fold_wesar(layer)
+
+
 @each_flavor
 @pytest.mark.parametrize(("target", "kind"), [(0.0, ValueError), ("0.1", TypeError)])
 def test_a_bad_target_names_the_layer(flavor, target, kind):
