@@ -15,7 +15,16 @@ import pytest
 
 import compare
 import pretrain
-from lm import comparison, experiments, loop, optimizers, sharding, single_run, training
+from lm import (
+    comparison,
+    corpus,
+    experiments,
+    loop,
+    optimizers,
+    sharding,
+    single_run,
+    training,
+)
 from lm.config import BURST_LENGTH, RunConfig
 from lm.experiments import Spec
 from lm.run_folder import Run
@@ -92,8 +101,9 @@ def test_coordinate_spikes_hit_one_in_a_thousand():
     assert spec("adam", "clean").program() == spec("adam", "noise").program()
 
 
-def test_a_record_has_what_it_cost(spam):
+def test_a_record_has_its_text_and_what_it_cost(spam):
     record = spam(spec("clip_spam"))
+    assert record["digest"] == corpus.text_digest(None)
     # mu and nu, the step and four counters.
     assert record["optimizer_bytes"] == 8 * record["parameters"] + 4 * 5 + 4
     assert record["seconds_per_step"] > 0
@@ -140,12 +150,31 @@ def test_a_new_setting_with_its_default_changes_no_file_name():
 
 def test_a_record_of_other_settings_is_not_taken(tmp_path):
     this = spec()
-    assert this.read(tmp_path) is None
+    assert this.read(tmp_path, "digest") is None
     path = tmp_path / this.file_name()
     path.write_text(json.dumps({"settings": this.settings()}))
-    assert this.read(tmp_path)
+    assert this.read(tmp_path, "digest")
     path.write_text(json.dumps({"settings": this.settings() | {"preset": "tiny"}}))
-    assert this.read(tmp_path) is None
+    assert this.read(tmp_path, "digest") is None
+
+
+def test_a_record_of_another_text_under_the_same_name_is_not_taken(tmp_path):
+    """One from before records had a text's digest is."""
+    text = tmp_path / "text.txt"
+    this = spec(data=str(text))
+    path = tmp_path / this.file_name()
+    text.write_text("To be, or not to be")
+    old = {"settings": this.settings()}
+    new = old | {"digest": corpus.text_digest(str(text))}
+    text.write_text("Not to be, or to be")
+    digest = corpus.text_digest(str(text))
+    for content, is_taken in (
+        (old, True),
+        (new, False),
+        (new | {"digest": digest}, True),
+    ):
+        path.write_text(json.dumps(content))
+        assert (this.read(tmp_path, digest) is not None) == is_taken
 
 
 def test_a_line_with_runs_missing_is_no_line(tmp_path):
@@ -155,7 +184,7 @@ def test_a_line_with_runs_missing_is_no_line(tmp_path):
     for this in specs[:3]:
         text = json.dumps({"settings": this.settings()})
         (tmp_path / this.file_name()).write_text(text)
-    records, unfinished = comparison.read(tmp_path, specs)
+    records, unfinished = comparison.read(tmp_path, specs, "digest")
     assert [record["label"] for record in records] == ["adam", "adam"]
     assert unfinished == ["spam (clean; standard, plain): 1 of 2"]
 

@@ -44,7 +44,9 @@ class Line(NamedTuple):
     curve: dict[float, list[float]]  # rate -> final losses of the seeds, capped
 
 
-def read(folder: pathlib.Path, specs: Iterable[Spec]) -> tuple[list[Record], list[str]]:
+def read(
+    folder: pathlib.Path, specs: Iterable[Spec], digest: str
+) -> tuple[list[Record], list[str]]:
     """The records of the lines that are whole, and how far the others have come.
 
     A line with some of its rates or seeds would not compare with the others.
@@ -52,7 +54,7 @@ def read(folder: pathlib.Path, specs: Iterable[Spec]) -> tuple[list[Record], lis
     groups = {}
     for spec in specs:
         key = spec.scenario, model_of(spec.settings()), spec.label
-        groups.setdefault(key, []).append(spec.read(folder))
+        groups.setdefault(key, []).append(spec.read(folder, digest))
     records, unfinished = [], []
     for (scenario, model, label), group in groups.items():
         there = [record | record["settings"] for record in group if record]

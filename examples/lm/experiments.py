@@ -84,8 +84,12 @@ class Spec(NamedTuple):
         label = re.sub("[^a-z0-9_.]+", "_", self.label)
         return f"{label}-{self.scenario}-{rate:g}-seed{seed}-{digest}.json"
 
-    def read(self, folder: pathlib.Path) -> dict[str, Any] | None:
-        """The record of this run in `folder`; None if there is none."""
+    def read(self, folder: pathlib.Path, digest: str) -> dict[str, Any] | None:
+        """The record of this run in `folder`; None if there is none.
+
+        `digest` is the text's, see `corpus.text_digest`; its path may have named
+        another one then. A record that has none is older than they are, and counts.
+        """
         try:
             record = json.loads((folder / self.file_name()).read_text())
         except FileNotFoundError:
@@ -93,7 +97,7 @@ class Spec(NamedTuple):
         settings = self.settings()
         # A default may have changed since.
         is_ours = all(settings.get(k, v) == v for k, v in record["settings"].items())
-        return record if is_ours else None
+        return record if is_ours and record.get("digest", digest) == digest else None
 
     def program(self) -> tuple[str, RunConfig]:
         """What is compiled: learning rate, seed and fault steps are its inputs."""

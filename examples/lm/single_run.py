@@ -28,6 +28,7 @@ class Program:
         tokenizer, self._tokens, _ = corpus.load(config.data, config.tokenizer)
         self._vocabulary = tokenizer.vocabulary
         self._model = model.configure(config, tokenizer.vocabulary, "cpu")
+        self._digest = corpus.text_digest(config.data)
         self._graphdef, _ = nnx.split(
             nnx.eval_shape(lambda: model.Decoder(self._model, rngs=nnx.Rngs(0)))
         )
@@ -48,6 +49,7 @@ class Program:
         seconds = time.perf_counter() - start
         return {
             "settings": spec.settings(),
+            "digest": self._digest,
             **{name: finite_list(value) for name, value in results.items()},
             "optimizer_bytes": self.optimizer_bytes(),
             "parameters": self.parameters(),
