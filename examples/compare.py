@@ -19,7 +19,7 @@ experiments later. At the end it writes
     comparison.md      a table for every experiment: final loss at the best learning
                        rate, its spread over the seeds, learning-rate sensitivity,
                        spikes, recovery, divergences, optimizer memory, step time
-    summary.json       the same numbers
+    summary.json       the same numbers; "inf" is infinite, null that there is none
     <experiment>.png   final loss over learning rate
 """
 
@@ -280,11 +280,12 @@ def report(grids: dict[str, list[Spec]], folder: pathlib.Path, digest: str) -> N
         tables.append(comparison.markdown(name, experiment, found, unfinished))
         if not found:
             continue
-        summary[name] = [records.finite(line._asdict()) for line in found]
+        summary[name] = [comparison.to_json(line) for line in found]
         comparison.picture(found).savefig(folder / f"{name}.png")
     text = "\n".join(["# Comparison\n", *tables, comparison.NOTES])
     records.replace(folder / "comparison.md", text)
-    records.replace(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    text = json.dumps(summary, indent=1, allow_nan=False)
+    records.replace(folder / "summary.json", text + "\n")
 
 
 if __name__ == "__main__":

@@ -285,6 +285,17 @@ def test_a_recovery_that_nobody_could_see_is_not_one_of_no_steps():
     assert line.recovery is None and line.worst_jump == 0
 
 
+def test_what_is_infinite_is_told_from_what_is_missing():
+    """Losses that never come back, and one that is not finite."""
+    losses = list(np.arange(200.0))
+    losses[BURSTS[1] + 4] = None
+    noise = record(scenario="noise", losses=losses)
+    clean, noise = map(comparison.to_json, comparison.lines([record(), noise]))
+    assert [clean["recovery"], clean["worst_jump"]] == [None, None]
+    assert [noise["recovery"], noise["worst_jump"]] == ["inf", "inf"]
+    json.dumps([clean, noise], allow_nan=False)
+
+
 def test_spikes_and_jumps():
     losses = [3.0 + 0.01 * (i % 2) for i in range(200)]
     losses[BURSTS[1] + 4] = 7.0

@@ -35,8 +35,9 @@ class Line(NamedTuple):
     far_loss: float | None  # at FAR times the best rate, if that was swept
     sensitivity: float  # mean over the rates of the loss less the best one
     spike_score: float  # percent of steps whose loss spikes, at the best rate
-    worst_jump: float | None  # after a burst, at the best rate: mean over the seeds
-    recovery: float | None  # steps until the loss is back: median over the seeds
+    # After a burst, at the best rate; None where none can be seen, and infinite:
+    worst_jump: float | None  # mean over the seeds; a loss was not finite
+    recovery: float | None  # steps: median over the seeds; the loss never came back
     diverged: int  # runs of all rates that ended above their first loss
     runs: int
     bytes_per_parameter: float  # of optimizer state
@@ -123,8 +124,10 @@ def spike_percent(record: Record) -> float:
 
 
 def worst_jump(record: Record) -> float | None:
+    """Infinite if a loss is not finite, before a burst or after it."""
     skipped = BURST_LENGTH if has_corrupted_batches(record) else 1
-    return analysis.worst_loss_jump(losses_of(record), burst_starts(record), skipped)
+    jump = analysis.worst_loss_jump(losses_of(record), burst_starts(record), skipped)
+    return np.inf if jump is not None and np.isnan(jump) else jump
 
 
 def model_of(record: Record) -> str:
@@ -179,6 +182,12 @@ def line(records: Sequence[Record]) -> Line:
     )
 
 
+def to_json(line: Line) -> dict[str, Any]:
+    """As JSON, which knows no infinity: "inf" in its place. None is of no number."""
+    values = line._asdict().items()
+    return {name: "inf" if value == np.inf else value for name, value in values}
+
+
 # -------------------------------------------------------------------------- the table
 
 HEADINGS = {
@@ -203,12 +212,12 @@ sensitivity (Wortsman et al., 2023): mean over all swept rates of the final loss
 at the loss of initialization, less the best. Spike score (AdaGC): percent of the steps
 whose training loss is 10 deviations from the mean of the {SPIKE_WINDOW} steps before,
 or of half the run's if they are fewer. Worst jump: rise of the training loss within 40
-steps after a burst. Neither counts the loss of a batch that was corrupted. Steps to
-recover: from a burst's end until the mean loss of {RECOVERY_WINDOW} steps is no higher
-than before it, the worst burst's, median over the seeds; inf: not before the next burst
-or the end. Diverged: runs, of all rates, that ended no better than they began. Step
-time: of the fastest run, as a multiple of adam's; other work on the machine disturbs
-it.
+steps after a burst, mean over the seeds; inf: it was not finite. Neither counts the
+loss of a batch that was corrupted. Steps to recover: from a burst's end until the mean
+loss of {RECOVERY_WINDOW} steps is no higher than before it, the worst burst's, median
+over the seeds; inf: not before the next burst or the end. Diverged: runs, of all rates,
+that ended no better than they began. Step time: of the fastest run, as a multiple of
+adam's; other work on the machine disturbs it.
 """
 
 
