@@ -158,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = error.filename or options.output
         parser.exit(1, f"{parser.prog}: error: {where}: {error.strerror}\n")
+    except KeyboardInterrupt:  # before the runs, or while the tables are written
+        done = False
     except concurrent.futures.process.BrokenProcessPool:
         parser.exit(
             1,

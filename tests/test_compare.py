@@ -25,7 +25,7 @@ from lm import (
     single_run,
     training,
 )
-from lm.config import BURST_LENGTH, RunConfig
+from lm.config import BURST_LENGTH, RunConfig, UsageError
 from lm.experiments import Spec
 from lm.run_folder import Run
 
@@ -112,6 +112,14 @@ def test_a_record_has_its_text_and_what_it_cost(spam):
     json.dumps(record, allow_nan=False)
 
 
+@pytest.mark.parametrize(("size", "part"), [(15, "train"), (150, "validation")])
+def test_a_text_shorter_than_a_sequence_is_a_mistake(size, part, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"." * size)
+    with pytest.raises(UsageError, match=f"too short: its {part} part"):
+        single_run.Program(spec(data=str(text)))
+
+
 @pytest.mark.parametrize("steps", [40, 300])
 def test_every_variant_of_every_experiment_can_be_made(steps):
     base = dataclasses.replace(experiments.BASE, steps=steps)
@@ -177,6 +185,17 @@ def test_a_record_of_another_text_under_the_same_name_is_not_taken(tmp_path):
     ):
         path.write_text(json.dumps(content))
         assert (this.read(tmp_path, digest) is not None) == is_taken
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"settings": {"pre', b"\0\0\0", b"[]", b"{}"],
+    ids=["cut short", "never written", "a list", "no settings"],
+)
+def test_a_damaged_record_is_told_in_one_line(content, tmp_path):
+    (tmp_path / spec().file_name()).write_bytes(content)
+    with pytest.raises(UsageError, match=r"\.json is damaged: remove it"):
+        spec().read(tmp_path, "digest")
 
 
 def test_a_line_with_runs_missing_is_no_line(tmp_path):
@@ -380,6 +399,17 @@ def test_sigterm_ends_the_workers_too(tmp_path):
     assert process.returncode == 130
     for worker in workers:
         assert not pathlib.Path(f"/proc/{worker}").exists()
+
+
+@pytest.mark.parametrize("stage", ["grid", "report"])
+def test_ctrl_c_before_and_after_the_runs(stage, tmp_path, capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "train_all", lambda *args: True)
+    monkeypatch.setattr(compare, stage, interrupt)
+    assert compare.main([*FLAGS, f"--output={tmp_path}"]) == 130
+    assert "repeat the command to go on" in capsys.readouterr().err
 
 
 def children_of(pid):

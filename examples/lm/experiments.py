@@ -89,15 +89,24 @@ class Spec(NamedTuple):
 
         `digest` is the text's, see `corpus.text_digest`; its path may have named
         another one then. A record that has none is older than they are, and counts.
+
+        Raises:
+          UsageError: If the file is damaged.
         """
+        path, settings = folder / self.file_name(), self.settings()
         try:
-            record = json.loads((folder / self.file_name()).read_text())
+            record = json.loads(path.read_text())
+            found = record["settings"].items()
+            is_of_text = record.get("digest", digest) == digest
         except FileNotFoundError:
             return None
-        settings = self.settings()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{path} is damaged: remove it to run it again ({error})"
+            ) from error
         # A default may have changed since.
-        is_ours = all(settings.get(k, v) == v for k, v in record["settings"].items())
-        return record if is_ours and record.get("digest", digest) == digest else None
+        is_ours = all(settings.get(k, v) == v for k, v in found)
+        return record if is_ours and is_of_text else None
 
     def program(self) -> tuple[str, RunConfig]:
         """What is compiled: learning rate, seed and fault steps are its inputs."""

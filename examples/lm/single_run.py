@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 import spam_optax
-from lm import corpus, experiments, model, training
+from lm import corpus, data, experiments, model, training
 from lm.experiments import Spec
 
 Arrays = dict[str, Any]
@@ -32,11 +32,9 @@ class Program:
         self._graphdef, _ = nnx.split(
             nnx.eval_shape(lambda: model.Decoder(self._model, rngs=nnx.Rngs(0)))
         )
-        self._validation = corpus.evaluation_batches(
-            self._tokens.validation,
-            config.sequence_length,
-            config.batch_size,
-            config.eval_sequences,
+        data.check_length("train", self._tokens.train, tokenizer, config)
+        self._validation = data.evaluation_batches(
+            self._tokens.validation, tokenizer, config
         )
         arguments = self._arguments(spec)
         self._train = jax.jit(self._make_train()).lower(*arguments).compile()
