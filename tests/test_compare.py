@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import pathlib
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from lm import (
     experiments,
     loop,
     optimizers,
+    records,
     sharding,
     single_run,
     training,
@@ -410,6 +412,21 @@ def test_ctrl_c_before_and_after_the_runs(stage, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compare, stage, interrupt)
     assert compare.main([*FLAGS, f"--output={tmp_path}"]) == 130
     assert "repeat the command to go on" in capsys.readouterr().err
+
+
+def test_two_programs_may_write_the_same_record_at_once(tmp_path, monkeypatch):
+    """The other one does when this one has written its file, but not moved it."""
+    path, replace = tmp_path / "run.json", os.replace
+
+    def interfere(*args):
+        monkeypatch.setattr(os, "replace", replace)
+        records.replace(path, "theirs")
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", interfere)
+    records.replace(path, "ours")
+    assert path.read_text() == "ours"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def children_of(pid):
