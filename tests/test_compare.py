@@ -279,6 +279,7 @@ def test_the_best_lines_come_first_and_an_edge_is_marked():
     text = comparison.markdown("main", experiment, lines, ["adam (clean): 1 of 15"])
     assert "| lion | 0.001* | 1.500 |" in text
     assert "worst jump" not in text
+    assert "LR sensitivity" not in text  # which one rate says nothing of
     assert "Runs that are not finished: adam (clean): 1 of 15." in text
 
 

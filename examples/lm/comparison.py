@@ -33,7 +33,7 @@ class Line(NamedTuple):
     high: float  # the highest
     seeds: int
     far_loss: float | None  # at FAR times the best rate, if that was swept
-    sensitivity: float  # mean over the rates of the loss less the best one
+    sensitivity: float | None  # mean over the rates of the loss less the best one
     spike_score: float  # percent of steps whose loss spikes, at the best rate
     # After a burst, at the best rate; None where none can be seen, and infinite:
     worst_jump: float | None  # mean over the seeds; a loss was not finite
@@ -170,7 +170,7 @@ def line(records: Sequence[Record]) -> Line:
         high=max(curve[best]),
         seeds=len(at_best),
         far_loss=far,
-        sensitivity=float(np.mean(list(means.values()))) - means[best],
+        sensitivity=sensitivity(means),
         spike_score=float(np.mean([spike_percent(r) for r in at_best])),
         worst_jump=None if None in jumps else float(np.mean(jumps)),
         recovery=None if None in recoveries else float(np.median(recoveries)),
@@ -186,6 +186,12 @@ def to_json(line: Line) -> dict[str, Any]:
     """As JSON, which knows no infinity: "inf" in its place. None is of no number."""
     values = line._asdict().items()
     return {name: "inf" if value == np.inf else value for name, value in values}
+
+
+def sensitivity(means: dict[float, float]) -> float | None:
+    """Mean over the rates of the loss, less the lowest; None of a single rate."""
+    losses = list(means.values())
+    return float(np.mean(losses)) - min(losses) if len(losses) > 1 else None
 
 
 # -------------------------------------------------------------------------- the table
@@ -230,7 +236,7 @@ def cells(line: Line, seconds: dict[str, float]) -> dict[str, str]:
         "final_loss": f"{line.final_loss:.3f}",
         "spread": f"{line.low:.3f} to {line.high:.3f} ({line.seeds})",
         "far_loss": number(line.far_loss, ".3f"),
-        "sensitivity": f"{line.sensitivity:.3f}",
+        "sensitivity": number(line.sensitivity, ".3f"),
         "spike_score": f"{line.spike_score:.2f}",
         "worst_jump": number(line.worst_jump, "+.3f"),
         "recovery": number(line.recovery, ".0f"),
