@@ -348,15 +348,13 @@ FLAGS = ["--optimizer", "adam", "spam", "--preset=nano", "--steps=40", "--seeds=
 FLAGS += ["--learning-rate", "4e-3", "--workers=1"]
 
 
-@pytest.fixture(scope="module")
-def quick_workers(tmp_path_factory):
+@pytest.fixture
+def quick_workers(tmp_path_factory, monkeypatch):
     """Processes that compile with few optimizations, and no program twice."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = tmp_path_factory.mktemp("compiled")
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
+    cache = tmp_path_factory.mktemp("compiled")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 @pytest.mark.usefixtures("quick_workers")
