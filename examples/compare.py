@@ -11,14 +11,15 @@ the chosen experiments, clean and under faults:
     batches      in the same steps, the batch is random tokens
 
 A run is one compiled program and takes seconds; two or more go on side by side. Each
-leaves a JSON file behind, and a run whose file is there is not run again: stop with
-Ctrl-C and repeat the command to go on, or add experiments later. At the end it writes
+leaves a JSON file behind, and a run whose file is there is not run again, unless the
+text of --data has changed: stop with Ctrl-C and repeat the command to go on, or add
+experiments later. At the end it writes
 
     runs/*.json        settings, losses and gradient norms of every run
     comparison.md      a table for every experiment: final loss at the best learning
                        rate, its spread over the seeds, learning-rate sensitivity,
                        spikes, recovery, divergences, optimizer memory, step time
-    summary.json       the same numbers
+    summary.json       the same numbers; "inf" is infinite, null that there is none
     <experiment>.png   final loss over learning rate
 """
 
@@ -39,7 +40,7 @@ from collections.abc import Sequence
 
 import rich.progress
 
-from lm import command_line, comparison, experiments, records
+from lm import command_line, comparison, corpus, experiments, records
 from lm.config import UsageError
 from lm.experiments import EXPERIMENTS, SCENARIOS, Spec
 from lm.model import PRESETS
@@ -147,15 +148,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(
                 "the chosen experiments have no such optimizer or scenario"
             )
+        digest = corpus.text_digest(options.data)
         runs = options.output / "runs"
         runs.mkdir(parents=True, exist_ok=True)
-        done = train_all(grids, runs, options.workers)
-        report(grids, options.output)
+        done = train_all(grids, runs, digest, options.workers)
+        report(grids, options.output, digest)
     except UsageError as error:
         parser.error(str(error))
     except OSError as error:
         where = error.filename or options.output
         parser.exit(1, f"{parser.prog}: error: {where}: {error.strerror}\n")
+    except KeyboardInterrupt:  # before the runs, or while the tables are written
+        done = False
     except concurrent.futures.process.BrokenProcessPool:
         parser.exit(
             1,
@@ -181,10 +185,12 @@ def grid(name: str, options: argparse.Namespace) -> list[Spec]:
     )
 
 
-def train_all(grids: dict[str, list[Spec]], folder: pathlib.Path, workers: int) -> bool:
+def train_all(
+    grids: dict[str, list[Spec]], folder: pathlib.Path, digest: str, workers: int
+) -> bool:
     """Trains what is missing; False if it was interrupted."""
     wanted = {spec.file_name(): spec for specs in grids.values() for spec in specs}
-    missing = [spec for spec in wanted.values() if spec.read(folder) is None]
+    missing = [spec for spec in wanted.values() if spec.read(folder, digest) is None]
     by_program = {}
     for spec in missing:
         by_program.setdefault(spec.program(), []).append(spec)
@@ -266,21 +272,22 @@ def train(specs: Sequence[Spec], folder: pathlib.Path) -> None:
         records.replace(folder / spec.file_name(), text + "\n")
 
 
-def report(grids: dict[str, list[Spec]], folder: pathlib.Path) -> None:
+def report(grids: dict[str, list[Spec]], folder: pathlib.Path, digest: str) -> None:
     """Writes tables, numbers and pictures of the runs that are there."""
     tables, summary = [], {}
     for name, specs in grids.items():
-        runs, unfinished = comparison.read(folder / "runs", specs)
+        runs, unfinished = comparison.read(folder / "runs", specs, digest)
         found = comparison.lines(runs)
         experiment = EXPERIMENTS[name]
         tables.append(comparison.markdown(name, experiment, found, unfinished))
         if not found:
             continue
-        summary[name] = [records.finite(line._asdict()) for line in found]
+        summary[name] = [comparison.to_json(line) for line in found]
         comparison.picture(found).savefig(folder / f"{name}.png")
     text = "\n".join(["# Comparison\n", *tables, comparison.NOTES])
     records.replace(folder / "comparison.md", text)
-    records.replace(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    text = json.dumps(summary, indent=1, allow_nan=False)
+    records.replace(folder / "summary.json", text + "\n")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def parse(
     add_setting_flags(parser.add_argument_group("what all runs have in common"))
     parser.add_argument(
         "--output",
-        type=pathlib.Path,
+        type=command_line.folder,
         default=pathlib.Path("runs/spike_census"),
         metavar="FOLDER",
         help="folder to write to, and to continue in (default: runs/spike_census)",

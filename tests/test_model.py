@@ -18,18 +18,26 @@ from lm import command_line, config, model, run_folder, sharding, training
 from lm.config import RunConfig, UsageError
 from spam_optax.nnx import fold_wesar
 
+# Whole forward and backward passes, each compiled and run once or twice.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LAYERS, WIDTH, HEADS, TOKENS = 8, 32, 2, 12
 SHAPE = model.ModelConfig(LAYERS, WIDTH, HEADS, ffn_width=64, vocabulary=256)
 MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
 IDS = jax.random.randint(jax.random.key(0), (2, TOKENS), 0, 256)
 
 
+def outline(shape):
+    """The structure of a model, and its parameters without numbers."""
+    decoder = nnx.eval_shape(lambda: model.Decoder(shape, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(decoder)
+    return graphdef, nnx.to_pure_dict(state)
+
+
 def build(**options):
     """The structure of a model, and parameters whose norms have scales of their own."""
     shape = dataclasses.replace(SHAPE, **options)
-    graphdef = nnx.graphdef(
-        nnx.eval_shape(lambda: model.Decoder(shape, rngs=nnx.Rngs(0)))
-    )
+    graphdef, _ = outline(shape)
     # Drawn once for all that does not change them, since drawing is compiled.
     parameters = ("gated_attention", "initialization", "untied_head")
     drawn = {name: getattr(shape, name) for name in parameters}
@@ -210,7 +218,7 @@ def test_wesar_draws_matrices_alike_and_scales_them_as_spike_no_more_does():
 def test_wesar_folds_into_a_standard_model():
     options = {"gated_attention": True, "untied_head": True}
     graphdef, params = build(initialization="wesar", **options)
-    plain, like = build(**options)
+    plain, like = outline(dataclasses.replace(SHAPE, **options))
     folded = fold_wesar(params)
     assert jax.tree.structure(folded) == jax.tree.structure(like)
     want = logits_of(plain, folded)

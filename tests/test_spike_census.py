@@ -541,10 +541,11 @@ def error_of(arguments, capsys):
         (["--texts", "a/x.txt", "b/x.txt"], "two of the --texts have the same"),
         (["--tokenizer", "bpe:3"], "bpe:3 is no tokenizer"),
         (["--sequence-length", "1000000"], "the text shakespeare is too short"),
+        (["--output", ""], "must be the name of a folder, not ''"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(flags, message, tmp_path, capsys):
-    arguments = [*FLAGS, *flags, "--output", str(tmp_path)]
+    arguments = [*FLAGS, "--output", str(tmp_path), *flags]
     assert message in error_of(arguments, capsys)
 
 

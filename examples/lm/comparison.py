@@ -33,10 +33,11 @@ class Line(NamedTuple):
     high: float  # the highest
     seeds: int
     far_loss: float | None  # at FAR times the best rate, if that was swept
-    sensitivity: float  # mean over the rates of the loss less the best one
+    sensitivity: float | None  # mean over the rates of the loss less the best one
     spike_score: float  # percent of steps whose loss spikes, at the best rate
-    worst_jump: float | None  # after a burst, at the best rate: mean over the seeds
-    recovery: float | None  # steps until the loss is back: median over the seeds
+    # After a burst, at the best rate; None where none can be seen, and infinite:
+    worst_jump: float | None  # mean over the seeds; a loss was not finite
+    recovery: float | None  # steps: median over the seeds; the loss never came back
     diverged: int  # runs of all rates that ended above their first loss
     runs: int
     bytes_per_parameter: float  # of optimizer state
@@ -50,7 +51,9 @@ class Line(NamedTuple):
         return min((r for r, n in self.gradient_spikes.items() if n), default=None)
 
 
-def read(folder: pathlib.Path, specs: Iterable[Spec]) -> tuple[list[Record], list[str]]:
+def read(
+    folder: pathlib.Path, specs: Iterable[Spec], digest: str
+) -> tuple[list[Record], list[str]]:
     """The records of the lines that are whole, and how far the others have come.
 
     A line with some of its rates or seeds would not compare with the others.
@@ -58,7 +61,7 @@ def read(folder: pathlib.Path, specs: Iterable[Spec]) -> tuple[list[Record], lis
     groups = {}
     for spec in specs:
         key = spec.scenario, model_of(spec.settings()), spec.label
-        groups.setdefault(key, []).append(spec.read(folder))
+        groups.setdefault(key, []).append(spec.read(folder, digest))
     records, unfinished = [], []
     for (scenario, model, label), group in groups.items():
         there = [record | record["settings"] for record in group if record]
@@ -138,8 +141,10 @@ def gradient_spikes(record: Record) -> int:
 
 
 def worst_jump(record: Record) -> float | None:
+    """Infinite if a loss is not finite, before a burst or after it."""
     skipped = BURST_LENGTH if has_corrupted_batches(record) else 1
-    return analysis.worst_loss_jump(losses_of(record), burst_starts(record), skipped)
+    jump = analysis.worst_loss_jump(losses_of(record), burst_starts(record), skipped)
+    return np.inf if jump is not None and np.isnan(jump) else jump
 
 
 def model_of(record: Record) -> str:
@@ -182,7 +187,7 @@ def line(records: Sequence[Record]) -> Line:
         high=max(curve[best]),
         seeds=len(at_best),
         far_loss=far,
-        sensitivity=float(np.mean(list(means.values()))) - means[best],
+        sensitivity=sensitivity(means),
         spike_score=float(np.mean([spike_percent(r) for r in at_best])),
         worst_jump=None if None in jumps else float(np.mean(jumps)),
         recovery=None if None in recoveries else float(np.median(recoveries)),
@@ -196,6 +201,18 @@ def line(records: Sequence[Record]) -> Line:
             for rate, rs in by_rate.items()
         },
     )
+
+
+def to_json(line: Line) -> dict[str, Any]:
+    """As JSON, which knows no infinity: "inf" in its place. None is of no number."""
+    values = line._asdict().items()
+    return {name: "inf" if value == np.inf else value for name, value in values}
+
+
+def sensitivity(means: dict[float, float]) -> float | None:
+    """Mean over the rates of the loss, less the lowest; None of a single rate."""
+    losses = list(means.values())
+    return float(np.mean(losses)) - min(losses) if len(losses) > 1 else None
 
 
 # -------------------------------------------------------------------------- the table
@@ -225,12 +242,12 @@ whose training loss is 10 deviations from the mean of the {SPIKE_WINDOW} steps b
 or of half the run's if they are fewer. Spikes from: the lowest of the swept rates at
 which, in any run, a gradient's norm was {analysis.SPIKE_FACTOR:g} times the median of
 the {analysis.MEDIAN_WINDOW} before, in a step without a fault. Worst jump: rise of the
-training loss within 40 steps after a burst. Neither counts the loss of a batch that was
-corrupted. Steps to recover: from a burst's end until the mean loss of {RECOVERY_WINDOW}
-steps is no higher than before it, the worst burst's, median over the seeds; inf: not
-before the next burst or the end. Diverged: runs, of all rates, that ended no better
-than they began. Step time: of the fastest run, as a multiple of adam's; other work on
-the machine disturbs it.
+training loss within 40 steps after a burst, mean over the seeds; inf: it was not
+finite. Neither counts the loss of a batch that was corrupted. Steps to recover: from a
+burst's end until the mean loss of {RECOVERY_WINDOW} steps is no higher than before it,
+the worst burst's, median over the seeds; inf: not before the next burst or the end.
+Diverged: runs, of all rates, that ended no better than they began. Step time: of the
+fastest run, as a multiple of adam's; other work on the machine disturbs it.
 """
 
 
@@ -243,7 +260,7 @@ def cells(line: Line, seconds: dict[str, float]) -> dict[str, str]:
         "final_loss": f"{line.final_loss:.3f}",
         "spread": f"{line.low:.3f} to {line.high:.3f} ({line.seeds})",
         "far_loss": number(line.far_loss, ".3f"),
-        "sensitivity": f"{line.sensitivity:.3f}",
+        "sensitivity": number(line.sensitivity, ".3f"),
         "spike_score": f"{line.spike_score:.2f}",
         "spikes_from": number(line.spikes_from, "g"),
         "worst_jump": number(line.worst_jump, "+.3f"),

@@ -318,6 +318,11 @@ def digest(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
     return result.hexdigest()
 
 
+def text_digest(data: str | None) -> str:
+    """Changes when the text that `data` names does."""
+    return digest(whole(find(data)), BYTES)
+
+
 def cache_folder(path: pathlib.Path) -> pathlib.Path:
     """Where to keep what is computed from the text at `path`.
 

@@ -84,16 +84,29 @@ class Spec(NamedTuple):
         label = re.sub("[^a-z0-9_.]+", "_", self.label)
         return f"{label}-{self.scenario}-{rate:g}-seed{seed}-{digest}.json"
 
-    def read(self, folder: pathlib.Path) -> dict[str, Any] | None:
-        """The record of this run in `folder`; None if there is none."""
+    def read(self, folder: pathlib.Path, digest: str) -> dict[str, Any] | None:
+        """The record of this run in `folder`; None if there is none.
+
+        `digest` is the text's, see `corpus.text_digest`; its path may have named
+        another one then. A record that has none is older than they are, and counts.
+
+        Raises:
+          UsageError: If the file is damaged.
+        """
+        path, settings = folder / self.file_name(), self.settings()
         try:
-            record = json.loads((folder / self.file_name()).read_text())
+            record = json.loads(path.read_text())
+            found = record["settings"].items()
+            is_of_text = record.get("digest", digest) == digest
         except FileNotFoundError:
             return None
-        settings = self.settings()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{path} is damaged: remove it to run it again ({error})"
+            ) from error
         # A default may have changed since.
-        is_ours = all(settings.get(k, v) == v for k, v in record["settings"].items())
-        return record if is_ours else None
+        is_ours = all(settings.get(k, v) == v for k, v in found)
+        return record if is_ours and is_of_text else None
 
     def program(self) -> tuple[str, RunConfig]:
         """What is compiled: learning rate, seed and fault steps are its inputs."""
@@ -201,7 +214,7 @@ EXPERIMENTS = {
         "Does it matter that a coordinate without history is not clipped?",
         ("adam", "spam", "spam, clip unseen"),
         scenarios=("clean",),
-        rates=RATES[1:4],
+        rates=RATES[:4],
         models=({"tokenizer": "bpe:8192", "batch_size": 2},),
     ),
     "memory": Experiment(

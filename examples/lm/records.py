@@ -36,7 +36,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from lm import hosts, training
+from lm import hosts, tokenization, training
 from lm.config import RunConfig, UsageError
 
 Row = dict[str, Any]
@@ -251,9 +251,8 @@ def cut(path: pathlib.Path, optimizer: str, step: int) -> None:
 
 def replace(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or, if the program is killed, not at all."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with tokenization.replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def steps_of(rows: Iterable[Row], optimizer: str) -> list[Row]:

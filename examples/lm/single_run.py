@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 import spam_optax
-from lm import corpus, experiments, model, training
+from lm import corpus, data, experiments, model, training
 from lm.experiments import Spec
 
 Arrays = dict[str, Any]
@@ -28,14 +28,13 @@ class Program:
         tokenizer, self._tokens, _ = corpus.load(config.data, config.tokenizer)
         self._vocabulary = tokenizer.vocabulary
         self._model = model.configure(config, tokenizer.vocabulary, "cpu")
+        self._digest = corpus.text_digest(config.data)
         self._graphdef, _ = nnx.split(
             nnx.eval_shape(lambda: model.Decoder(self._model, rngs=nnx.Rngs(0)))
         )
-        self._validation = corpus.evaluation_batches(
-            self._tokens.validation,
-            config.sequence_length,
-            config.batch_size,
-            config.eval_sequences,
+        data.check_length("train", self._tokens.train, tokenizer, config)
+        self._validation = data.evaluation_batches(
+            self._tokens.validation, tokenizer, config
         )
         arguments = self._arguments(spec)
         self._train = jax.jit(self._make_train()).lower(*arguments).compile()
@@ -48,6 +47,7 @@ class Program:
         seconds = time.perf_counter() - start
         return {
             "settings": spec.settings(),
+            "digest": self._digest,
             **{name: finite_list(value) for name, value in results.items()},
             "optimizer_bytes": self.optimizer_bytes(),
             "parameters": self.parameters(),
