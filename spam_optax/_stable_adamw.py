@@ -101,11 +101,13 @@ def scale_by_stable_adamw(
         gradients, bad = _moments.screen(updates, state.nu)
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
         nu = _moments.move_all(state.nu, gradients, b2, _arithmetic.abs_sq)
-        mu, nu = _moments.hold(mu, state.mu, bad), _moments.hold(nu, state.nu, bad)
         corrections = [functional.bias_correction(b, step) for b in (b1, b2)]
+        # Of the moments before they are held: it must not wait for the whole gradient.
+        # Where that has no finite coordinate it is 0 either way.
         rms = _moments.map_leaves(
             lambda g, v: _rms(g, v / corrections[1], eps), gradients, nu
         )
+        mu, nu = _moments.hold(mu, state.mu, bad), _moments.hold(nu, state.nu, bad)
         direction = _moments.map_leaves(
             lambda bad, m, v, r: _direction(bad, m, v, r, corrections, eps),
             bad,

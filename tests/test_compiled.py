@@ -81,6 +81,8 @@ BYTES = {
     "zclip": (lambda: optax.chain(spam_optax.zclip(), optax.adam(1e-3)), 32),
     "adagc": (lambda: optax.chain(spam_optax.adagc(), optax.adam(1e-3)), 32),
     "stable_spam": (lambda: spam_optax.stable_spam(1e-3), 36),
+    # Gradient and second moment twice; which coordinates are finite, kept in between.
+    "stable_adamw": (lambda: spam_optax.stable_adamw(1e-3), 38),
 }
 
 
