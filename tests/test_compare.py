@@ -141,10 +141,29 @@ def test_the_warm_up_keeps_its_share_of_the_interval(monkeypatch):
         experiments.make(label, dataclasses.replace(BASE, steps=steps), 1e-3)
         return tuple(made[0][x] for x in ("reset_interval", "warmup_steps"))
 
-    assert intervals("spam, interval 0.1 of the run", 300) == (30, 9)
-    assert intervals("spam, interval 0.5 of the run", 300) == (150, 45)
+    assert intervals("spam, interval 0.13 of the run", 300) == (39, 12)
+    assert intervals("spam, interval 0.67 of the run", 300) == (201, 60)
     assert intervals("spam, warm-up 0.9 of the interval", 300) == (75, round(0.9 * 75))
     assert intervals("spam: clip", 300)[0] is None
+
+
+def test_faults_come_when_gradients_are_clipped(monkeypatch):
+    """But for the row that is there to show the difference."""
+    made = []
+    monkeypatch.setattr(
+        optimizers,
+        "spam",
+        lambda config, rate, **given: made.append(config.spam_intervals | given),
+    )
+    monkeypatch.setitem(optimizers.TABLE, "spam", experiments.spam_with())
+    sweep = experiments.specs("sweeps", experiments.BASE, [0], rates=[1e-3])
+    unclipped = []
+    for this in sweep:
+        experiments.make(this.label, this.config, 1e-3)
+        steps = np.array(this.config.fault_steps) % made[-1]["reset_interval"]
+        if min(steps) < made[-1]["grace_steps"]:
+            unclipped.append(this.label)
+    assert unclipped == ["spam, interval 0.25 of the run"]
 
 
 # ------------------------------------------------------------------- files and grids
