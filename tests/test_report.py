@@ -263,6 +263,23 @@ def test_notes_explain_the_columns_shown_and_no_others():
     assert "Worst burst: the" in console.notes(summary_of(), RunConfig())
 
 
+@pytest.mark.parametrize(
+    ("bursts", "left", "said"),
+    [
+        (4, 151.0, "Why SPAM alone does not stop a burst"),
+        (3, 151.0, "SPAM did not clip the bursts of steps 100, 200, 300: they came at"),
+        (3, 5.0, ""),
+    ],
+)
+def test_a_burst_that_got_through_is_explained(bursts, left, said, capsys):
+    """Three bursts in 400 steps fall on the resets."""
+    config = RunConfig(bursts=bursts, steps=400)
+    console.show(summary_of(worst_burst=left), config)
+    out = capsys.readouterr().out
+    assert said in out
+    assert ("SPAM did not clip" in out) + ("Why SPAM" in out) == bool(said)
+
+
 # ---------------------------------------------------------------- on the console
 
 

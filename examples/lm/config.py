@@ -114,6 +114,16 @@ class RunConfig:
         }
         return tuple(sorted(step for step in steps if step <= self.steps))
 
+    @property
+    def unclipped_bursts(self) -> tuple[int, ...]:
+        """Where bursts begin in SPAM's grace after a reset: it clips nothing then."""
+        intervals = self.spam_intervals
+        return tuple(
+            start
+            for start in self.burst_starts
+            if start % intervals["reset_interval"] < intervals["grace_steps"]
+        )
+
     def evaluates_at(self, step: int) -> bool:
         """Whether a run evaluates after `step`."""
         return step == self.steps or step % self.eval_every == 0

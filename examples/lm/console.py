@@ -150,6 +150,9 @@ def notes(summary: dict[str, dict], config: RunConfig) -> str:
     return textwrap.fill(text, 88)
 
 
+UNCLIPPED = """\
+SPAM did not clip the bursts of steps {steps}: they came at most {grace} steps after a
+reset, while its moments gather a history. --bursts or --reset-interval moves them."""
 EXPLANATION = """\
 Why SPAM alone does not stop a burst: threshold {threshold:g} limits a coordinate to
 {limit:.1f} x sqrt(v), v is small after a reset and grows with what passes, so noise in
@@ -163,7 +166,13 @@ def show(summary: dict[str, dict], config: RunConfig) -> None:
     rich.console.Console(width=width).print(table(summary, config))
     print(notes(summary, config))
     left = summary.get("spam", {}).get("worst_burst")
-    if left is not None and left > analysis.SPIKE_FACTOR:
+    if left is None or left <= analysis.SPIKE_FACTOR:
+        return
+    if config.unclipped_bursts:
+        steps = ", ".join(map(str, config.unclipped_bursts))
+        grace = config.spam_intervals["grace_steps"]
+        print(UNCLIPPED.format(steps=steps, grace=grace))
+    else:
         limit = config.threshold**0.5
         print(EXPLANATION.format(threshold=config.threshold, limit=limit, left=left))
 
