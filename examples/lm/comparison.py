@@ -149,7 +149,8 @@ def worst_jump(record: Record) -> float | None:
 
 def model_of(record: Record) -> str:
     """The settings of the model that experiments change."""
-    return f"{record['initialization']}, {record['embedding']}"
+    head = ", untied head" if record["untied_head"] else ""
+    return f"{record['initialization']}, {record['embedding']}{head}"
 
 
 def lines(records: Iterable[Record]) -> list[Line]:
