@@ -302,6 +302,20 @@ def test_the_best_lines_come_first_and_an_edge_is_marked():
     assert "Runs that are not finished: adam (clean): 1 of 15." in text
 
 
+def test_models_of_one_optimizer_share_a_panel():
+    models = [{}, {"initialization": "stable"}]
+    one = [record(**model) for model in models]
+    two = [record(label=label, **model) for model in models for label in ("adam", "b")]
+    for runs, panels, names in (
+        (one, ["clean; spam"], ["stable, plain", "standard, plain"]),
+        (two, ["clean; stable, plain", "clean; standard, plain"], ["adam", "b"]),
+    ):
+        figure = comparison.picture(comparison.lines(runs))
+        assert [axis.get_title() for axis in figure.axes] == panels
+        (legend,) = figure.legends
+        assert sorted(text.get_text() for text in legend.get_texts()) == names
+
+
 BURSTS = RunConfig(steps=200, bursts=2).burst_starts
 
 

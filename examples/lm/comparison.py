@@ -348,7 +348,12 @@ MARKERS = "osv"
 
 
 def picture(found: Sequence[Line]) -> matplotlib.figure.Figure:
-    """Final loss over learning rate, a panel for every scenario and model."""
+    """Final loss over learning rate, a panel for every scenario and model.
+
+    Of one optimizer, the models are in one panel.
+    """
+    if len({line.label for line in found}) == 1:
+        found = [line._replace(label=line.model, model=line.label) for line in found]
     panels = [(key, list(group)) for key, group in grouped(found)]
     labels = list(dict.fromkeys(line.label for line in found))
     figure = matplotlib.figure.Figure(
@@ -360,7 +365,7 @@ def picture(found: Sequence[Line]) -> matplotlib.figure.Figure:
             draw_curve(axis, row, labels.index(row.label))
         axis.set_xscale("log", base=2)
         rates = sorted({rate for row in rows for rate in row.curve})
-        axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
         axis.set_xlabel("peak learning rate")
         axis.set_title(f"{scenario}; {model}", fontsize=10)
         axis.grid(alpha=0.3)
