@@ -1,6 +1,7 @@
-"""Strict JAX on eight CPU devices, with no silent rank promotion."""
+"""Strict JAX on eight CPU devices, which compiles quickly and once."""
 
 import os
+import pathlib
 
 # Before JAX is imported: with libtpu installed it would look for a TPU, and the
 # compiler for one (test_compiled.py) asks for a metadata server unless told not to.
@@ -16,10 +17,19 @@ import pytest  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Compilation is most of the suite's time. Programs are therefore compiled with few
+# optimizations, and all workers and later runs share what one of them has compiled.
+jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """For a module of programs that take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+
+@pytest.fixture
+def full_compilation():
+    """Compiles programs as users do, for tests of what the compiler makes of them."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -11,6 +11,7 @@ import pytest
 import pretrain
 from lm import ahead_of_time, config, hardware, optimizers, sharding
 
+pytestmark = pytest.mark.usefixtures("full_compilation")
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="the TPU compiler is in the libtpu wheel, which is not installed",

@@ -1,7 +1,8 @@
 """Bad arguments: what is wrong, what was passed and what is allowed, in one line.
 
 A table of every checked argument of every public function. A new function is an entry
-in `FUNCTIONS`, a new sort of argument one in `SORTS`, anything else a `Case`.
+in `FUNCTIONS`, a new sort of argument one in `SORTS`, anything else a `Case`. All bad
+values of a sort are tried on one argument, and one of them on every argument.
 """
 
 import functools
@@ -237,16 +238,19 @@ class Case(NamedTuple):
 
 
 def cases_of_the_table():
+    tried = set()
     for function, arguments, sorts in FUNCTIONS:
         name = getattr(function, "func", function).__name__
         for argument, sort in sorts.items():
-            for value, error in SORTS[sort].bad:
+            bad = SORTS[sort].bad
+            for value, error in bad[:1] if sort in tried else bad:
                 call = functools.partial(function, *arguments, **{argument: value})
                 label = f"{name}-{argument}-{value!r}"
                 yield (
                     label,
                     Case(call, argument, repr(value), SORTS[sort].allowed, error),
                 )
+            tried.add(sort)
 
 
 VECTOR, MATRIX = jnp.ones(3), jnp.ones((8, 4))
@@ -817,16 +821,18 @@ CASES = dict(
 )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_bad_arguments_are_named_with_their_value_and_what_is_allowed(name):
-    case = CASES[name]
-    with pytest.raises(case.error) as error:
-        case.call()
-    message = str(error.value)
-    assert error.type is case.error
-    assert "\n" not in message and message == message.strip()
-    for part in (case.argument, case.value, case.allowed):
-        assert part in message
+@pytest.mark.parametrize("function", sorted({name.split("-")[0] for name in CASES}))
+def test_bad_arguments_are_named_with_their_value_and_what_is_allowed(function):
+    for name, case in CASES.items():
+        if name.split("-")[0] == function:
+            print(name)  # The last line of a failure's output tells which case it is.
+            with pytest.raises(case.error) as error:
+                case.call()
+            message = str(error.value)
+            assert error.type is case.error, name
+            assert "\n" not in message and message == message.strip(), name
+            for part in (case.argument, case.value, case.allowed):
+                assert part in message, name
 
 
 @pytest.mark.parametrize("function", [*MOMENTS, *CLIPS], ids=lambda f: f.__name__)

@@ -31,8 +31,6 @@ from lm.config import BURST_LENGTH, RunConfig, UsageError
 from lm.experiments import Spec
 from lm.run_folder import Run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BASE = RunConfig(
     preset="nano",
     steps=40,

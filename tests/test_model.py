@@ -19,7 +19,6 @@ from lm.config import RunConfig, UsageError
 from spam_optax.nnx import fold_wesar
 
 # Whole forward and backward passes, each compiled and run once or twice.
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LAYERS, WIDTH, HEADS, TOKENS = 8, 32, 2, 12
 SHAPE = model.ModelConfig(LAYERS, WIDTH, HEADS, ffn_width=64, vocabulary=256)

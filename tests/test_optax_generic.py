@@ -77,39 +77,31 @@ FACTORIES = {
     "zclip_adam": zclip_adam,
     "adagc_adam": adagc_adam,
 }
-ALIASES = (
-    {"opt_name": "spam", "opt_kwargs": {"learning_rate": 1e-2}},
-    {
-        "opt_name": "spam",
-        "opt_kwargs": {"learning_rate": 1e-2, "restart_bias_correction": True},
-    },
-    {"opt_name": "spam_adam", "opt_kwargs": {"learning_rate": 1e-2}},
-    {"opt_name": "spam_chain", "opt_kwargs": {"learning_rate": 1e-2}},
-    {"opt_name": "sparse_spam", "opt_kwargs": {"learning_rate": 1e-2}},
-    *(
-        {"opt_name": name, "opt_kwargs": {"learning_rate": 1e-2}}
-        for name in (
-            *("stable_spam", "stabilizer_adam", "stable_adamw"),
+MAIN, OTHERS = (
+    tuple({"opt_name": x, "opt_kwargs": {"learning_rate": 1e-2}} for x in names)
+    for names in (
+        ("spam", "sparse_spam", "stable_spam"),
+        (
+            *("spam_adam", "spam_chain", "stabilizer_adam", "stable_adamw"),
             *("zclip_adam", "adagc_adam"),
-        )
-    ),
+        ),
+    )
 )
-REAL = ({"opt_name": "adam_mini", "opt_kwargs": {"learning_rate": 1e-2}},)
+RESTARTED = {"learning_rate": 1e-2, "restart_bias_correction": True}
+OTHERS += ({"opt_name": "spam", "opt_kwargs": RESTARTED},)
+# The first is not for complex parameters, which the tests of aliases have.
 CONTRIB = tuple(
-    {**row, "wrapper_name": None, "wrapper_kwargs": None} for row in ALIASES + REAL
-) + (
     {
-        "opt_name": "adam",
+        "opt_name": name,
         "opt_kwargs": {"learning_rate": 1e-2},
-        "wrapper_name": "reset_moments",
-        "wrapper_kwargs": {"interval": 500},
-    },
-    {
-        "opt_name": "spam",
-        "opt_kwargs": {"learning_rate": 1e-2},
-        "wrapper_name": "track_spikes",
-        "wrapper_kwargs": {},
-    },
+        "wrapper_name": wrapper,
+        "wrapper_kwargs": arguments,
+    }
+    for name, wrapper, arguments in (
+        ("adam_mini", None, None),
+        ("adam", "reset_moments", {"interval": 500}),
+        ("spam", "track_spikes", {}),
+    )
 )
 SHARDED = {
     "spam_clip": spam_optax.spam_clip(),
@@ -158,6 +150,10 @@ FLOAT64 = [
 ]
 
 
+# These tests have optimizers of their own and say nothing of ours.
+OF_OPTAX_ALONE = ("test_explicit_dtype", "test_microbatch")
+
+
 def borrow(module: str, test_class: str, *, optimizers=(), named=()):
     """Imports a test class of Optax with our tables in place of its own."""
     product, named_parameters = parameterized.product, parameterized.named_parameters
@@ -189,6 +185,8 @@ def borrow(module: str, test_class: str, *, optimizers=(), named=()):
         cls = getattr(importlib.import_module(module), test_class)
     # Should Optax reshape its tables, its own optimizers must not stand in for ours.
     assert used, f"{module} no longer reads a table of optimizers"
+    for name in [x for x in vars(cls) if x.startswith(OF_OPTAX_ALONE)]:
+        delattr(cls, name)
     return cls
 
 
@@ -214,6 +212,9 @@ def _run_sharding_tests(monkeypatch):
 
 
 ContribTest = borrow("optax.contrib._common_test", "ContribTest", optimizers=CONTRIB)
-AliasTest = borrow("optax._src.alias_test", "AliasTest", optimizers=ALIASES)
+AliasTest = borrow("optax._src.alias_test", "AliasTest", optimizers=MAIN)
+OtherAliasTest = pytest.mark.slow(
+    borrow("optax._src.alias_test", "AliasTest", optimizers=OTHERS)
+)
 ShardingTest = borrow("optax._src.sharding_test", "ShardingTest", named=SHARDED.items())
 Float64Test = borrow("optax._src.float64_test", "Float64Test", named=FLOAT64)

@@ -504,6 +504,7 @@ def test_counts_of_many_coordinates(monkeypatch, devices):
     assert [int(n) for n in count(jnp.asarray(True), jnp.asarray(False))] == [1, 0]
 
 
+@pytest.mark.usefixtures("full_compilation")
 @pytest.mark.parametrize("count_spikes", [True, False])
 def test_a_step_is_made_in_place_on_a_cpu(monkeypatch, count_spikes):
     """No temporaries: XLA:CPU would else copy the second moment, or make its root."""

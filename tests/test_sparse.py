@@ -239,9 +239,13 @@ def test_entries_without_momentum_keep_every_bit(selection, weight_decay):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("row_blocks", [1, 3, 8])
-def test_mask_has_one_entry_a_group(shape, density, row_blocks):
+def test_mask_has_one_entry_a_group(shape):
+    """Every density with one number of blocks, which every density has with a shape."""
+    for i, density in enumerate(DENSITIES):
+        check_groups(shape, density, [1, 3, 8][(i + SHAPES.index(shape)) % 3])
+
+
+def check_groups(shape, density, row_blocks):
     """The strata of the design, spelled out in loops."""
     tx = everywhere(density=density, row_blocks=row_blocks)
     params = jnp.zeros(shape)
@@ -455,8 +459,9 @@ def state_midway(tx, params, steps=7):
     return params, state
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-@pytest.mark.parametrize("library", ["orbax", "flax"])
+@pytest.mark.parametrize(
+    ("library", "selection"), [("orbax", "random"), ("flax", "max_gradient")]
+)
 def test_a_restored_state_continues_bit_for_bit(tmp_path, library, selection):
     """Saved within a window, and the next windows' masks are the same too."""
     params = {"kernel": jnp.ones((16, 4)), "bias": jnp.ones(4)}
@@ -515,14 +520,10 @@ AXIS_TYPES = {
 
 
 @pytest.mark.parametrize("kind", AXIS_TYPES)
-@pytest.mark.parametrize("spec", [P("x", None), P(None, "x"), P("x", "y")], ids=str)
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_sharded_run_equals_one_device(kind, spec, selection):
+def test_sharded_run_equals_one_device(kind, selection):
     """Results, masks, and no collective but of scalars."""
-    if "y" in spec:
-        mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AXIS_TYPES[kind],) * 2)
-    else:
-        mesh = jax.make_mesh((8,), ("x",), axis_types=(AXIS_TYPES[kind],))
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AXIS_TYPES[kind],) * 2)
     params = {"kernel": jnp.ones((64, 16)), "stack": jnp.ones((8, 32, 8))}
     tx = everywhere(
         0.1,
@@ -534,7 +535,7 @@ def test_sharded_run_equals_one_device(kind, spec, selection):
     )
     alone = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
     expected, _ = sharded_run(tx, params, P(), alone)
-    ours, text = sharded_run(tx, params, spec, mesh)
+    ours, text = sharded_run(tx, params, P("x", "y"), mesh)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
         ours,
@@ -554,12 +555,9 @@ def assert_scalar_all_reduces(text):
         assert set(re.findall(r"\w+\[(.*?)\]", result)) == {""}, line
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
-def test_a_state_saved_on_one_mesh_continues_on_another(tmp_path, selection):
+def test_a_state_saved_on_one_mesh_continues_on_another(tmp_path):
     """Rows over eight devices, then both axes over four by two: over a reset."""
-    tx = everywhere(
-        0.1, row_blocks=8, selection=selection, reset_interval=10, grace_steps=2
-    )
+    tx = everywhere(0.1, row_blocks=8, reset_interval=10, grace_steps=2)
     params = {"kernel": jnp.ones((64, 16))}
     first = jax.make_mesh((8,), ("x",))
     second = jax.make_mesh((4, 2), ("x", "y"))

@@ -214,12 +214,10 @@ def compiled_once():
 
         return lambda *args: lookup(*args[:-1], config=args[-1])
 
-    jax.config.update("jax_disable_most_optimizations", True)  # as in `Trainer`
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizers, "make", cached(optimizers.make))
         patch.setattr(training, "make_faults", cached(training.make_faults))
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def refused(capsys, *flags) -> str:
