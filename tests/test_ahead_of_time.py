@@ -37,6 +37,7 @@ def state_bytes(preset, bytes_per_parameter, devices):
     return parameters * bytes_per_parameter / devices
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_60m_on_four_chips():
     measured = compile_for("tpu:v5e:2x2", "spam", sharding.Parallelism(), preset="60m")
@@ -45,6 +46,7 @@ def test_60m_on_four_chips():
     assert set(measured.collectives) == {"all-reduce"}  # of gradients: data parallel
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_1b_fits_sixteen_chips_and_sparse_momentum_saves_memory():
     fsdp = sharding.Parallelism(fsdp=16)
@@ -72,6 +74,7 @@ def large_results(compiled, tensors):
     return found
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_optimizer_adds_only_scalar_collectives(monkeypatch):
     """On a mesh with all three axes: SPAM's step sends what plain SGD's does."""
@@ -90,6 +93,7 @@ def test_optimizer_adds_only_scalar_collectives(monkeypatch):
     assert sparse == plain
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_command_says_whether_it_fits(capsys):
     flags = ["--compile-only", "--target=tpu:v5e:2x2", "--preset=nano"]
@@ -125,6 +129,7 @@ def test_without_any_plugin_of_jax_the_compiler_for_gpus_is_named(monkeypatch):
         ahead_of_time.find_devices("gpu:h100:8")
 
 
+@pytest.mark.slow
 @needs_cuda
 def test_60m_on_one_h100():
     measured = compile_for("gpu:h100:1", "spam", sharding.Parallelism(), preset="60m")
@@ -132,6 +137,7 @@ def test_60m_on_one_h100():
     assert measured.total < hardware.find("NVIDIA H100 80GB HBM3").memory
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_model_asked_for(capsys):
     """Not the preset's: with gates, and with another vocabulary."""
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])

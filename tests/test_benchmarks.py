@@ -24,6 +24,7 @@ def test_help_teaches():
     assert "Measure the optimizers" in run("--help")
 
 
+@pytest.mark.slow
 def test_a_section_by_itself(tmp_path):
     """What other sections measured before stays."""
     (tmp_path / "results.json").write_text((RESULTS / "results.json").read_text())

@@ -410,6 +410,7 @@ def quick_workers(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_workers")
 def test_command_is_resumable(tmp_path, capsys):
     """Two runs of one program; of a second call, only the one that is missing."""
@@ -433,6 +434,7 @@ def test_command_is_resumable(tmp_path, capsys):
     assert "Tables are in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_workers_too(tmp_path):
     """And says how to go on; what they had finished is there."""
     command = [sys.executable, compare.__file__, *FLAGS, "--scenario=clean"]
@@ -455,6 +457,7 @@ def test_sigterm_ends_the_workers_too(tmp_path):
         assert not pathlib.Path(f"/proc/{worker}").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["grid", "report"])
 def test_ctrl_c_before_and_after_the_runs(stage, tmp_path, capsys, monkeypatch):
     def interrupt(*args):
@@ -466,6 +469,7 @@ def test_ctrl_c_before_and_after_the_runs(stage, tmp_path, capsys, monkeypatch):
     assert "repeat the command to go on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_programs_may_write_the_same_record_at_once(tmp_path, monkeypatch):
     """The other one does when this one has written its file, but not moved it."""
     path, replace = tmp_path / "run.json", os.replace
@@ -517,6 +521,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     assert "Not a directory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_takes_one_line(tmp_path, capsys, monkeypatch):
     """By the system, for lack of memory."""
 

@@ -3,15 +3,12 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import time
 import types
 
 import jax
@@ -37,7 +34,13 @@ from lm import (
 )
 from lm.config import DEMONSTRATION, OPTIMIZERS, RunConfig
 from lm.run_folder import Run
-from trainer_process import CONTINUE, EXAMPLES, PROGRAM
+from trainer_process import (
+    CONTINUE,
+    Trainer,
+    finish,
+    wait_for_rows,
+    without_timing,
+)
 
 SMALL = {"preset": "nano", "steps": 24, "batch_size": 4, "sequence_length": 16}
 SMALL_FLAGS = [
@@ -612,58 +615,14 @@ def test_worst_loss_jump_looks_40_steps_ahead_and_20_back():
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Starts the program in a process of its own.
-
-    The processes share a compilation cache, which saves each of them 20 seconds.
-    """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
-    path = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **kept,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": os.pathsep.join(path),
-    }
-
-    def start_program(*flags, cwd):
-        return subprocess.Popen(
-            [sys.executable, PROGRAM, *flags],
-            cwd=cwd,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return start_program
-
-
-def finish(process):
-    """Exit code, output and error output."""
-    output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
-
-
-def wait_for_rows(process, metrics, count):
-    """Waits until the running program has written `count` rows."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        if metrics.exists() and metrics.read_text().count("\n") >= count:
-            return
-        time.sleep(0.01)
-    raise AssertionError("no rows in time")
+    """Starts the program in a process of its own."""
+    with Trainer(tmp_path_factory.mktemp("cache")) as trainer:
+        yield trainer.start
 
 
 def read_lines(path):
     """The rows, read without the program's own reader."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def without_timing(rows):
-    timing = "tokens_per_second", "flops_utilization"
-    return [{k: v for k, v in row.items() if k not in timing} for row in rows]
 
 
 def final_state(folder, name):

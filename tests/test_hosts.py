@@ -145,6 +145,7 @@ def test_host_0_alone_prints_and_both_write_a_checkpoint(two_hosts):
     assert len(list((folder / "tensorboard" / "adam").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_four_hosts_compute_what_one_does(one_device, trainer, tmp_path):
     flags = [*SHORT, "--optimizer=sparse_spam", "--output=run"]
     results = finish_all(trainer.start_hosts(4, *flags, cwd=tmp_path))
@@ -157,6 +158,7 @@ def test_four_hosts_compute_what_one_does(one_device, trainer, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "names"),
     [([], ["sparse_spam"]), (["--fsdp=2", "--tensor=2"], ["spam", "sparse_spam"])],
@@ -201,6 +203,7 @@ def stop_hosts(trainer, cwd, *signaled) -> int:
     return step
 
 
+@pytest.mark.slow
 def test_two_hosts_stop_together_and_any_number_goes_on(trainer, tmp_path, long_run):
     stop_hosts(trainer, tmp_path, 1)
     for devices, mesh in ((1, []), (8, ["--fsdp=4", "--tensor=2"])):
@@ -212,6 +215,7 @@ def test_two_hosts_stop_together_and_any_number_goes_on(trainer, tmp_path, long_
         assert_same_losses(folder / "run", long_run, "adam")
 
 
+@pytest.mark.slow
 def test_two_hosts_go_back_if_one_cannot_read_its_part(trainer, tmp_path, long_run):
     step = stop_hosts(trainer, tmp_path, 0, 1)
     newest = tmp_path / "run" / "checkpoints" / "adam" / str(step)
@@ -251,6 +255,7 @@ def test_saving_does_not_ask_whether_to_stop(monkeypatch, tmp_path):
 # --------------------------------------------------------------------------- mistakes
 
 
+@pytest.mark.slow
 def test_mistake_seen_by_host_0_ends_all(trainer, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
@@ -264,6 +269,7 @@ def test_mistake_seen_by_host_0_ends_all(trainer, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {}
 
 
+@pytest.mark.slow
 def test_mistake_seen_by_another_host_ends_all(trainer, tmp_path):
     folders = [tmp_path / "0", tmp_path / "1"]
     for folder in folders:

@@ -144,6 +144,7 @@ def test_tpu_one_host():
     assert "--checkpoints" not in flags and "--resume" not in flags
 
 
+@pytest.mark.slow
 def test_tpu_spot_with_a_bucket():
     options = ["--name", "x", "--type", "v5litepod-32", "--spot", "--run", "r"]
     options += ["--bucket", "gs://b/"]
@@ -159,6 +160,7 @@ def test_tpu_spot_with_a_bucket():
     ]
 
 
+@pytest.mark.slow
 def test_tpu_settings_come_from_the_environment_too():
     settings = {
         "TPU_NAME": "mine",
@@ -178,6 +180,7 @@ def test_tpu_settings_come_from_the_environment_too():
     assert remote_words(logs)[-1] == "runs/flag"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size, runtime",
     [
@@ -195,11 +198,13 @@ def test_tpu_runtime_follows_the_type(size, runtime):
 ODD = ["--data", "it's a; $(file).txt", "--optimizer", "spam", "adam", "--tokenizer="]
 
 
+@pytest.mark.slow
 def test_tpu_flags_reach_the_trainer_word_for_word():
     *_, train = dry_run(TPU, "train", "--", *ODD)
     assert trainer_flags(remote_words(train))[3:] == ODD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [None, "", "--one=1 --two=2"])
 def test_tpu_compiler_flags(own):
     extra = {} if own is None else {"LIBTPU_INIT_ARGS": own}
@@ -209,6 +214,7 @@ def test_tpu_compiler_flags(own):
     assert "async" in value if own is None else value == own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -237,6 +243,7 @@ def test_tpu_mistakes(arguments, message):
     assert re.fullmatch(r"launch\.sh: error: .*\n", result.stderr)
 
 
+@pytest.mark.slow
 def test_tpu_without_gcloud(tmp_path):
     for tool in ("bash", "cat", "dirname", "env"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
@@ -393,6 +400,7 @@ def tpu(tmp_path):
     played.launch("stop")
 
 
+@pytest.mark.slow
 def test_tpu_run_survives_a_preemption(tpu):
     first, second = tpu.train("create", "install", "train", "--", *ODD)
     flags, compiler_flags = first
@@ -415,6 +423,7 @@ def test_tpu_run_survives_a_preemption(tpu):
     assert (fetched / "metrics.jsonl").read_text() == "savedsaved"
 
 
+@pytest.mark.slow
 def test_tpu_run_continues_on_the_disks_it_has(tpu):
     tpu.train("create", "install", "train")
     tpu.launch("stop")
@@ -423,6 +432,7 @@ def test_tpu_run_continues_on_the_disks_it_has(tpu):
     assert "--resume" in flags
 
 
+@pytest.mark.slow
 def test_tpu_half_copied_run_is_copied_again(tpu):
     """config.json comes last: without it there is no run, whatever else is there."""
     tpu.train("create", "install", "train")
@@ -435,6 +445,7 @@ def test_tpu_half_copied_run_is_copied_again(tpu):
     assert (local / "metrics.jsonl").read_text() == "saved"
 
 
+@pytest.mark.slow
 def test_tpu_stops_where_the_bucket_cannot_be_read(tpu):
     """Else a run that is there would be begun anew."""
     tpu.launch("create", "install")
@@ -454,6 +465,7 @@ def test_gpu_one_machine():
     assert trainer_flags(words) == ["--output", "runs/none", *ODD]
 
 
+@pytest.mark.slow
 def test_gpu_job():
     (words,) = dry_run(GPU, "--output=runs/none", *ODD, SLURM_JOB_ID="7", PYTHON="py")
     assert words[3:6] == ["srun", "--kill-on-bad-exit=1", "py"]
@@ -461,6 +473,7 @@ def test_gpu_job():
     assert trainer_flags(words) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", [{}, {"SLURM_JOB_ID": "7"}], ids=["machine", "job"])
 def test_gpu_continues_a_run_that_exists(tmp_path, job):
     arguments = ["--output", str(tmp_path), "--preset", "60m"]
@@ -471,12 +484,14 @@ def test_gpu_continues_a_run_that_exists(tmp_path, job):
     assert trainer_flags(words)[:3] == ["--output", str(tmp_path), "--resume"]
 
 
+@pytest.mark.slow
 def test_gpu_settings_of_the_user_are_kept():
     extra = {"XLA_FLAGS": "--mine=1 --two=2", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}
     (words,) = dry_run(GPU, "--output", "x", **extra)
     assert words[1:3] == [f"{name}={value}" for name, value in extra.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, extra, message",
     [
@@ -499,16 +514,19 @@ def test_gpu_mistakes(arguments, extra, message):
     assert re.fullmatch(r"pretrain\.sbatch: error: .*\n", result.stderr)
 
 
+@pytest.mark.slow
 def test_gpu_outside_of_the_checkout(tmp_path):
     result = bash(GPU, "--output", "x", cwd=tmp_path)
     assert result.returncode == 2 and "is not the checkout" in result.stderr
 
 
+@pytest.mark.slow
 def test_gpu_without_python():
     result = bash(GPU, "--output", "x", PYTHON="/no/python")
     assert result.returncode == 2 and "there is no /no/python" in result.stderr
 
 
+@pytest.mark.slow
 def test_gpu_job_is_warned_and_may_be_requeued():
     options = re.findall(r"^#SBATCH (.*)", GPU.read_text(), re.MULTILINE)
     assert {"--signal=B:USR1@300", "--requeue", "--open-mode=append"} <= set(options)
@@ -570,6 +588,7 @@ def job(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_gpu_job_saves_and_requeues_itself_when_its_time_is_up(job):
     process, world = job()
     process.send_signal(signal.SIGUSR1)
@@ -577,6 +596,7 @@ def test_gpu_job_saves_and_requeues_itself_when_its_time_is_up(job):
     assert (world / "scontrol").read_text() == "requeue 7\nsaved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [0, 3])
 def test_gpu_job_that_ends_by_itself_stays_ended(job, status):
     process, world = job(STATUS=str(status))
@@ -653,6 +673,7 @@ def flags_named(prefix, *texts):
     return list(dict.fromkeys(found))
 
 
+@pytest.mark.slow
 def test_compiler_knows_the_gpu_flags():
     """An unknown flag ends the program that imports JAX."""
     flags = flags_named("xla_", GPU.read_text(), READMES[1].read_text())
@@ -666,6 +687,7 @@ def test_compiler_knows_the_gpu_flags():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_compiler_knows_the_tpu_flags():
     """Likewise, when the TPU's compiler is asked for."""
     libtpu = pytest.importorskip("libtpu", reason="libtpu is not installed")

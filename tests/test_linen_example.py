@@ -179,6 +179,7 @@ def test_mistakes_are_told_in_one_line(flag, words, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_script_stands_alone(tmp_path):
     """Guards the file by itself: a copy without its neighbors still starts."""
     script = tmp_path / "linen_pretrain.py"

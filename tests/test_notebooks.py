@@ -72,6 +72,7 @@ def test_there_is_a_notebook():
     assert NOTEBOOKS
 
 
+@pytest.mark.slow
 @each_notebook
 def test_runs_in_its_own_folder(path, kernel):
     notebook = read(path)
@@ -79,6 +80,7 @@ def test_runs_in_its_own_folder(path, kernel):
     assert_sound(notebook)
 
 
+@pytest.mark.slow
 @each_notebook
 def test_finds_the_examples_from_the_root(path, kernel):
     """The rest does not depend on the folder: up to the imports will do."""

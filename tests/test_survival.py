@@ -33,6 +33,7 @@ from trainer_process import (
     without_timing,
 )
 
+pytestmark = pytest.mark.slow
 SMALL = [
     "--preset=nano",
     "--batch-size=8",
