@@ -38,6 +38,7 @@ def state_bytes(preset, bytes_per_parameter, devices):
 
 
 @pytest.mark.slow
+@pytest.mark.tpu
 @needs_libtpu
 def test_60m_on_four_chips():
     measured = compile_for("tpu:v5e:2x2", "spam", sharding.Parallelism(), preset="60m")
@@ -47,6 +48,7 @@ def test_60m_on_four_chips():
 
 
 @pytest.mark.slow
+@pytest.mark.tpu
 @needs_libtpu
 def test_1b_fits_sixteen_chips_and_sparse_momentum_saves_memory():
     fsdp = sharding.Parallelism(fsdp=16)
@@ -75,6 +77,7 @@ def large_results(compiled, tensors):
 
 
 @pytest.mark.slow
+@pytest.mark.tpu
 @needs_libtpu
 def test_optimizer_adds_only_scalar_collectives(monkeypatch):
     """On a mesh with all three axes: SPAM's step sends what plain SGD's does."""
@@ -94,6 +97,7 @@ def test_optimizer_adds_only_scalar_collectives(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.tpu
 @needs_libtpu
 def test_command_says_whether_it_fits(capsys):
     flags = ["--compile-only", "--target=tpu:v5e:2x2", "--preset=nano"]
@@ -107,6 +111,7 @@ def test_command_says_whether_it_fits(capsys):
     assert "not fit" in capsys.readouterr().out.lower()
 
 
+@pytest.mark.tpu
 @needs_libtpu
 def test_unknown_topology_is_one_line(capsys):
     with pytest.raises(SystemExit) as exit_:

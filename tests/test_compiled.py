@@ -22,7 +22,7 @@ import spam_optax
 libtpu = pytest.importorskip(
     "libtpu", reason="the TPU compiler is in the libtpu wheel, which is not installed"
 )
-pytestmark = pytest.mark.usefixtures("full_compilation")
+pytestmark = [pytest.mark.tpu, pytest.mark.usefixtures("full_compilation")]
 SHAPE = (8192, 8192)
 
 

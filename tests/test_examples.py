@@ -55,6 +55,7 @@ SMALL_FLAGS = [
     "--data-parallel=1",
 ]
 PAIR = ["--optimizer", "adam", "spam"]
+VARIED = ("spam", "sparse_spam", "adam_mini", "galore")  # states of four kinds
 STEP_KEYS = {
     "optimizer",
     "step",
@@ -385,7 +386,13 @@ def test_fault_is_a_thousand_times_the_gradient(task, params):
     assert optax.tree.norm(faulty) > 500 * optax.tree.norm(clean)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in VARIED else pytest.param(name, marks=pytest.mark.slow)
+        for name in OPTIMIZERS
+    ],
+)
 def test_every_optimizer_trains(task, name):
     clean = dataclasses.replace(task.config, bursts=0)
     task = task._replace(config=clean, faults=training.make_faults(clean))
