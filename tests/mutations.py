@@ -1,0 +1,256 @@
+"""Puts deliberate mistakes into the project, one at a time: the tests must see each.
+
+    python tests/mutations.py              all of them, about a minute each
+    python tests/mutations.py reset grace  those whose name has one of these words
+
+Each mistake replaces a piece of text in one file of a copy of the project. The tests
+named with it run first, since they should see it; the other fast tests follow only if
+these did not. The exit status is 0 if every mistake made a test fail.
+"""
+
+import argparse
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+COPIED = ("spam_optax", "tests", "examples", "benchmarks", "docs")
+
+
+class Mistake(NamedTuple):
+    """Text that stands once in a file, its replacement, and the tests to run first."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+MISTAKES = {
+    "the second moment forgets the gradient": Mistake(
+        "spam_optax/_moments.py",
+        "(decay * moment + (1 - decay) * target)",
+        "(decay * moment + (1 - decay**2) * target)",
+        "test_spam",
+    ),
+    "no reset of the moments": Mistake(
+        "spam_optax/_moments.py",
+        "jnp.where(position == 0, jnp.zeros_like(x), x)",
+        "jnp.where(position == -1, jnp.zeros_like(x), x)",
+        "test_spam",
+    ),
+    "grace window one step longer": Mistake(
+        "spam_optax/_spam.py",
+        "rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)\n"
+        "    counters",
+        "rule = SpikeRule(threshold, position > grace_steps, clip_unseen)\n"
+        "    counters",
+        "test_spam",
+    ),
+    "grace window of spam_clip one step longer": Mistake(
+        "spam_optax/_spam.py",
+        "rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)\n"
+        "        counters",
+        "rule = SpikeRule(threshold, position > grace_steps, clip_unseen)\n"
+        "        counters",
+        "test_spam",
+    ),
+    "clip limit without the margin for rounding": Mistake(
+        "spam_optax/_spam.py",
+        "margin = 1 + 16 *",
+        "margin = 1 - 16 *",
+        "test_spam",
+    ),
+    "a spike's limit is read off the wrong moment": Mistake(
+        "spam_optax/_spam.py",
+        "rule.threshold / (b2 + (1 - b2) * rule.threshold) * margin",
+        "rule.threshold * margin",
+        "test_spam",
+    ),
+    "ramp before the first reset": Mistake(
+        "spam_optax/functional.py",
+        "(position < warmup_steps) & (position < step)",
+        "position < warmup_steps",
+        "test_functional test_spam",
+    ),
+    "NaN reaches the moments": Mistake(
+        "spam_optax/functional.py",
+        "is_limited = has_limit & ~jnp.isnan(gradient)\n    limited = jnp.where",
+        "is_limited = has_limit\n    limited = jnp.where",
+        "test_nonfinite test_functional",
+    ),
+    "unseen coordinates are clipped": Mistake(
+        "spam_optax/functional.py",
+        "return limit, active if clip_unseen else active & (nu > 0)",
+        "return limit, active if not clip_unseen else active & (nu > 0)",
+        "test_functional test_spam",
+    ),
+    "bias corrections swapped": Mistake(
+        "spam_optax/_spam.py",
+        "return ramp * jnp.sqrt(second) / first",
+        "return ramp * jnp.sqrt(first) / second",
+        "test_spam",
+    ),
+    "updates keep the dtype of arithmetic": Mistake(
+        "spam_optax/_moments.py",
+        "lambda g, d, y: _arithmetic.cast(d, jnp.asarray(y).dtype),",
+        "lambda g, d, y: d,",
+        "test_conformance",
+    ),
+    "counters overflow": Mistake(
+        "spam_optax/_arithmetic.py",
+        "return total + jnp.minimum(count, _INT32_MAX - total)",
+        "return total + count",
+        "test_spam",
+    ),
+    "one mask for ever": Mistake(
+        "spam_optax/_sparse.py",
+        "return jnp.where(is_reset, fresh, state.mask_seeds), None",
+        "return state.mask_seeds, None",
+        "test_sparse",
+    ),
+    "tensors share their masks": Mistake(
+        "spam_optax/_sparse.py",
+        "salt = np.uint32(zlib.crc32(name.encode()))",
+        "salt = np.uint32(0)",
+        "test_sparse",
+    ),
+    "decay of entries without momentum": Mistake(
+        "spam_optax/_sparse.py",
+        "jnp.where(group.mask, x, 0)",
+        "x",
+        "test_sparse",
+    ),
+    "sparse moments without their sharding": Mistake(
+        "spam_optax/_sparse.py",
+        "return jax.ShapeDtypeStruct(shape, p.dtype, sharding=sharding)",
+        "return jax.ShapeDtypeStruct(shape, p.dtype)",
+        "test_conformance test_sparse",
+    ),
+    "AdaGC's running norm takes the unclipped norm": Mistake(
+        "spam_optax/_adagc.py",
+        "clipped = scale * norm",
+        "clipped = norm",
+        "test_relatives",
+    ),
+    "ZClip's deviation from the old mean": Mistake(
+        "spam_optax/_zclip.py",
+        "share = jnp.where(is_warm, keep, jnp.sqrt(keep))",
+        "share = jnp.where(is_warm, 1.0, jnp.sqrt(keep))",
+        "test_relatives",
+    ),
+    "a spike enters its own running mean": Mistake(
+        "spam_optax/_monitor.py",
+        "jnp.minimum(norm, threshold * mean), norm)",
+        "norm, norm)",
+        "test_monitor",
+    ),
+    "injected faults differ from run to run of a step": Mistake(
+        "spam_optax/testing.py",
+        "jax.random.fold_in(jax.random.fold_in(key, step), i)",
+        "jax.random.fold_in(key, i)",
+        "test_testing",
+    ),
+    "embeddings unscaled": Mistake(
+        "spam_optax/nnx.py",
+        "math.sqrt(",
+        "math.cbrt(",
+        "test_nnx",
+    ),
+    "a step that is not finite is kept": Mistake(
+        "examples/lm/training.py",
+        "going = finite & ~state.halted",
+        "going = jnp.isfinite(loss) & ~state.halted",
+        "test_examples test_train_step",
+    ),
+    "checkpoints without a fingerprint": Mistake(
+        "examples/lm/checkpoints.py",
+        "total = total * 31 + bits.sum(dtype=jnp.uint32) + place",
+        "total = total * 31 + place",
+        "test_examples test_survival",
+    ),
+    "the data begins anew after a resume": Mistake(
+        "examples/lm/loop.py",
+        "save(state, places[step])",
+        "save(state, places[max(places) - 1])",
+        "test_examples",
+    ),
+    "the loss counts the first token": Mistake(
+        "examples/lm/training.py",
+        "is_target = tokens[:, 1:, None]",
+        "is_target = tokens[:, :-1, None]",
+        "test_examples test_train_step",
+    ),
+    "gradients are summed over accumulated parts": Mistake(
+        "examples/lm/training.py",
+        "return jax.tree.map(lambda x: x / len(batch), sums)",
+        "return sums",
+        "test_examples",
+    ),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", help="parts of the names of mistakes")
+    words = parser.parse_args().words
+    chosen = {
+        name: mistake
+        for name, mistake in MISTAKES.items()
+        if not words or any(word in name for word in words)
+    }
+    unseen = []
+    for number, (name, mistake) in enumerate(chosen.items(), 1):
+        print(f"{number}/{len(chosen)} {name}: ", end="", flush=True)
+        start = time.monotonic()
+        failure = first_failure(mistake)
+        print(failure or "NOT SEEN", f"({time.monotonic() - start:.0f} s)", flush=True)
+        if not failure:
+            unseen.append(name)
+    print(f"{len(chosen) - len(unseen)} of {len(chosen)} mistakes made a test fail.")
+    return 1 if unseen else 0
+
+
+def first_failure(mistake: Mistake) -> str | None:
+    """The first test that fails with a mistake in the project; None if none does."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in COPIED:
+            shutil.copytree(ROOT / name, copy / name)
+        for name in ("README.md", "pyproject.toml"):
+            shutil.copy(ROOT / name, copy)
+        path = copy / mistake.file
+        text = path.read_text(encoding="utf-8")
+        if text.count(mistake.right) != 1:
+            raise SystemExit(
+                f"{mistake.file} must have once, and has {text.count(mistake.right)} "
+                f"times: {mistake.right!r}"
+            )
+        path.write_text(text.replace(mistake.right, mistake.wrong), encoding="utf-8")
+        likely = [f"tests/{name}.py" for name in mistake.tests.split()]
+        return failure_of(copy, likely) or failure_of(copy, ["-n2"])
+
+
+def failure_of(folder: pathlib.Path, arguments: list[str]) -> str | None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        + arguments,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode in (0, 5):  # 5: no test was chosen
+        return None
+    lines = run.stdout.splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    return failed[0].split(" - ")[0] if failed else f"pytest ended with {run.returncode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
