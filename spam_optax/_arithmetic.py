@@ -36,7 +36,17 @@ def norm(x: jax.Array) -> jax.Array:
     # The sum is then finite of 2**60 numbers, each the largest there is.
     unit = 2.0 ** (-3 * jnp.finfo(compute_dtype(x)).maxexp // 4)
     total, scaled = jnp.sum(abs_sq(x)), jnp.sum(abs_sq(widen(x) * unit))
-    return jnp.where(jnp.isfinite(total), jnp.sqrt(total), jnp.sqrt(scaled) / unit)
+    return jnp.where(jnp.isfinite(total), root(total), root(scaled) / unit)
+
+
+def root(x: jax.Array) -> jax.Array:
+    """Square root of a number >= 0, with a derivative of 0 where that is infinite.
+
+    An infinite derivative makes NaN of every gradient taken through it, even in the
+    branch of a `where` that is not chosen.
+    """
+    has_derivative = (x > 0) & jnp.isfinite(x)
+    return jnp.where(has_derivative, jnp.sqrt(jnp.where(has_derivative, x, 1)), x)
 
 
 def stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -66,7 +76,7 @@ def direction(x: jax.Array) -> jax.Array:
     parts = jnp.where(jnp.abs(parts).max(axis=0, keepdims=True) > 1, parts / 16, parts)
     largest = jnp.abs(parts).max(axis=0, keepdims=True)
     parts = parts / jnp.where(largest > 0, largest, 1)
-    norm = jnp.sqrt((parts**2).sum(axis=0, keepdims=True))
+    norm = root((parts**2).sum(axis=0, keepdims=True))
     parts = parts / jnp.where(norm > 0, norm, 1)
     return jax.lax.complex(parts[0], parts[1])
 

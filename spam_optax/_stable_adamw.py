@@ -221,7 +221,7 @@ def _rms(g: jax.Array, v_hat: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array
     # eps**2 may underflow, and 0 / 0 is no ratio.
     floor = jnp.maximum(jnp.square(eps), jnp.finfo(v_hat.dtype).tiny)
     ratio = _arithmetic.abs_sq(g) / jnp.maximum(v_hat, floor)
-    return jnp.sqrt(jnp.sum(ratio) / max(g.size, 1))
+    return _arithmetic.root(jnp.sum(ratio) / max(g.size, 1))
 
 
 def _direction(bad, m, v, rms, corrections, eps) -> jax.Array:

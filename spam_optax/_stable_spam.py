@@ -662,7 +662,7 @@ def _adagn(finite, bad, statistics, gamma1, gamma2, eps):
     steps = steps + usable
     mean = _average(mean, norm, gamma1, usable)
     square = _average(square, norm**2, gamma2, usable)
-    root = jnp.sqrt(_corrected(square, gamma2, steps)) + eps
+    root = _arithmetic.root(_corrected(square, gamma2, steps)) + eps
     wanted = _corrected(mean, gamma1, steps) / root
     return _rescale(finite, norm, wanted, steps > 0), steps, mean, square
 
@@ -681,7 +681,7 @@ def _adam(gradients, state, decays, position, reference_resets):
     second = functional.bias_correction(b2, since_reset)
 
     def direct(m, v):
-        return (m / first / (jnp.sqrt(v / second) + eps)).astype(m.dtype)
+        return (m / first / (_arithmetic.root(v / second) + eps)).astype(m.dtype)
 
     direction = _moments.map_leaves(direct, mu, nu)
     if reference_resets:

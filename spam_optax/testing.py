@@ -150,7 +150,7 @@ def _fault(
             fault = _arithmetic.widen(g) * scale
         case "noise":
             wide = _arithmetic.widen(g)
-            rms = jnp.sqrt(jnp.mean(_arithmetic.abs_sq(g)))
+            rms = _arithmetic.root(jnp.mean(_arithmetic.abs_sq(g)))
             noise = jax.random.normal(
                 key, g.shape, wide.dtype, out_sharding=jax.typeof(g).sharding
             )

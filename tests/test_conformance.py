@@ -467,3 +467,40 @@ def test_pure_under_strict_modes(name):
         update(g, state, params)
     with jax.checking_leaks():
         jax.jit(lambda *args: tx.update(*args))(g, state, params)
+
+
+CLIPS = ("spam_clip", "inject_spikes", "zclip", "adagc", "adaclip", "adagn")
+CLIPS += ("gradient_stabilizer",)
+
+
+@EVERY
+def test_updates_are_differentiable(name):
+    """Through resets, unused parameters and zeros, as Optax's own are.
+
+    Adam's root of a second moment of 0 has no derivative: parameters whose gradient is
+    0 are in the objective of what only clips.
+    """
+    tx = TRANSFORMATIONS[name]()
+
+    def objective(scale):
+        params = {"a": 1 + jnp.arange(8.0).reshape(4, 2), "b": jnp.ones(3)}
+        params["c"] = jnp.zeros(3)
+
+        def loss(p):
+            return scale * (jnp.sum(p["a"] ** 2) + jnp.sum(p["c"] ** 2))
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            updates = jax.tree.map(lambda u: 0.01 * u, updates)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=7)
+        return jnp.sum(params["a"]) + (jnp.sum(params["c"]) if name in CLIPS else 0)
+
+    with jax.enable_x64(True):
+        slope = jax.jit(jax.grad(objective))(1.3)
+        value = jax.jit(objective)
+        difference = (value(1.3 + 1e-4) - value(1.3 - 1e-4)) / 2e-4
+    # Statistics of whole tensors are float32, which the difference is as exact as.
+    np.testing.assert_allclose(slope, difference, rtol=1e-3, atol=1e-3)
