@@ -14,13 +14,19 @@ _LARGEST_COUNT = 2.0**31 - 128  # The largest float32 that is an int32.
 
 def compute_dtype(x: jax.typing.ArrayLike) -> np.dtype:
     """The real dtype of arithmetic on `x`: float64 for 64-bit parts, else float32."""
-    return jnp.promote_types(jnp.finfo(jnp.result_type(x)).dtype, jnp.float32)
+    return promote_types(jnp.finfo(jnp.result_type(x)).dtype, jnp.float32)
+
+
+def promote_types(one: jax.typing.DTypeLike, other: jax.typing.DTypeLike) -> np.dtype:
+    """The dtype that both fit into; JAX's strict promotion would refuse to tell."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, other)
 
 
 def widen(x: jax.typing.ArrayLike) -> jax.Array:
     """`x` in the dtype that arithmetic is done in, complex if it was."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, compute_dtype(x)))
+    return x.astype(promote_types(x.dtype, compute_dtype(x)))
 
 
 def abs_sq(x: jax.Array) -> jax.Array:

@@ -62,7 +62,7 @@ def move(
 ) -> jax.Array:
     """Moves a moment towards `target`, in the wide dtype."""
     moment = _arithmetic.widen(moment)
-    dtype = jnp.promote_types(moment.dtype, target.dtype)
+    dtype = _arithmetic.promote_types(moment.dtype, target.dtype)
     # Cast: an injected float64 decay must not widen a float32 moment.
     return (decay * moment + (1 - decay) * target).astype(dtype)
 

@@ -123,9 +123,10 @@ def track_spikes(
         valid = (nonfinite == 0) & jnp.isfinite(norm)
         score = jnp.where(mean > 0, norm / jnp.where(mean > 0, mean, 1), 0)
         score = jnp.where(valid, score, jnp.inf)
-        steps = state.tensor_steps + valid
+        steps = state.tensor_steps + valid.astype(jnp.int32)
         limited = jnp.where(mean > 0, jnp.minimum(norm, threshold * mean), norm)
-        rate = 1 / jnp.minimum(jnp.maximum(steps, 1), 1 / (1 - decay))
+        steps_so_far = jnp.maximum(steps, 1).astype(jnp.float32)
+        rate = 1 / jnp.minimum(steps_so_far, 1 / (1 - decay))
         # Steps without any gradient are no history: the first norm is the mean.
         rate = jnp.where(mean > 0, rate, 1)
         new_mean = (mean + rate * (limited - mean)).astype(jnp.float32)
@@ -134,7 +135,8 @@ def track_spikes(
             tensor_update_norm=_norms.of_tensors(new_updates),
             tensor_mean_norm=jnp.where(valid, new_mean, mean),
             tensor_spike_score=score,
-            tensor_spike_steps=state.tensor_spike_steps + (score > threshold),
+            tensor_spike_steps=state.tensor_spike_steps
+            + (score > threshold).astype(jnp.int32),
             tensor_nonfinite=nonfinite,
             tensor_steps=steps,
             inner_state=inner_state,

@@ -577,7 +577,7 @@ class _Layout(NamedTuple):
         # Twice: two tensors, or windows, whose first numbers overlap part ways here.
         bits = _mix(_mix(index ^ _mix(seed ^ salt)) ^ _mix(seed + salt))
         in_last_slab = self.kept - self.missing_rows
-        choices = np.uint32(self.lanes) - (outer[-1] >= in_last_slab)
+        choices = np.uint32(self.lanes) - (outer[-1] >= in_last_slab).astype(jnp.uint32)
         return _scale_bits(bits, choices).astype(self.lane_dtype)
 
     def largest_lanes(self, x: jax.Array) -> jax.Array:

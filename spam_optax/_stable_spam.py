@@ -640,7 +640,7 @@ def _adaclip(finite, bad, steps, mean, gamma3):
     """Clipped gradients, coordinates limited, and the statistics after the step."""
     largest = _of_each(lambda g: jnp.abs(g).max(initial=0), finite)
     usable = (bad == 0) | (largest > 0)
-    steps = steps + usable
+    steps = steps + usable.astype(jnp.int32)
     mean = _average(mean, largest, gamma3, usable)
     limit = _corrected(mean, gamma3, steps)
     clipped, counts = [], []
@@ -659,7 +659,7 @@ def _adagn(finite, bad, statistics, gamma1, gamma2, eps):
     """Rescaled gradients, and the statistics after the step."""
     steps, mean, square = statistics
     norm, usable = _measure(finite, bad)
-    steps = steps + usable
+    steps = steps + usable.astype(jnp.int32)
     mean = _average(mean, norm, gamma1, usable)
     square = _average(square, norm**2, gamma2, usable)
     root = _arithmetic.root(_corrected(square, gamma2, steps)) + eps

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spam_optax import _arithmetic
+
 
 def check_number(
     function: str,
@@ -204,7 +206,7 @@ def check_inexact(
             f"got {dtype}."
         )
     # JAX may not have the float64 of a NumPy array.
-    return jnp.promote_types(jax.dtypes.canonicalize_dtype(dtype), jnp.float32)
+    return _arithmetic.promote_types(jax.dtypes.canonicalize_dtype(dtype), jnp.float32)
 
 
 def check_not_complex(function: str, updates: Any, mu: Any) -> None:

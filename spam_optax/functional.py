@@ -412,7 +412,7 @@ def _square_limit(
     nu = _arithmetic.widen(nu)
     limit = jnp.asarray(threshold, nu.dtype) * nu
     limit = jnp.where(nu > 0, limit, 0)  # Even if an injected threshold is infinite.
-    dtype = jnp.promote_types(nu.dtype, _arithmetic.compute_dtype(gradient))
+    dtype = _arithmetic.promote_types(nu.dtype, _arithmetic.compute_dtype(gradient))
     limit = jnp.minimum(limit.astype(dtype), _arithmetic.largest_like(gradient) ** 2)
     return limit, active if clip_unseen else active & (nu > 0)
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from spam_optax import _validate
+from spam_optax import _arithmetic, _validate
 
 __all__ = (
     "StableInitializers",
@@ -323,7 +323,7 @@ def _normal(std: float) -> Initializer:
         dtype = jnp.result_type(float) if dtype is None else dtype
         # A bfloat16 normal takes 128 values with a mean of -0.012 std, and a common
         # mean is one large singular value: of order width, the noise's only its root.
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = _arithmetic.promote_types(dtype, jnp.float32)
         return draw(key, shape, wide, out_sharding).astype(dtype)
 
     return init

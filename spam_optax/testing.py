@@ -154,7 +154,7 @@ def _fault(
             noise = jax.random.normal(
                 key, g.shape, wide.dtype, out_sharding=jax.typeof(g).sharding
             )
-            fault = wide + scale * rms * noise
+            fault = wide + (scale * rms).astype(wide.dtype) * noise
         case "nan":
             fault = jnp.full_like(g, jnp.nan)
         case "inf":

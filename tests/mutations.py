@@ -249,7 +249,9 @@ def failure_of(folder: pathlib.Path, arguments: list[str]) -> str | None:
         return None
     lines = run.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
-    return failed[0].split(" - ")[0] if failed else f"pytest ended with {run.returncode}"
+    return (
+        failed[0].split(" - ")[0] if failed else f"pytest ended with {run.returncode}"
+    )
 
 
 if __name__ == "__main__":

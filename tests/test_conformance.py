@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import spam_optax
+from spam_optax import linen
+from spam_optax import nnx as flax_nnx
 
 QUICK = dict(reset_interval=5, grace_steps=2)
 TRANSFORMATIONS = {
@@ -504,3 +507,44 @@ def test_updates_are_differentiable(name):
         difference = (value(1.3 + 1e-4) - value(1.3 - 1e-4)) / 2e-4
     # Statistics of whole tensors are float32, which the difference is as exact as.
     np.testing.assert_allclose(slope, difference, rtol=1e-3, atol=1e-3)
+
+
+def test_strict_promotion():
+    """All work under JAX's strict promotion of dtypes, where `optax.adam` does not."""
+    makers = TRANSFORMATIONS | {
+        kind: functools.partial(spam_optax.testing.inject_spikes, 0, 0.5, kind=kind)
+        for kind in ("noise", "nan", "inf")
+    }
+    makers["reset_moments"] = lambda: spam_optax.reset_moments(optax.trace(0.9), 5)
+    makers["by_weight"] = lambda: spam_optax.sparse_spam(selection="max_weight")
+    makers["short slabs"] = lambda: spam_optax.sparse_spam(0.1, 0.3, weight_decay=0.1)
+    key = jax.random.key(0)
+    initial = spam_optax.initializers.stable(width=8, num_layers=2)
+    x, steps = jnp.ones((8, 8)), jnp.ones(30)
+    with jax.numpy_dtype_promotion("strict"):
+        for make in makers.values():
+            for dtype in ("float16", "bfloat16", "float32"):
+                tx, params = make(), make_params(dtype)
+                jax.eval_shape(tx.update, params, tx.init(params), params)
+        for draw in (initial.kernel, initial.residual, initial.embedding):
+            draw(key, (8, 8), jnp.bfloat16)
+        functional = spam_optax.functional
+        functional.spike_score(steps, window=5)
+        functional.gradient_spike_score(x)
+        functional.online_spike_score(x, x)
+        functional.spike_mask(x, x), functional.clip_spikes(x, x)
+        functional.reset_ramp(jnp.arange(1, 9), 5, 2)
+        functional.bias_correction(0.9, jnp.arange(1, 9))
+        functional.token_embedding_variability(x)
+        functional.layer_gradient_norms({"blocks": {"kernel": x}}, ["blocks"])
+        functional.ffn_jacobian_bound(8, 32, 0.1, 0.1, 1.0)
+        functional.attention_jacobian_bound(8, 0.1, 1.0, 1.0)
+        for layer in (
+            flax_nnx.ScaledEmbed(8, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)),
+            flax_nnx.NormedEmbed(8, 4, rngs=nnx.Rngs(0)),
+        ):
+            layer.attend(layer(jnp.arange(3)))
+        flax_nnx.WesarLinear(8, 4, rngs=nnx.Rngs(0))(x)
+        for layer in (linen.ScaledEmbed(8, 4), linen.NormedEmbed(8, 4)):
+            layer.init_with_output(key, jnp.arange(3))
+        linen.WesarDense(4).init_with_output(key, x)
