@@ -126,14 +126,16 @@ def scale_by_adam_mini(
         _validate.check_same_tree(function, updates, state.mu)
         _validate.check_not_complex(function, updates, state.mu)
         step = optax.safe_increment(state.count)
-        gradients, bad = _moments.screen(updates, state.nu)
+        # Of the structure of the others: init's has no NNX variables.
+        old_nu = _structured_like(state.mu, state.nu)
+        gradients, bad = _moments.screen(updates, old_nu)
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
         nu = _moments.map_moments(
             lambda v, g: _moments.move(v, _mean_square(g, v.shape), b2),
-            state.nu,
+            old_nu,
             gradients,
         )
-        mu, nu = _moments.hold(mu, state.mu, bad), _moments.hold(nu, state.nu, bad)
+        mu, nu = _moments.hold(mu, state.mu, bad), _moments.hold(nu, old_nu, bad)
         corrections = [functional.bias_correction(b, step) for b in (b1, b2)]
         direction = _moments.map_leaves(
             lambda bad, m, v: _direction(bad, m, v, corrections, eps), bad, mu, nu
@@ -141,7 +143,7 @@ def scale_by_adam_mini(
         return _moments.cast_updates(direction, updates, params), ScaleByAdamMiniState(
             step,
             _moments.cast_like(mu, state.mu),
-            _moments.cast_like(nu, state.nu),
+            _structured_like(state.nu, _moments.cast_like(nu, old_nu)),
             *_moments.count(bad, state.dropped_total),
         )
 
@@ -181,9 +183,10 @@ def adam_mini(
     still count in the mean. A tensor without a finite coordinate keeps its moments, and
     they do not move it. Complex parameters are refused.
 
-    On a mesh the mean over a block that is spread over devices is an all-reduce of
-    one number a block. A second moment has the rank of its parameter but fewer entries,
-    so a ``PartitionSpec`` of the parameter need not divide it.
+    On a mesh the mean over blocks that are spread over devices takes an all-reduce, of
+    one number per output where the blocks are heads. A second moment has the rank of
+    its parameter but fewer entries, so it does not take over the parameter's sharding:
+    its numbers are on every device, except along axes that are not cut.
 
     With ``optax.inject_hyperparams`` pass ``hyperparam_dtype=jnp.float32`` and
     ``static_args=("partition", "mask", "mu_dtype", "nu_dtype")``.
@@ -399,7 +402,11 @@ def _check_real(path: tuple, p: Any) -> None:
 
 
 def _init_nu(params: optax.Params, partition: Partition, dtype: Any) -> optax.Updates:
-    """Zeros, one a block, on the devices that the means of the blocks will be on."""
+    """Zeros, one per block, on the devices that the means of the blocks will be on.
+
+    In the places of NNX variables there are plain arrays: ``nnx.Optimizer`` shards each
+    variable by its axes' names, and blocks have other axes.
+    """
     leaves, structure = jax.tree.flatten(params)
     # Optax calls init on a tree without leaves too, which is not the partition's.
     blocks = structure.flatten_up_to(partition(params)) if leaves else []
@@ -409,7 +416,14 @@ def _init_nu(params: optax.Params, partition: Partition, dtype: Any) -> optax.Up
         _check_blocks(path, jnp.shape(p), parts)
         zeros = jnp.zeros_like(p, dtype=dtype or _arithmetic.compute_dtype(p))
         nu.append(_mean_square(zeros, parts).astype(zeros.dtype))
-    return structure.unflatten(nu)
+    is_variable = lambda x: hasattr(x, "get_metadata")  # noqa: E731
+    places = jax.tree.map(lambda _: 0, params, is_leaf=is_variable)
+    return jax.tree.unflatten(jax.tree.structure(places), nu)
+
+
+def _structured_like(tree: Any, other: Any) -> Any:
+    """The leaves of `other` in the structure of `tree`."""
+    return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(other))
 
 
 def _check_blocks(path: tuple, shape: tuple[int, ...], blocks: Any) -> None:
@@ -432,28 +446,54 @@ def _mean_square(g: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
     """The mean of ``g**2`` over each block."""
     # Divided before they are summed: the sum of the squares could overflow.
     squares = _arithmetic.abs_sq(g) / max(g.size // max(math.prod(blocks), 1), 1)
+    whole = tuple(axis for axis, parts in enumerate(blocks) if parts == 1)
+    squares = squares.sum(whole, keepdims=True)
     for axis, (size, parts) in enumerate(zip(g.shape, blocks, strict=True)):
         if 1 < parts < size:
+            # A block may be spread over devices: few numbers are left to gather.
+            squares = _reshard(squares, axis, None)
             shape = squares.shape
             cut = (*shape[:axis], parts, size // parts, *shape[axis + 1 :])
             squares = squares.reshape(cut).sum(axis + 1)
-    whole = tuple(axis for axis, parts in enumerate(blocks) if parts == 1)
-    return squares.sum(whole, keepdims=True)
+    return squares
 
 
-def _spread(v: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`v` repeated over the coordinates of each block that is cut from an axis.
+def _spread(v: jax.Array, like: jax.Array) -> jax.Array:
+    """Repeats `v` over the coordinates of each block that is cut from an axis.
 
-    Along axes with one block, or one a coordinate, it broadcasts as it is.
+    Along axes with one block, or with one per coordinate, it broadcasts as it is.
     """
-    for axis, (parts, size) in enumerate(zip(v.shape, shape, strict=True)):
+    for axis, (parts, size) in enumerate(zip(v.shape, like.shape, strict=True)):
         if 1 < parts < size:
-            v = jnp.repeat(v, size // parts, axis=axis, total_repeat_length=size)
+            v = jnp.repeat(
+                _reshard(v, axis, None),
+                size // parts,
+                axis=axis,
+                total_repeat_length=size,
+                out_sharding=_sharding(v, axis, jax.typeof(like).sharding.spec[axis]),
+            )
     return v
+
+
+def _sharding(x: jax.Array, axis: int, names: Any) -> jax.NamedSharding | None:
+    """The sharding of `x` with another one along `axis`; None without a mesh."""
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.empty:
+        return None
+    spec = [*sharding.spec]
+    spec[axis] = names
+    return jax.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def _reshard(x: jax.Array, axis: int, names: Any) -> jax.Array:
+    """`x` sharded in another way along `axis`, if the mesh is explicit."""
+    if jax.typeof(x).sharding.spec[axis] == names:
+        return x
+    return jax.sharding.reshard(x, _sharding(x, axis, names))
 
 
 def _direction(bad, m, v, corrections, eps) -> jax.Array:
     """Adam's, 0 without a finite gradient."""
     first, second = corrections
-    step = m / first / _spread(jnp.sqrt(v / second) + eps, m.shape)
+    step = m / first / _spread(jnp.sqrt(v / second) + eps, m)
     return jnp.where(jnp.all(bad), 0, step).astype(m.dtype)

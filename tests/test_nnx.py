@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx as flax_nnx
 
+import spam_optax
 from spam_optax import initializers, nnx
 
 VOCABULARY, WIDTH, NUM_LAYERS = 512, 160, 8
@@ -178,6 +179,52 @@ def test_explicit_mesh(module, spec):
         assert jax.typeof(logits).sharding.spec == out_sharding
     np.testing.assert_allclose(output, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(logits, want_logits, rtol=1e-4, atol=1e-4)
+
+
+STATEFUL = {
+    "sparse_spam": lambda: spam_optax.sparse_spam(0.1, row_blocks=4),
+    "stable_spam": lambda: spam_optax.stable_spam(0.1),
+    "track_spikes": lambda: spam_optax.track_spikes(spam_optax.spam(0.1)),
+    "adam_mini": lambda: spam_optax.adam_mini(
+        0.1, partition=spam_optax.adam_mini_partition(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_optimizer_of_sharded_parameters(name):
+    """States of other shapes than the parameters do not take over their sharding."""
+
+    class Model(flax_nnx.Module):
+        def __init__(self):
+            draw = flax_nnx.initializers.normal()
+            for name, spec in (("query", (None, "x")), ("mlp", ("x", "y"))):
+                kernel_init = flax_nnx.with_partitioning(draw, spec)
+                rngs = flax_nnx.Rngs(0)
+                layer = flax_nnx.Linear(16, 16, kernel_init=kernel_init, rngs=rngs)
+                setattr(self, name, layer)
+
+    @flax_nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, jax.tree.map(jnp.cos, flax_nnx.state(model)))
+
+    def march():
+        model = Model()
+        optimizer = flax_nnx.Optimizer(model, STATEFUL[name](), wrt=flax_nnx.Param)
+        for _ in range(2):
+            step(model, optimizer)
+        return jax.device_get(flax_nnx.to_pure_dict(flax_nnx.state(model)))
+
+    one_device = jax.make_mesh((1, 1), ("x", "y"), devices=jax.devices()[:1])
+    with jax.set_mesh(one_device):
+        expected = march()
+    with jax.set_mesh(jax.make_mesh((4, 2), ("x", "y"))):
+        ours = march()
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        ours,
+        expected,
+    )
 
 
 def test_missing_flax_says_what_to_install(monkeypatch):

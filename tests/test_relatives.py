@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import numpy_relatives
 import spam_optax
@@ -501,3 +502,36 @@ def test_blocks_of_stacked_matrices(num_kv_heads):
     assert values == sum(int(np.prod(x)) for x in blocks.values())
     updates, _ = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
     jax.tree.map(lambda u: close(u, np.ones(u.shape)), updates)
+
+
+# ------------------------------------------------------------------------- meshes
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_adam_mini_with_blocks_spread_over_devices(kind):
+    """Heads over the devices, fewer heads than devices, rows over the devices."""
+    axis_type = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    tx = spam_optax.adam_mini(0.1, partition=spam_optax.adam_mini_partition(4, 2))
+    params = {
+        name: jnp.cos(jnp.arange(128.0)).reshape(8, 16)
+        for name in ("query", "key", "embedding", "q_proj", "mlp")
+    }
+    specs = {"query": P(None, "x"), "key": P(None, ("x", "y")), "embedding": P("x")}
+    specs |= {"q_proj": P("x", "y"), "mlp": P("y", "x")}
+
+    def march(params):
+        state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+        for _ in range(3):
+            updates, new = update(params, state, params)
+            assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+            state, params = new, optax.apply_updates(params, updates)
+        return jax.device_get((params, state))
+
+    expected = march(params)
+    with jax.set_mesh(mesh):
+        shardings = {k: jax.NamedSharding(mesh, spec) for k, spec in specs.items()}
+        ours = march(jax.device_put(params, shardings))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), ours, expected
+    )
