@@ -343,7 +343,8 @@ def adam_mini_partition(
         names = _paths.names(function, params)
         blocks = _paths.map_leaves(lambda leaf: _blocks(leaf, layouts), params)
         roles = [_role(leaf) for leaf in _paths.leaves(params)]
-        unknown = [n for n, role in zip(names, roles, strict=True) if role is None]
+        pairs = zip(names, roles, strict=True)
+        unknown = [name or "the root" for name, role in pairs if role is None]
         if unknown:
             warnings.warn(
                 f"{function}: no role is known for the matrices {', '.join(unknown)}; "

@@ -13,6 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 import spam_optax
 
+# Of tensors whose names say nothing, as a and b.
+pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
+
 QUICK = dict(reset_interval=5, grace_steps=2)
 TRANSFORMATIONS = {
     "spam_clip": lambda: spam_optax.spam_clip(**QUICK),
