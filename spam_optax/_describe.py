@@ -100,7 +100,9 @@ def describe_tensors(
             name,
             jnp.shape(leaf.value),
             _paths.role(leaf.path, jnp.ndim(leaf.value)) or "unknown",
-            0.0 if mu is None else math.prod(mu) / max(jnp.size(leaf.value), 1),
+            0.0
+            if mu is None
+            else math.prod(mu) / max(math.prod(jnp.shape(leaf.value)), 1),
             nu,
         )
         for name, leaf, mu, nu in zip(

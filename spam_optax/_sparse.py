@@ -171,6 +171,9 @@ def sparse_spam(
         like the parameters or a prefix of them, or a function from parameters to such a
         tree. None: :func:`matrices_only`. Parameters of fewer than 2 dimensions stay
         dense in any case; those of more are stacks of matrices, over the leading ones.
+        So rows are axis -2, whatever it holds: groups of MaxText's stacked kernels are
+        of entries of several layers, of Flax's attention kernels of several heads, and
+        the density is one that this axis allows.
       key: What the masks are drawn from, a PRNG key or a number to make one from. It is
         not part of the state: pass the same one when a run is resumed.
       selection: Which entry of a group gets momentum at a reset. ``"random"``: any.
@@ -351,6 +354,8 @@ def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
 
 def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
     """The fraction of each parameter that has momentum.
+
+    :func:`spam_optax.describe_tensors` shows it with names and roles.
 
     Args:
       opt_state: A state of :func:`sparse_spam`, or one that contains such a state.

@@ -339,6 +339,7 @@ def test_moments_of_an_optimizer_are_said_in_one_line():
         "mlp": {"kernel": jnp.ones((8, 32))},
     }
     for tx, line in (
+        (spam_optax.spam(), "x: both moments for every entry"),
         (
             spam_optax.sparse_spam(),
             "x: momentum for 100% of the 136 entries of embedding, vector;"

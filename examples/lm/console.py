@@ -136,6 +136,8 @@ def moments(name: str, tensors: spam_optax.TensorDescriptions) -> str:
         )
         key = f"{tensor.density:.0%}", second is not None, is_shared
         groups.setdefault(key, []).append(tensor)
+    if set(groups) == {("100%", True, False)}:
+        return f"{name}: both moments for every entry"
     texts = []
     for (density, has_second, is_shared), group in groups.items():
         roles = ", ".join(dict.fromkeys(tensor.role for tensor in group))
