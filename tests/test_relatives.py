@@ -658,6 +658,15 @@ def test_shapes_that_do_not_tell_are_refused():
         ValueError, match="num_heads and num_kv_heads must be the length"
     ):
         blocks_of({"query/kernel": (8, 5, 3)}, 4, stacked=[])
+    for argument, value in (
+        ("outputs_first", "a"),
+        ("outputs_first", 1),
+        ("stacked", 3),
+    ):
+        with pytest.raises(TypeError, match=f"{argument} must be .* got {value!r}"):
+            spam_optax.adam_mini_partition(**{argument: value})
+    with pytest.raises(ValueError, match="layer_axis must be a whole number >= 0"):
+        spam_optax.adam_mini_partition(layer_axis=-1)
     with pytest.raises(ValueError, match="layer_axis must be an axis of the stacked"):
         blocks_of({"mlp/kernel": (8, 5)}, layer_axis=2, stacked=["mlp"])
 
