@@ -231,6 +231,7 @@ def train_all(
     halted = []
     if hosts.is_main():
         console.announce(task)
+        console.describe(task)
         folder.write_tensor_names(training.tensor_names(task))
     with console.Progress(config) as progress:
         for name in config.optimizers:

@@ -9,7 +9,8 @@ there are blocks: entry i of an axis stands for the i-th of that many equal part
 
 import math
 import numbers
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -20,15 +21,14 @@ from spam_optax import _arithmetic, _moments, _paths, _validate, functional
 
 Partition = Callable[[optax.Params], Any]
 
-_QUERIES = ("query", "q", "q_proj", "wq")
-_KEYS = ("key", "k", "k_proj", "wk")
-_VALUES = ("value", "v", "v_proj", "wv")
-_OUTS = ("out", "o", "o_proj", "out_proj", "wo")
-_FEED_FORWARDS = ("mlp", "ffn", "feed_forward")
-_NEURONS = (
-    *("wi", "fc", "c_fc", "c_proj", "fc_in", "fc_out", "linear_in"),
-    *("gate", "up", "down", "gate_proj", "up_proj", "down_proj"),
-)
+_WITH_HEADS = ("query", "key", "value", "attention output")
+# Words of the names of axes.
+_LAYERS = {
+    *("layer", "layers", "block", "blocks", "stack", "repeat", "stage", "stages"),
+    *("expert", "experts", "exp"),
+}
+_HEADS = {"head", "heads"}
+_VOCABULARY = {"vocab", "vocabulary"}
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -247,45 +247,63 @@ def adam_mini(
 
 
 def adam_mini_partition(
-    num_heads: int | None = None, num_kv_heads: int | None = None
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    *,
+    outputs_first: bool | Collection[str] | None = None,
+    layer_axis: int | None = None,
+    stacked: Collection[str] | None = None,
 ) -> Partition:
-    """The blocks of a transformer, by the names and ranks of its parameters.
+    """The blocks of a transformer, by the names and shapes of its parameters.
 
     A partition gives each parameter a tuple: along each of its axes, into how many
     equal parts it is cut. So it is the shape of the second moment too. Here, for
-    kernels (in, out) as Flax has them, with any axes of stacked layers in front, every
-    layer for itself:
+    kernels (in, out) as Flax has them, with any axes of stacked layers or experts in
+    front, every layer for itself:
 
     ==========================================  =======================  ===============
     parameter                                   one block for            tuple
     ==========================================  =======================  ===============
     kernel of queries or keys                   a head                   (1, heads)
     the same, shaped (in, heads, head width)    a head                   (1, heads, 1)
-    kernel of values, attention output,         an output neuron         (1, out)
-    feed-forward layer
     kernel of an untied head                    a token                  (1, vocabulary)
     embedding (vocabulary, width)               a token                  (vocabulary, 1)
+    any other matrix                            an output neuron         (1, out)
     norm's scale, bias                          the whole (last) axis    (1,)
     ``alpha`` of a WeSaR layer                  a number                 ()
-    anything else                               the whole                (1, ..., 1)
     ==========================================  =======================  ===============
 
-    Whole parts of the path are compared, without regard to case, underscores and a
-    number at their end: queries are ``query``, ``q``, ``q_proj`` or ``wq``, and so on.
-    The rest of the tree tells kernels with an axis of heads from stacked ones.
+    So queries, keys and values fused in one kernel have a block for each output neuron,
+    and LoRA's factors too. A matrix whose name is not known is treated in the same way,
+    with a warning that lists such matrices.
+
+    Names are compared by words, as for :func:`matrices_only`: queries are ``query``,
+    ``q``, ``q_proj``, ``wq``, ``q_einsum``, and so on. Axes are read from each tensor:
+    an axis as long as there are heads, where heads may be, is one of heads. Names of
+    axes, of ``nnx.Param`` or ``nn.Partitioned``, tell layers, experts and the
+    vocabulary.
 
     Args:
       num_heads: Heads of the queries. None: there must be no queries or keys.
       num_kv_heads: Heads of the keys and values. None: as many as of the queries.
+      outputs_first: Whether matrices are (out, in), as those of PyTorch, Equinox and
+        Levanter are; or names of parts of paths, where they are so. Embeddings are
+        (vocabulary, width) in any case. None: matrices are (in, out), and one called
+        ``weight`` is refused, for that can be either.
+      layer_axis: The axis of layers of tensors that have one; 1 for MaxText. None: the
+        first one; a kernel that would then have more layers than inputs is refused.
+      stacked: Names of parts of paths, such as ``("layers",)``: a tensor with one of
+        them in its path has an axis of layers, and no other. None: its rank tells.
 
     Returns:
       A function from parameters to a tree of tuples, for `partition`. Call it to see
       the blocks, or write another one in its place.
 
     Raises:
-      ValueError: If a number of heads is not a whole number >= 1; by the function, if
-        it does not divide a kernel's outputs, or is needed and None.
-      TypeError: If it is not a Python number.
+      ValueError: If an argument is out of range; by the function, if the number of
+        heads does not divide a kernel's outputs, or is needed and None, or if it cannot
+        tell the axes of a kernel. The message names the argument that would tell.
+      TypeError: If an argument is of the wrong type.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -295,101 +313,258 @@ def adam_mini_partition(
       ...     "attention": {"key": {"kernel": jnp.ones((12, 8, 8))}},  # 12 layers
       ...     "norm": {"scale": jnp.ones(8)},
       ... }
-      >>> blocks = spam_optax.adam_mini_partition(num_heads=2)(params)
+      >>> layers_first = spam_optax.adam_mini_partition(num_heads=2, layer_axis=0)
+      >>> blocks = layers_first(params)
       >>> print(blocks["embed"], blocks["attention"], blocks["norm"])
       {'embedding': (50, 1)} {'key': {'kernel': (12, 1, 2)}} {'scale': (1,)}
+      >>> torch_like = spam_optax.adam_mini_partition(num_heads=2, outputs_first=True)
+      >>> print(torch_like({"lm_head": {"weight": jnp.ones((50, 8))}}))
+      {'lm_head': {'weight': (50, 1)}}
 
     References:
       Zhang et al., `Adam-mini: Use Fewer Learning Rates To Gain More
       <https://arxiv.org/abs/2406.16793>`_, 2024, section 2.3.
     """
-    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+    function = "adam_mini_partition"
+    for name, value, low in (
+        ("num_heads", num_heads, 1),
+        ("num_kv_heads", num_kv_heads, 1),
+        ("layer_axis", layer_axis, 0),
+    ):
         if value is not None:
-            _validate.check_static("adam_mini_partition", name, value)
-            _validate.check_whole("adam_mini_partition", name, value, low=1)
+            _validate.check_static(function, name, value)
+            _validate.check_whole(function, name, value, low=low)
+    if not isinstance(outputs_first, bool | None):
+        others = "True, False, None or "
+        _validate.check_names(function, "outputs_first", outputs_first, others)
+    if stacked is not None:
+        _validate.check_names(function, "stacked", stacked, "None or ")
     key_heads = num_heads if num_kv_heads is None else num_kv_heads
-    heads = {"query": num_heads, "key": key_heads}
+    layouts = _Layouts(num_heads, key_heads, outputs_first, layer_axis, stacked)
 
     def partition(params: optax.Params) -> Any:
-        with_roles = [
-            (_role(path, p), p)
-            for path, p in jax.tree_util.tree_leaves_with_path(params)
-        ]
-        has_head_axis = any(
-            role in ("query", "key") and p.ndim > 2 and p.shape[-2] == heads[role]
-            for role, p in with_roles
-        )
-        return jax.tree_util.tree_map_with_path(
-            lambda path, p: _blocks(path, p, heads, has_head_axis), params
-        )
+        names = _paths.names(function, params)
+        blocks = _paths.map_leaves(lambda leaf: _blocks(leaf, layouts), params)
+        roles = [_role(leaf) for leaf in _paths.leaves(params)]
+        pairs = zip(names, roles, strict=True)
+        unknown = [name or "the root" for name, role in pairs if role is None]
+        if unknown:
+            warnings.warn(
+                f"{function}: no role is known for the matrices {', '.join(unknown)}; "
+                "each of them has a second moment for every output neuron.",
+                stacklevel=2,
+            )
+        return blocks
 
     return partition
 
 
-def _role(path: tuple, p: Any) -> str | None:
-    """What a parameter is for, as far as that decides its blocks."""
-    is_nnx = isinstance(path[-1], jax.tree_util.GetAttrKey) if path else False
-    if is_nnx and path[-1].name == "value":
-        path = path[:-1]
-    parts = _paths.part_names(path)
-    for role, names, least_rank in (
-        ("factor", _paths.FACTORS, 1),
-        ("vector", _paths.NORMS, 1),
-        ("embedding", _paths.EMBEDDINGS, 2),
-        # First, for kernels of theirs may be called `out` or `key`, and have no heads.
-        ("neurons", _FEED_FORWARDS, 2),
-        ("query", _QUERIES, 2),
-        ("key", _KEYS, 2),
-        ("value", _VALUES, 2),
-        ("out", _OUTS, 2),
-        ("neurons", _NEURONS + _paths.HEADS, 2),
-    ):
-        if jnp.ndim(p) >= least_rank and parts & set(map(_paths.plain, names)):
-            return role
-    return None
+class _Layouts(NamedTuple):
+    """The arguments of :func:`adam_mini_partition`."""
+
+    num_heads: int | None
+    key_heads: int | None
+    outputs_first: bool | Collection[str] | None
+    layer_axis: int | None
+    stacked: Collection[str] | None
+
+    def heads_of(self, role: str) -> int | None:
+        """Of a kernel; an output matrix has those of the queries."""
+        return self.key_heads if role in ("key", "value") else self.num_heads
 
 
-def _blocks(
-    path: tuple, p: Any, heads: dict[str, int | None], has_head_axis: bool
-) -> tuple[int, ...]:
+def _role(leaf: _paths.Leaf) -> str | None:
+    return _paths.role(leaf.path, jnp.ndim(leaf.value))
+
+
+def _blocks(leaf: _paths.Leaf, layouts: _Layouts) -> tuple[int, ...]:
     """Into how many parts each axis is cut."""
-    role, shape = _role(path, p), jnp.shape(p)
-    if role is None:
-        return (1,) * len(shape)
+    shape, role = jnp.shape(leaf.value), _role(leaf)
     if role == "factor":
         return shape
+    layers = _layer_axes(leaf, layouts)
     if role in ("vector", "embedding"):
-        return (*shape[:-1], 1)
-    has_head_axis = has_head_axis and len(shape) > 2
+        whole = max(set(range(len(shape))) - set(layers or ()), default=None)
+        return tuple(1 if axis == whole else n for axis, n in enumerate(shape))
+    axes = _axes(leaf, layers, layouts)
+    parts = {"in": 1}
     if role in ("query", "key"):
-        parts = _checked_heads(path, shape, heads[role], has_head_axis)
-        if has_head_axis:
-            return (*shape[:-3], 1, parts, 1)
-        return (*shape[:-2], 1, parts)
-    if role == "value" and has_head_axis:
-        return (*shape[:-3], 1, *shape[-2:])
-    if role == "out" and has_head_axis:
-        return (*shape[:-3], 1, 1, shape[-1])
-    return (*shape[:-2], 1, shape[-1])
+        parts |= {"width": 1, "out": _checked_heads(leaf, layouts, axes)}
+    if role == "attention output":
+        parts |= {"width": 1, "head": 1}
+    sizes = zip(axes, shape, strict=True)
+    return tuple(parts.get(axis, size) for axis, size in sizes)
 
 
-def _checked_heads(
-    path: tuple, shape: tuple[int, ...], heads: int | None, has_head_axis: bool
-) -> int:
-    """The number of heads of a kernel; raises if it is not known or does not fit."""
-    where = jax.tree_util.keystr(path)
+def _axes(
+    leaf: _paths.Leaf, layers: tuple[int, ...] | None, layouts: _Layouts
+) -> tuple[str, ...]:
+    """What each axis of a matrix is: layer, in, out, head, or the width of a head."""
+    shape, role = jnp.shape(leaf.value), _role(leaf)
+    is_first = _is_outputs_first(leaf, layouts.outputs_first)
+    flat = ("out", "in") if is_first else ("in", "out")
+    rest = tuple(n for axis, n in enumerate(shape) if axis not in (layers or ()))
+    if len(rest) > 2 and role in _WITH_HEADS:
+        _number_of_heads(leaf, layouts)
+    patterns = _head_patterns(leaf, is_first)
+    with_heads = next((p for p in patterns if _fits(rest, p, role, layouts)), None)
+    if layers is None:
+        if with_heads and len(rest) == len(with_heads) == 3:
+            with_heads = _if_no_layers(leaf, with_heads)
+    elif role in _WITH_HEADS and len(rest) > 2 and not with_heads:
+        raise ValueError(
+            "adam_mini_partition: num_heads and num_kv_heads must be the length of an "
+            f"axis of the kernel at {_where(leaf)} of shape {shape}, got "
+            f"{layouts.num_heads} and {layouts.key_heads}."
+        )
+    elif with_heads is None and layouts.stacked is None and leaf.axis_names is None:
+        # Its rank alone said that there are layers.
+        whole = (p for p in patterns if _fits(shape, p, role, layouts))
+        if layers and len(shape) == 3 and next(whole, None):
+            _refuse(leaf, "stacked", f"axis {layers[0]} is one of layers or of heads")
+    core = with_heads or flat
+    axes = ["layer"] * (len(rest) - len(core)) + list(core)
+    for axis in layers or ():
+        axes.insert(axis, "layer")
+    if layouts.layer_axis is None and layers is None:
+        _check_layers(leaf, axes)
+    return tuple(axes)
+
+
+def _layer_axes(leaf: _paths.Leaf, layouts: _Layouts) -> tuple[int, ...] | None:
+    """The axes of layers and experts; None: those in front, as many as are left."""
+    ndim, axis = jnp.ndim(leaf.value), layouts.layer_axis or 0
+    words = [_words_of_axis(name) for name in leaf.axis_names or ()]
+    if len(words) == ndim and any(w & (_LAYERS | _HEADS) for w in words):
+        return tuple(i for i, w in enumerate(words) if w & _LAYERS)
+    if layouts.stacked is not None:
+        has_layers = _paths.has_name(leaf.path, layouts.stacked)
+    elif axis == 0:
+        return None
+    else:
+        has_layers = ndim > (1 if _role(leaf) == "vector" else 2)
+    if has_layers and axis >= ndim:
+        raise ValueError(
+            "adam_mini_partition: layer_axis must be an axis of the stacked tensor at "
+            f"{_where(leaf)} of shape {jnp.shape(leaf.value)}, got {axis}."
+        )
+    return (axis,) if has_layers else ()
+
+
+def _words_of_axis(name: Any) -> set[str]:
+    """The words of the name of an axis; a tuple, of axes of a mesh, has none."""
+    return _paths.words(name) if isinstance(name, str) else set()
+
+
+def _is_outputs_first(
+    leaf: _paths.Leaf, outputs_first: bool | Collection[str] | None
+) -> bool:
+    """Whether a matrix is (out, in)."""
+    if isinstance(outputs_first, bool):
+        return outputs_first
+    if outputs_first is not None:
+        return _paths.has_name(leaf.path, outputs_first)
+    vocabulary = [bool(_words_of_axis(n) & _VOCABULARY) for n in leaf.axis_names or ()]
+    if any(vocabulary) and len(vocabulary) == jnp.ndim(leaf.value):
+        return not vocabulary[-1]
+    if _paths.last_word(leaf.path) == "weight":
+        _refuse(leaf, "outputs_first", "it is (in, out) or (out, in)")
+    return False
+
+
+def _head_patterns(leaf: _paths.Leaf, is_outputs_first: bool) -> list[tuple[str, ...]]:
+    """The axes that a matrix with axes of heads may end with."""
+    role = _role(leaf)
+    if role in ("query", "key", "value"):
+        if is_outputs_first:
+            grouped = ("head", "head", "width", "in")  # Levanter's queries.
+            return [grouped[1:], grouped]
+        einsum = [("head", "in", "width")] if _paths.is_einsum(leaf.path) else []
+        return [*einsum, ("in", "head", "width")]
+    if role == "attention output":
+        transposed = ("out", "head", "width")  # Levanter's and axlearn's.
+        return (
+            [transposed] if is_outputs_first else [("head", "width", "out"), transposed]
+        )
+    if role in ("fused attention", "low rank") and not is_outputs_first:
+        return [("in", "out", "head", "width"), ("in", "head", "width")]
+    return []
+
+
+def _fits(
+    shape: tuple[int, ...],
+    pattern: tuple[str, ...],
+    role: str,
+    layouts: _Layouts,
+) -> bool:
+    """Whether the axes of heads in a pattern are as long as there are heads."""
+    if len(shape) < len(pattern):
+        return False
+    sizes = list(zip(pattern, shape[-len(pattern) :], strict=True))
+    heads = math.prod(n for axis, n in sizes if axis == "head")
+    if role in _WITH_HEADS:
+        return heads == layouts.heads_of(role)
+    is_fused = "out" not in pattern or dict(sizes)["out"] in (2, 3)
+    return is_fused and heads in (layouts.num_heads, layouts.key_heads)
+
+
+def _if_no_layers(leaf: _paths.Leaf, axes: tuple[str, ...]) -> tuple[str, ...] | None:
+    """These axes, unless the first one is of as many layers as there are heads."""
+    heads, size, other = jnp.shape(leaf.value)
+    if axes[0] != "head" or axes[1] == "in":
+        return axes
+    if size >= other:  # A head is not as wide as the stream.
+        return None
+    if heads * size != other and size % heads == 0:
+        _refuse(leaf, "stacked", "its first axis is one of layers or of heads")
+    return axes
+
+
+def _check_layers(leaf: _paths.Leaf, axes: list[str]) -> None:
+    """Raises if there were more layers than inputs, for then they lie elsewhere."""
+    if _role(leaf) not in (*_WITH_HEADS, "feed-forward") or axes[0] != "layer":
+        return
+    sizes = list(zip(axes, jnp.shape(leaf.value), strict=True))
+    layers = [size for axis, size in sizes if axis == "layer"][-1]
+    inputs = [size for axis, size in sizes if axis == "in"]
+    if inputs and layers > inputs[0]:
+        _refuse(leaf, "layer_axis", "its first axis is one of layers or of inputs")
+
+
+def _number_of_heads(leaf: _paths.Leaf, layouts: _Layouts) -> int:
+    """The heads of a kernel; raises if they are not known."""
+    heads = layouts.heads_of(_role(leaf))
     if heads is None:
         raise ValueError(
             "adam_mini_partition: num_heads must be a whole number >= 1 for the kernel "
-            f"at {where}, got None; pass partition=adam_mini_partition(num_heads)."
+            f"at {_where(leaf)}, got None; pass "
+            "partition=adam_mini_partition(num_heads)."
         )
-    outputs = shape[-2] if has_head_axis else shape[-1]
+    return int(heads)
+
+
+def _checked_heads(leaf: _paths.Leaf, layouts: _Layouts, axes: tuple[str, ...]) -> int:
+    """The heads of a kernel; raises unless they divide its outputs, if it has any."""
+    heads = _number_of_heads(leaf, layouts)
+    outputs = dict(zip(axes, jnp.shape(leaf.value), strict=True)).get("out", heads)
     if outputs % heads:
         raise ValueError(
             f"adam_mini_partition: the number of heads must divide the {outputs} "
-            f"outputs of the kernel at {where}, got {heads}."
+            f"outputs of the kernel at {_where(leaf)}, got {heads}."
         )
-    return int(heads)
+    return heads
+
+
+def _refuse(leaf: _paths.Leaf, argument: str, question: str) -> None:
+    raise ValueError(
+        f"adam_mini_partition: {argument} must be given for the matrix at "
+        f"{_where(leaf)}, whose shape {jnp.shape(leaf.value)} does not tell whether "
+        f"{question}; got None."
+    )
+
+
+def _where(leaf: _paths.Leaf) -> str:
+    return jax.tree_util.keystr(leaf.path) or "the root"
 
 
 def _check_real(path: tuple, p: Any) -> None:

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _norms, _validate, functional
-from spam_optax._names import tensor_name
+from spam_optax import _arithmetic, _norms, _paths, _validate, functional
 
 
 class TrackSpikesState(NamedTuple):
@@ -153,13 +152,15 @@ def tensor_names(params: optax.Params) -> tuple[str, ...]:
 
     Returns:
       The path of each tensor, its parts joined by ``/``, without the ``value`` that
-      ends the paths of an NNX state.
+      ends the path of an NNX variable. No two are the same.
+
+    Raises:
+      ValueError: If two tensors have the same path when joined, as ``{"a/b": x}`` and
+      ``{"a": {"b": x}}`` would in one tree.
 
     Examples:
       >>> import spam_optax
       >>> spam_optax.tensor_names({"layer": {"kernel": 1.0, "bias": 0.0}})
       ('layer/bias', 'layer/kernel')
     """
-    return tuple(
-        tensor_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    )
+    return _paths.names("tensor_names", params)

@@ -1,28 +1,281 @@
-"""What the path of a parameter tells about it."""
+"""What the path of a tensor tells about it: its name, and what it is for.
 
+A part of a path is compared by its words: ``attention_norm``, ``AttentionNorm`` and
+``attention_norm_1`` are the words attention and norm. A name is found in a part if it
+is one of the words, or several in a row: ``embed_out`` is embed, out and embedout.
+"""
+
+import functools
 import re
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import jax
 
-NORMS = (
-    *("bias", "scale", "norm", "layer_norm", "rms_norm", "group_norm", "batch_norm"),
-    *("input_layernorm", "post_attention_layernorm", "final_norm", "ln", "ln_f"),
+VECTORS = (
+    *("bias", "b", "scale", "offset", "gain", "gamma", "beta", "decay"),
+    *("norm", "layernorm", "rmsnorm", "groupnorm", "batchnorm", "ln"),
 )
 EMBEDDINGS = (
-    *("embed", "embedder", "embedding", "embeddings", "scaled_embed", "normed_embed"),
-    *("embed_tokens", "tok_embeddings", "token_embedding", "token_embed"),
-    *("pos_embed", "pos_embedding", "position_embedding", "wte", "wpe"),
+    *("embed", "embeds", "embedder", "embedding", "embeddings", "emb", "wte", "wpe"),
+    *("position", "positions", "positional", "posemb"),
 )
-HEADS = ("head", "lm_head")
+HEADS = (
+    *("head", "logits", "classifier", "unembed", "unembedding"),
+    *("embed_out", "output_embed", "output_embedding"),
+)
 FACTORS = ("alpha",)  # Of WeSaR's layers.
+DENSE = VECTORS + EMBEDDINGS + HEADS + FACTORS
+
+_LOW_RANKS = (
+    *("lora", "lora_a", "lora_b", "wq_a", "wq_b", "wkv_a", "wkv_b"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj"),
+)
+_FEED_FORWARDS = (
+    *("mlp", "ffn", "ffw", "ff", "feed_forward", "moe", "expert", "experts"),
+)
+_PROJECTIONS = ("proj", "projection", "linear", "dense", "einsum", "conv")
+# Of the first of these that the part nearest to the leaf has a name of.
+_MATRICES = (
+    (
+        "fused attention",
+        (
+            *("qkv", "kv", "wqkv", "wkv", "c_attn", "query_key_value", "key_value"),
+            *("in_proj", "kv_proj", "qkv_proj"),
+        ),
+    ),
+    ("query", ("query", "q", "q_proj", "wq", "to_q", "q_lin", "q_einsum")),
+    ("key", ("key", "k", "k_proj", "wk", "to_k", "k_lin", "k_einsum")),
+    ("value", ("value", "v", "v_proj", "wv", "to_v", "v_lin", "v_einsum")),
+    (
+        "attention output",
+        (
+            *("out", "o", "o_proj", "wo", "to_out", "output", "out_lin"),
+            *("attn_vec", "o_einsum"),
+        ),
+    ),
+    (
+        "other matrix",
+        (
+            *("wi", "fc", "c_fc", "c_proj", "fc_in", "fc_out", "linear_in", "gate"),
+            *("up", "down", "router", "conv", "convolution", "intermediate"),
+        ),
+    ),
+)
+_ATTENTIONS = ("attention", "attn", "att", "mha", "mqa", "gqa", "mla")
+# Before or behind "head" in the names of attention's heads, not a model's.
+_OF_ATTENTION = {
+    *("multi", "num", "per", "query", "key", "kv", "qk", "qkv", "dim", "size", "width"),
+    *_ATTENTIONS,
+}
+_ATTENTION_HEAD = "attentionhead"
 
 
-def part_names(path: tuple) -> set[str]:
-    """The parts of a path, and of keys that are paths: ``a/b``, ``a.b``, ``(a, b)``."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return {plain(part) for part in re.split(r"[/.,()\s\'\"]+", name)}
+class Leaf(NamedTuple):
+    """A tensor of a tree.
+
+    Attributes:
+      path: Its keys, without that of the box around it: an NNX variable, or Linen's
+        ``nn.Partitioned``.
+      value: The tensor.
+      axis_names: Of its axes, if its box has some.
+    """
+
+    path: tuple
+    value: Any
+    axis_names: tuple | None
 
 
-def plain(name: str) -> str:
-    """In lower case, without underscores and without a number at its end."""
-    return name.lower().replace("_", "").rstrip("0123456789")
+def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Leaf]:
+    """The leaves of a tree, in the order of `jax.tree.leaves`."""
+    is_node = lambda x: _is_box(x) or bool(is_leaf and is_leaf(x))  # noqa: E731
+    found = []
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
+        if not _is_box(node):
+            found.append(Leaf(path, node, None))
+            continue
+        inside = jax.tree_util.tree_leaves_with_path(node, is_leaf=is_leaf)
+        names = _axis_names(node) if len(inside) == 1 else None
+        found.extend(Leaf((*path, *rest[1:]), x, names) for rest, x in inside)
+    return found
+
+
+def map_leaves(
+    f: Callable[..., Any],
+    tree: Any,
+    *rest: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> Any:
+    """Maps `f` over the leaves, as :class:`Leaf`, and their counterparts in `rest`."""
+    structure = jax.tree.structure(tree, is_leaf=is_leaf)
+    others = map(structure.flatten_up_to, rest)
+    found = zip(leaves(tree, is_leaf), *others, strict=True)
+    return structure.unflatten([f(*xs) for xs in found])
+
+
+def _is_box(x: Any) -> bool:
+    """Whether `x` is one of Flax's boxes; by name, for Flax need not be there."""
+    return any(
+        c.__name__ in ("Variable", "AxisMetadata") and c.__module__.startswith("flax.")
+        for c in type(x).__mro__
+    )
+
+
+def _axis_names(box: Any) -> tuple | None:
+    if hasattr(box, "names"):
+        return tuple(box.names)
+    metadata = box.get_metadata() if hasattr(box, "get_metadata") else {}
+    for key in ("out_sharding", "sharding_names", "sharding"):
+        if isinstance(metadata.get(key), tuple):
+            return metadata[key]
+    return None
+
+
+def names(
+    function: str, tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[str, ...]:
+    """The name of each tensor: the parts of its path joined by ``/``.
+
+    Raises ValueError if two have the same.
+    """
+    paths: dict[str, tuple] = {}
+    for leaf in leaves(tree, is_leaf):
+        name = jax.tree_util.keystr(leaf.path, simple=True, separator="/")
+        if name in paths:
+            keys = " and ".join(map(jax.tree_util.keystr, (paths[name], leaf.path)))
+            raise ValueError(
+                f"{function}: the tensors of a tree must have different names, got "
+                f"{name!r} for both {keys}; rename one."
+            )
+        paths[name] = leaf.path
+    return tuple(paths)
+
+
+def has_name(path: tuple, names: Collection[str]) -> bool:
+    """Whether one of `names` is in a part of a path.
+
+    Vectors and factors are looked for in the last two parts only, and never above a
+    ``kernel``: ``PreNorm_0/Dense_0/kernel`` is a matrix. ``b`` must be the last part.
+    """
+    parts = _parts(path)
+    wanted = set(map(joined, names))
+    near = wanted & set(map(joined, VECTORS + FACTORS))
+    is_kernel = bool(parts) and parts[-1] == ("kernel",)
+    for distance, part in enumerate(reversed(parts)):
+        found = _names_of(part) & wanted
+        if found - near or (
+            not is_kernel and any(distance < min(len(name), 2) for name in found & near)
+        ):
+            return True
+    return False
+
+
+def role(path: tuple, ndim: int) -> str | None:
+    """What a tensor is for, as far as names tell; None: a matrix nobody knows."""
+    for kind, kinds_names in (("factor", FACTORS), ("vector", VECTORS)):
+        if has_name(path, kinds_names):
+            return kind
+    if ndim < 2:
+        return "vector"
+    if has_name(path, _LOW_RANKS):
+        return "low rank"
+    if has_name(path, HEADS):
+        return "head"
+    if has_name(path, EMBEDDINGS):
+        return "projection" if _is_projection(path) else "embedding"
+    # Before the rest, for kernels of theirs may be called `out` or `key`.
+    if has_name(path, _FEED_FORWARDS):
+        return "feed-forward"
+    for part in reversed(_parts(path)):
+        if _is_attention(part):
+            continue  # MultiQueryAttention has no queries only.
+        for kind, kinds_names in _MATRICES:
+            if _names_of(part) & set(map(joined, kinds_names)):
+                return kind
+    return None
+
+
+def last_word(path: tuple) -> str:
+    """The last part of a path in lower case, without numbers and underscores."""
+    return "".join(_parts(path)[-1]) if _parts(path) else ""
+
+
+def is_einsum(path: tuple) -> bool:
+    """Whether a matrix is one of an einsum, whose heads come first in Gemma."""
+    return any("einsum" in part for part in _parts(path))
+
+
+def words(text: str) -> set[str]:
+    """The words of a name: ``q_heads`` is q and heads."""
+    return set(_words(text))
+
+
+def joined(name: str) -> str:
+    """The words of a name in one."""
+    return "".join(_words(name))
+
+
+def _is_projection(path: tuple) -> bool:
+    """Whether a matrix below an embedding multiplies: it is no table to look up in."""
+    *_, above, last = ((), (), *_parts(path))
+    is_linear = set(_PROJECTIONS) & (_names_of(above) | _names_of(last))
+    return last == ("kernel",) or bool(is_linear)
+
+
+@functools.cache
+def _words(text: str) -> tuple[str, ...]:
+    """``LMHead_0`` and ``lm_head`` are both lm and head."""
+    words = []
+    for chunk in re.findall(r"[^\W\d_]+", text):
+        words += re.findall(r"[A-Z]+(?![a-z])|[A-Z][^A-Z]*|[^A-Z]+", chunk)
+    return tuple(word.lower() for word in words)
+
+
+def _names_of(part: tuple[str, ...]) -> set[str]:
+    """The words of a part, and rows of them in one; a letter only if it is alone."""
+    rows = {
+        "".join(part[start:stop])
+        for start in range(len(part))
+        for stop in range(start + 1, len(part) + 1)
+    }
+    return {row for row in rows if len(row) > 1 or len(part) == 1}
+
+
+def _parts(path: tuple) -> list[tuple[str, ...]]:
+    """The words of each part of a path; a key may be one: ``a/b``, ``a.b``, ``(a, b)``.
+
+    A ``head`` of attention is none of the model; ``output`` outside the layers is one.
+    What has no words, as numbers have not, is left out, and so is the ``array`` that
+    ends the paths of Haliax.
+    """
+    text = jax.tree_util.keystr(path, simple=True, separator="/")
+    texts = re.split(r"[/.,()\s\'\"\[\]]+", text)
+    if texts[-1] == "array" and len(texts) > 1:
+        texts.pop()
+    parts, in_layers, in_attention = [], False, False
+    for text in filter(None, texts):
+        part = _words(text)
+        in_attention = in_attention or _is_attention(part)
+        is_layer = in_attention or _is_layer(part)
+        if in_attention or set(part) & _OF_ATTENTION:
+            part = tuple(_ATTENTION_HEAD if w == "head" else w for w in part)
+        elif "output" in part and not in_layers:
+            part = (*part, "head")
+        in_layers = in_layers or is_layer
+        if part:
+            parts.append(part)
+    return parts
+
+
+def _is_attention(part: tuple[str, ...]) -> bool:
+    return bool(part) and part[-1] in _ATTENTIONS and part != ("c", "attn")
+
+
+def _is_layer(part: tuple[str, ...]) -> bool:
+    """Whether a part is one of a stack of layers, or in one; numbers have no words."""
+    return (
+        not part
+        or part == ("h",)
+        or part[-1].endswith(("layer", "layers", "block", "blocks"))
+        or not _names_of(part).isdisjoint(map(joined, _FEED_FORWARDS))
+    )

@@ -22,7 +22,6 @@ import optax
 from spam_optax import (
     _arithmetic,
     _moments,
-    _monitor,
     _paths,
     _spam,
     _validate,
@@ -36,7 +35,6 @@ _MOST_LANES = 2**16 - 1
 _MOST_BLOCKS = 2**16
 _MOST_SLICES = 32
 _TILE = 8  # Rows of a tile of TPU memory.
-_DENSE_NAMES = _paths.NORMS + _paths.EMBEDDINGS + _paths.HEADS + _paths.FACTORS
 
 
 class ScaleBySparseSpamState(NamedTuple):
@@ -173,6 +171,9 @@ def sparse_spam(
         like the parameters or a prefix of them, or a function from parameters to such a
         tree. None: :func:`matrices_only`. Parameters of fewer than 2 dimensions stay
         dense in any case; those of more are stacks of matrices, over the leading ones.
+        So rows are axis -2, whatever it holds: groups of MaxText's stacked kernels are
+        of entries of several layers, of Flax's attention kernels of several heads, and
+        the density is one that this axis allows.
       key: What the masks are drawn from, a PRNG key or a number to make one from. It is
         not part of the state: pass the same one when a run is resumed.
       selection: Which entry of a group gets momentum at a reset. ``"random"``: any.
@@ -272,19 +273,26 @@ def sparse_spam(
 
 
 def matrices_only(
-    exclude: Collection[str] = _DENSE_NAMES,
+    exclude: Collection[str] = _paths.DENSE,
 ) -> Callable[[optax.Params], Any]:
     """Chooses the matrices of attention and feed-forward layers for sparse momentum.
 
-    A parameter is chosen if it has 2 dimensions or more and no part of its path is
-    excluded. A part is compared as a whole, without regard to case, underscores and a
-    number at its end (``LayerNorm_0`` is ``layer_norm``): so ``head`` excludes
-    ``params/head/kernel`` and not ``MultiHeadAttention_0/kernel``.
+    A parameter is chosen if it has 2 dimensions or more and no part of its path has an
+    excluded name. A part is compared by its words, as underscores, capitals and numbers
+    separate them: ``norm`` excludes ``attention_norm/weight`` and
+    ``LayerNorm_0/scale``, ``head`` excludes ``lm_head/kernel``. A name may be several
+    words, as ``embed_out`` is. Where a part stands counts too:
+
+    - A ``head`` of attention is not excluded (``MultiHeadAttention_0``, ``kv_head``).
+    - ``output`` outside layers and attention is a ``head``, as in Meta's LLaMA.
+    - ``norm``, ``bias`` and other names of vectors are looked for in the last two parts
+      only, and not above a ``kernel``: ``PreNorm_0/Dense_0/kernel`` is chosen.
+
+    :func:`spam_optax.describe_tensors` lists what was chosen.
 
     Args:
-      exclude: The names of parts of paths: by default those of embeddings, heads, and
-        of biases, norms and WeSaR's factors, which may have 2 dimensions where layers
-        are stacked.
+      exclude: The names: by default those of embeddings, heads, and of biases, norms
+        and WeSaR's factors, which may have 2 dimensions where layers are stacked.
 
     Returns:
       A function from parameters to a tree of booleans, for `sparse_params`.
@@ -299,19 +307,12 @@ def matrices_only(
       >>> print(spam_optax.matrices_only()(params))
       {'embed': False, 'mlp': {'kernel': True}}
     """
-    if isinstance(exclude, str) or not (
-        isinstance(exclude, Collection) and all(isinstance(x, str) for x in exclude)
-    ):
-        raise TypeError(
-            "matrices_only: exclude must be a collection of names of parts of paths, "
-            f"got {exclude!r}."
-        )
-    excluded = {_paths.plain(name) for name in exclude}
+    _validate.check_names("matrices_only", "exclude", exclude)
 
-    def is_matrix(path: tuple, p: Any) -> bool:
-        return jnp.ndim(p) >= 2 and not _paths.part_names(path) & excluded
+    def is_matrix(leaf: _paths.Leaf) -> bool:
+        return jnp.ndim(leaf.value) >= 2 and not _paths.has_name(leaf.path, exclude)
 
-    return functools.partial(jax.tree_util.tree_map_with_path, is_matrix)
+    return functools.partial(_paths.map_leaves, is_matrix)
 
 
 def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
@@ -345,7 +346,7 @@ def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
         mu = _moments_for("momentum_mask", state, params)
         lanes = state.mask_lanes
         if lanes is not None:
-            lanes = _spread_absent(lanes, params)
+            lanes = spread_absent(lanes, params)
         groups = _groups(state.mask_seeds, lanes, mu, params)
         masks.append(jax.tree.map(lambda _, group: group.mask, params, groups))
     return functools.reduce(functools.partial(jax.tree.map, jnp.logical_or), masks)
@@ -353,6 +354,8 @@ def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
 
 def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
     """The fraction of each parameter that has momentum.
+
+    :func:`spam_optax.describe_tensors` shows it with names and roles.
 
     Args:
       opt_state: A state of :func:`sparse_spam`, or one that contains such a state.
@@ -877,7 +880,7 @@ def _groups(
 ) -> Any:
     """What has momentum in each array of `like`, which may have None in places."""
 
-    def of_leaf(path, x, moment, lanes):
+    def of_leaf(name, x, moment, lanes):
         if x is None:
             return None
         if not hasattr(moment, "shape"):
@@ -887,13 +890,20 @@ def _groups(
         blocks = math.gcd(x.shape[-2], seeds.shape[0])
         layout = _Layout(x.shape, blocks, moment.shape[-2] // blocks)
         if lanes is None:
-            lanes = layout.random_lanes(seeds, _monitor.tensor_name(path), moment)
+            lanes = layout.random_lanes(seeds, name, moment)
         return _Sparse(layout, lanes.reshape(layout.blocked_moment_shape))
 
     if lanes is None:
         lanes = jax.tree.map(lambda _: None, like, is_leaf=_is_none)
-    return jax.tree_util.tree_map_with_path(
-        of_leaf, like, moments, lanes, is_leaf=_is_none
+    structure = jax.tree.structure(like, is_leaf=_is_none)
+    names = structure.unflatten(_paths.names("sparse_spam", like, _is_none))
+    return jax.tree.map(
+        lambda x, name, *rest: of_leaf(name, x, *rest),
+        like,
+        names,
+        moments,
+        lanes,
+        is_leaf=_is_none,
     )
 
 
@@ -920,7 +930,7 @@ def _moments_for(
             f"{state.mask_seeds.shape[:-1]} runs; use jax.vmap({function})."
         )
     try:
-        mu = _spread_absent(state.inner_state.mu, params)
+        mu = spread_absent(state.inner_state.mu, params)
         leaves = jax.tree.structure(params).flatten_up_to(mu)
     except (KeyError, TypeError, ValueError):
         raise ValueError(
@@ -947,7 +957,7 @@ def _moments_for(
     return mu
 
 
-def _spread_absent(tree: Any, params: optax.Params) -> Any:
+def spread_absent(tree: Any, params: optax.Params) -> Any:
     """`tree` with what stands for a whole part of the parameters at each of them."""
     is_absent = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
     return jax.tree.map(

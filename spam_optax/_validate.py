@@ -5,6 +5,7 @@ Only Python and NumPy numbers are checked. Arrays and tracers pass, since
 """
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -146,6 +147,17 @@ def check_choice(function: str, name: str, value: Any, choices: tuple) -> None:
     if not isinstance(value, str) or value not in choices:
         allowed = ", ".join(map(repr, choices))
         raise ValueError(f"{function}: {name} must be one of {allowed}, got {value!r}.")
+
+
+def check_names(function: str, name: str, value: Any, others: str = "") -> None:
+    """Raises unless `value` is a collection of strings; `others` are allowed too."""
+    if isinstance(value, str) or not (
+        isinstance(value, Collection) and all(isinstance(x, str) for x in value)
+    ):
+        raise TypeError(
+            f"{function}: {name} must be {others}a collection of names of parts of "
+            f"paths, got {value!r}."
+        )
 
 
 def check_learning_rate(function: str, value: Any) -> None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spam_optax import _arithmetic, _names, _validate
+from spam_optax import _arithmetic, _paths, _validate
 
 __all__ = (
     "attention_jacobian_bound",
@@ -645,7 +645,8 @@ def layer_gradient_norms(
     Raises:
       AssertionError: If a tensor is neither floating nor complex, or a stacked one has
         no layer along `layer_axis`.
-      ValueError: If a name in `stacked` is part of no path.
+      ValueError: If a name in `stacked` is part of no path, or two tensors have the
+        same name.
       TypeError: If `stacked` is not a collection of strings.
 
     Examples:
@@ -660,17 +661,11 @@ def layer_gradient_norms(
     .. seealso:: :func:`spam_optax.track_spikes` for the norm of each whole tensor.
     """
     function = "layer_gradient_norms"
-    if isinstance(stacked, str) or not (
-        isinstance(stacked, Collection) and all(isinstance(x, str) for x in stacked)
-    ):
-        raise TypeError(
-            f"{function}: stacked must be a collection of names of parts of paths, "
-            f"got {stacked!r}."
-        )
-    tensors = {
-        _names.tensor_name(path): jnp.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
-    }
+    _validate.check_names(function, "stacked", stacked)
+    names = _paths.names(function, gradients)
+    tensors = dict(
+        zip(names, map(jnp.asarray, jax.tree.leaves(gradients)), strict=True)
+    )
     parts = {part for name in tensors for part in name.split("/")}
     for name in stacked:
         if name not in parts:

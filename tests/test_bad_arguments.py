@@ -21,6 +21,9 @@ import pytest
 import spam_optax
 from spam_optax import functional, initializers, testing
 
+# Of tensors whose names say nothing, as a and b.
+pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
+
 WRONG_TYPES = tuple(
     (value, TypeError)
     for value in ("high", True, [1.0], Fraction(1, 2), np.array("x"), float)

@@ -90,6 +90,8 @@ BYTES = {
 }
 
 
+# The matrix has no name.
+@pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_accessed_are_at_the_floor(devices, name):
     """Counting spikes, the resets and the ramp cost no pass over memory."""

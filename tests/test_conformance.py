@@ -16,6 +16,9 @@ import spam_optax
 from spam_optax import linen
 from spam_optax import nnx as flax_nnx
 
+# Of tensors whose names say nothing, as a and b.
+pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
+
 QUICK = dict(reset_interval=5, grace_steps=2)
 TRANSFORMATIONS = {
     "spam_clip": lambda: spam_optax.spam_clip(**QUICK),

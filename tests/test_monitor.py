@@ -1,5 +1,6 @@
 """Spike statistics: against NumPy in float64, robust to spikes, named, composable."""
 
+import collections
 import functools
 import math
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen, nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -228,6 +230,27 @@ def test_names_are_in_the_order_of_the_entries():
     assert names[state.tensor_grad_norm.argmax()] == "b/0"
     assert spam_optax.tensor_names(jnp.zeros(2)) == ("",)
     assert spam_optax.tensor_names({}) == ()
+
+
+def test_only_the_value_of_a_box_is_no_name():
+    """A key or a field called `value` is one; two tensors never have one name."""
+    x = jnp.zeros((2, 2))
+    assert spam_optax.tensor_names({"attn": {"key": x, "value": x}}) == (
+        "attn/key",
+        "attn/value",
+    )
+    assert spam_optax.tensor_names({"attn/value": x, "attn": x}) == (
+        "attn",
+        "attn/value",
+    )
+    scale = optax.EmaState(count=x, ema=nnx.Param({"a": x, "value": x}))
+    assert spam_optax.tensor_names(scale) == ("count", "ema/a", "ema/value")
+    boxed = {"critic": {"value": linen.Partitioned(x, ("in", "out"))}}
+    assert spam_optax.tensor_names(boxed) == ("critic/value",)
+    field = collections.namedtuple("Critic", "value")(x)
+    assert spam_optax.tensor_names(field) == ("value",)
+    with pytest.raises(ValueError, match=r"got 'a/b' for both \['a'\]\['b'\] and"):
+        spam_optax.tensor_names({"a/b": x, "a": {"b": x}})
 
 
 def test_every_statistic_has_a_name_of_its_own_in_a_long_chain():

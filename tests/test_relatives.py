@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
 import numpy_relatives
 import spam_optax
+from lm import architectures, model
+
+# Of tensors whose names say nothing, as a and b.
+pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
 
 SHAPES = {"a": (3, 4), "b": (6,), "c": (2, 2)}
 SPIKES = {30: 50.0, 31: 50.0, 47: 300.0, 90: 1e6, 110: 40.0, 130: 1e-3}
@@ -188,7 +192,7 @@ def test_adam_mini_is_the_papers(dtype, betas_and_eps):
         "wv": (1, 4),
         "embedding": (5, 1),
         "scale": (2, 1),
-        "other": (1, 1, 1),
+        "other": (2, 1, 2),
         "scalar": (),
     }
     assert partition(params) == blocks
@@ -488,7 +492,7 @@ def test_blocks_of_stacked_matrices(num_kv_heads):
         "head/kernel": ((12, 11), (1, 11)),
         "head/alpha": ((), ()),
         "norm/scale": ((12,), (1,)),
-        "cell/kernel": ((12, 7), (1, 1)),
+        "cell/kernel": ((12, 7), (1, 7)),
         "temperature": ((), ()),
     }
     if num_kv_heads is None:
@@ -535,3 +539,180 @@ def test_adam_mini_with_blocks_spread_over_devices(kind):
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), ours, expected
     )
+
+
+def blocks_of(shapes, *args, **kwargs):
+    partition = spam_optax.adam_mini_partition(*args, **kwargs)
+    return partition({name: jnp.zeros(shape) for name, shape in shapes.items()})
+
+
+def test_blocks_of_unknown_matrices():
+    """One for each output neuron, and one warning that lists them all."""
+    shapes = {"cell/kernel": (3, 12, 7), "Dense_0/kernel": (12, 5), "mlp/w": (4, 6)}
+    with pytest.warns(
+        UserWarning, match="matrices Dense_0/kernel, cell/kernel;"
+    ) as got:
+        blocks = blocks_of(shapes)
+    assert len(got) == 1
+    expected = {"cell/kernel": (3, 1, 7), "Dense_0/kernel": (1, 5), "mlp/w": (1, 6)}
+    assert blocks == expected
+
+
+@pytest.mark.filterwarnings("error")
+def test_blocks_of_names_of_other_trainers():
+    """Fused and low-rank matrices are known, and have no blocks of heads."""
+    cases = {
+        "h_0/attn/c_attn/kernel": ((12, 36), (1, 36)),
+        "attn/kv_einsum/w": ((2, 4, 12, 3), (2, 4, 1, 3)),
+        "attn/qkv/kernel": ((12, 3, 4, 5), (1, 3, 4, 5)),
+        "attn/q_einsum/w": ((4, 12, 3), (4, 1, 1)),
+        "attn/attn_vec_einsum/w": ((4, 3, 12), (1, 1, 12)),
+        "attn/o_proj/kernel": ((12, 4, 3), (12, 1, 1)),
+        "layers/query_proj/w": ((3, 12, 12), (3, 1, 4)),
+        "q_proj/lora_a": ((12, 8), (1, 8)),
+        "q_proj/lora_b": ((8, 4, 3), (1, 4, 3)),
+        "layers/q_proj/lora_b": ((3, 8, 12), (3, 1, 12)),
+        "self_attention/wq_a/kernel": ((12, 8), (1, 8)),
+        "token_emb/weight": ((100, 12), (100, 1)),
+        "patch_embed/proj/kernel": ((6, 12), (1, 12)),
+        "logits_dense/kernel": ((12, 100), (1, 100)),
+        "layers/self_attn/query/bias": ((3, 4, 3), (3, 4, 1)),
+    }
+    blocks = blocks_of({name: shape for name, (shape, _) in cases.items()}, 4)
+    assert blocks == {name: expected for name, (_, expected) in cases.items()}
+
+
+def test_axes_are_those_of_the_tensor_itself():
+    """Stacked experts beside kernels with heads; as many layers as heads."""
+    shapes = {
+        "attention/query/kernel": (12, 4, 3),
+        "layers/query/kernel": (3, 12, 12),
+        "layers/value/kernel": (3, 12, 12),
+        "layers/out/kernel": (4, 12, 12),
+        "attention/out/kernel": (4, 3, 12),
+        "experts/out/kernel": (4, 8, 12),
+    }
+    assert blocks_of(shapes, 4) == {
+        "attention/query/kernel": (1, 4, 1),
+        "layers/query/kernel": (3, 1, 4),
+        "layers/value/kernel": (3, 1, 12),
+        "layers/out/kernel": (4, 1, 12),
+        "attention/out/kernel": (1, 1, 12),
+        "experts/out/kernel": (4, 1, 12),
+    }
+
+
+def test_blocks_with_layers_in_the_second_axis():
+    """MaxText's; told by an argument, or by the names of axes."""
+    cases = {
+        "layers/mlp/wi_0/kernel": ((32, 2, 64), (1, 2, 64)),
+        "layers/MoeBlock_0/wi_0": ((8, 2, 32, 64), (8, 2, 1, 64)),
+        "layers/self_attention/query/kernel": ((32, 2, 4, 8), (1, 2, 4, 1)),
+        "layers/self_attention/key/kernel": ((32, 2, 2, 8), (1, 2, 2, 1)),
+        "layers/self_attention/value/kernel": ((32, 2, 2, 8), (1, 2, 2, 8)),
+        "layers/self_attention/out/kernel": ((4, 2, 8, 32), (1, 2, 1, 32)),
+        "layers/pre_norm/scale": ((32, 2), (1, 2)),
+        "logits_dense/kernel": ((32, 100), (1, 100)),
+        "token_embedder/embedding": ((100, 32), (100, 1)),
+        "norm/scale": ((32,), (1,)),
+    }
+    shapes = {name: shape for name, (shape, _) in cases.items()}
+    wanted = {name: blocks for name, (_, blocks) in cases.items()}
+    assert blocks_of(shapes, 4, 2, layer_axis=1) == wanted
+    assert blocks_of(shapes, 4, 2, layer_axis=1, stacked=["layers"]) == wanted
+    with pytest.raises(ValueError, match="layer_axis must be given for the matrix"):
+        blocks_of(shapes, 4, 2)
+    names = {
+        "mlp/wi": ("embed", "layers", "mlp"),
+        "query": ("embed", "layers", "q_heads", "kv"),
+        "scale": ("norm", "layers"),
+    }
+    arrays = {"mlp/wi": (32, 2, 64), "query": (32, 2, 4, 8), "scale": (32, 2)}
+    partition = spam_optax.adam_mini_partition(4)
+    arrays = {name: jnp.zeros(shape) for name, shape in arrays.items()}
+    for box in (
+        linen.Partitioned,
+        lambda x, names: nnx.Param(x, out_sharding=names, eager_sharding=False),
+    ):
+        params = {name: box(x, names[name]) for name, x in arrays.items()}
+        blocks = by_name(params, partition(params))
+        assert blocks == {"mlp/wi": (1, 2, 64), "query": (1, 2, 4, 1), "scale": (1, 2)}
+
+
+def test_blocks_of_weights_with_outputs_first():
+    """Levanter's, Equinox's and PyTorch's, told by the argument and by nothing else."""
+    cases = {
+        "lm_head/weight": ((64, 32), (64, 1)),
+        "embeddings/token_embeddings/weight": ((64, 32), (64, 1)),
+        "mlp/gate_proj/weight": ((2, 128, 32), (2, 128, 1)),
+        "self_attn/q_proj/weight/array": ((2, 2, 2, 8, 32), (2, 2, 2, 1, 1)),
+        "self_attn/k_proj/weight/array": ((2, 2, 8, 32), (2, 2, 1, 1)),
+        "self_attn/v_proj/weight/array": ((2, 2, 8, 32), (2, 2, 8, 1)),
+        "self_attn/o_proj/weight/array": ((2, 32, 4, 8), (2, 32, 1, 1)),
+        "attention/query_proj/weight": ((32, 32), (4, 1)),
+        "attention/output_proj/weight": ((32, 48), (32, 1)),
+        "norm/weight": ((2, 32), (2, 1)),
+    }
+    shapes = {name: shape for name, (shape, _) in cases.items()}
+    wanted = {name: blocks for name, (_, blocks) in cases.items()}
+    assert blocks_of(shapes, 4, 2, outputs_first=True) == wanted
+    assert blocks_of(shapes, 4, 2, outputs_first=["weight"]) == wanted
+    flat = {"lm_head/weight": (64, 32), "mlp/weight": (32, 128)}
+    blocks = blocks_of(flat, outputs_first=["lm_head"])  # As in axlearn.
+    assert blocks == {"lm_head/weight": (64, 1), "mlp/weight": (1, 128)}
+    with pytest.raises(
+        ValueError, match="outputs_first must be given for the matrix at"
+    ):
+        blocks_of(shapes, 4, 2)
+    head = {
+        "lm_head/weight": linen.Partitioned(jnp.zeros((64, 32)), ("vocab", "embed"))
+    }
+    blocks = spam_optax.adam_mini_partition()(head)
+    assert by_name(head, blocks) == {"lm_head/weight": (64, 1)}
+
+
+def test_shapes_that_do_not_tell_are_refused():
+    """With the argument that would tell, and accepted with it."""
+    for name, shape, heads, argument, told, blocks in (
+        ("out/kernel", (4, 8, 30), 4, "stacked", {"stacked": ["out"]}, (4, 1, 30)),
+        ("out/kernel", (4, 8, 30), 4, "stacked", {"stacked": []}, (1, 1, 30)),
+        (
+            "value/kernel",
+            (3, 8, 8),
+            None,
+            "num_heads",
+            {"stacked": ["value"]},
+            (3, 1, 8),
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"{argument} must be"):
+            blocks_of({name: shape}, heads)
+        assert blocks_of({name: shape}, heads, **told) == {name: blocks}
+    with pytest.raises(
+        ValueError, match="num_heads and num_kv_heads must be the length"
+    ):
+        blocks_of({"query/kernel": (8, 5, 3)}, 4, stacked=[])
+    for argument, value in (
+        ("outputs_first", "a"),
+        ("outputs_first", 1),
+        ("stacked", 3),
+    ):
+        with pytest.raises(TypeError, match=f"{argument} must be .* got {value!r}"):
+            spam_optax.adam_mini_partition(**{argument: value})
+    with pytest.raises(ValueError, match="layer_axis must be a whole number >= 0"):
+        spam_optax.adam_mini_partition(layer_axis=-1)
+    with pytest.raises(ValueError, match="layer_axis must be an axis of the stacked"):
+        blocks_of({"mlp/kernel": (8, 5)}, layer_axis=2, stacked=["mlp"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_model_of_the_trainer_has_an_unknown_matrix():
+    config = model.ModelConfig(
+        **{"layers": 2, "width": 8, "heads": 2, "ffn_width": 16, "vocabulary": 11},
+        **{"untied_head": True, "gated_attention": True},
+    )
+    for decoder in (model.Decoder, architectures.GPT2, architectures.Hawk):
+        params = nnx.eval_shape(
+            lambda decoder=decoder: nnx.state(decoder(config, rngs=nnx.Rngs(0)))
+        )
+        spam_optax.adam_mini_partition(config.heads)(params)

@@ -10,9 +10,11 @@ import math
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import spam_optax
 from lm import analysis, console, hosts, picture, records, report, training
 from lm.config import DEMONSTRATION, OPTIMIZERS, RunConfig, complete
 from lm.run_folder import RunFolder
@@ -328,6 +330,30 @@ def test_announcement_names_a_mesh_of_several_devices(
     assert out.startswith("tiny model, 1,234 parameters, on ")
     assert words in out
     assert "Faults in steps 80-82, 160-162, 240-242, 320-322\n" in out
+
+
+def test_moments_of_an_optimizer_are_said_in_one_line():
+    params = {
+        "embed": jnp.ones((16, 8)),
+        "norm": {"scale": jnp.ones(8)},
+        "mlp": {"kernel": jnp.ones((8, 32))},
+    }
+    for tx, line in (
+        (spam_optax.spam(), "x: both moments for every entry"),
+        (
+            spam_optax.sparse_spam(),
+            "x: momentum for 100% of the 136 entries of embedding, vector;"
+            " momentum for 25% of the 256 entries of feed-forward",
+        ),
+        (
+            spam_optax.adam_mini(),
+            "x: momentum for 100% of the 392 entries of embedding, feed-forward, vector"
+            " and 49 second moments",
+        ),
+    ):
+        state = jax.eval_shape(tx.init, params)
+        tensors = spam_optax.describe_tensors(state, params)
+        assert console.moments("x", tensors) == line
 
 
 # -------------------------------------------------------------------------- picture

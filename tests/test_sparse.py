@@ -390,6 +390,72 @@ def test_matrices_only():
     assert only["Embed_0"]["embedding"]
 
 
+DENSE = """
+attention_norm/weight ffn_norm/weight layers/q_norm/weight layers/wq/b
+LayerNorm_0/scale layers/0/input_layernorm/weight h/ln_1/bias RMSNorm_1/w conv/offset
+act/gamma act/beta mixer/decay experts/alpha output/weight decoder/output/kernel
+params/output_layer/kernel embed_in embed_out/kernel unembed
+decoder/logits_dense/kernel lm_head/weight/array LMHead_0/kernel lm_head_proj/w
+value_head/kernel classifier/kernel tok_embeddings/weight embedder/input_embedding
+emb/token_emb/weight wte/embedding positions pos_embed
+"""
+SPARSE = """
+layers/wq/weight MultiHeadAttention_0/query/kernel multi_head/value/kernel
+attention/kv_head/kernel attention/output/dense/kernel attention/output_proj/weight
+layer/0/output/dense/kernel attention/out/kernel PreNorm_0/Dense_0/kernel wkv_b/kernel
+ScaledDot_0/kernel header/kernel self_attn/q_proj/lora_b num_heads/kernel b/kernel
+"""
+
+
+def test_names_of_many_trainers():
+    """Words of a part count, and where it stands: `output` is a head or attention's."""
+    tree, dense, sparse = {}, DENSE.split(), SPARSE.split()
+    for name in dense + sparse:
+        *parts, last = name.split("/")
+        node = functools.reduce(
+            lambda node, part: node.setdefault(part, {}), parts, tree
+        )
+        node[last] = jnp.ones((2, 2))
+    chosen = spam_optax.matrices_only()(tree)
+    names = spam_optax.tensor_names(tree)
+    is_sparse = dict(zip(names, jax.tree.leaves(chosen), strict=True))
+    assert is_sparse == dict.fromkeys(dense, False) | dict.fromkeys(sparse, True)
+    of_user = spam_optax.matrices_only(exclude=("output", "q_proj"))(tree)
+    assert not of_user["attention"]["output"]["dense"]["kernel"]
+    assert not of_user["self_attn"]["q_proj"]["lora_b"] and of_user["wte"]["embedding"]
+
+
+def test_tensors_are_described():
+    """The treatment of each tensor, in chains and wrappers, and as a table."""
+    params = {"embed": jnp.ones((16, 8)), "mlp": {"kernel": jnp.ones((8, 4))}}
+    sparse = spam_optax.sparse_spam(1e-3)
+    chain = optax.chain(optax.clip(1.0), spam_optax.track_spikes(sparse))
+    for tx in (sparse, chain):
+        embed, kernel = spam_optax.describe_tensors(tx.init(params), params)
+        assert embed == ("embed", (16, 8), "embedding", 1.0, (16, 8))
+        assert kernel == ("mlp/kernel", (8, 4), "feed-forward", 0.25, (2, 4))
+    partition = optax.partition(
+        {"a": spam_optax.adam_mini(), "b": optax.lion(1e-3), "c": optax.sgd(1e-3)},
+        {"embed": "a", "mlp": {"kernel": "b", "bias": "c"}},
+    )
+    params["mlp"]["bias"] = jnp.ones(4)
+    state = jax.eval_shape(partition.init, params)
+    rows = spam_optax.describe_tensors(state, params)
+    assert [row.density for row in rows] == [1.0, 0.0, 1.0]
+    assert [row.second_moments for row in rows] == [(16, 1), None, None]
+    assert str(rows).splitlines()[2].split() == [
+        "mlp/bias",
+        "(4,)",
+        "vector",
+        "0%",
+        "none",
+    ]
+    with pytest.raises(ValueError, match="must hold first moments mu"):
+        spam_optax.describe_tensors(optax.sgd(1e-3).init(params), params)
+    with pytest.raises(ValueError, match="must be those of the moments mu"):
+        spam_optax.describe_tensors(state, {"embed": jnp.ones((16, 8))})
+
+
 def test_sparse_params_of_an_nnx_model():
     """The `value` that ends NNX paths is no name."""
     from flax import nnx

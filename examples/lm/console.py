@@ -1,5 +1,6 @@
 """What a run shows while it goes and when it ends."""
 
+import math
 import sys
 import textwrap
 
@@ -12,7 +13,8 @@ import rich.progress
 import rich.table
 import rich.text
 
-from lm import analysis, hosts, training
+import spam_optax
+from lm import analysis, hosts, optimizers, training
 from lm.config import BURST_LENGTH, RunConfig
 from lm.records import Row
 from lm.training import Task, TrainState
@@ -110,6 +112,44 @@ def announce(task: Task) -> None:
         f" {work(config)}\n{faults(config)}",
         flush=True,
     )
+
+
+def describe(task: Task) -> None:
+    """Says which tensors each optimizer keeps how many moments of."""
+    params = training.abstract_params(task)
+    for name in task.config.optimizers:
+        transform = optimizers.make(name, task.config).transform
+        state = jax.eval_shape(transform.init, params)
+        try:
+            print(moments(name, spam_optax.describe_tensors(state, params)), flush=True)
+        except ValueError:
+            print(f"{name}: moments of another form than the tensors", flush=True)
+
+
+def moments(name: str, tensors: spam_optax.TensorDescriptions) -> str:
+    """One line for an optimizer; tensors that are treated alike are named by role."""
+    groups: dict[tuple, list[spam_optax.TensorDescription]] = {}
+    for tensor in tensors:
+        second = tensor.second_moments
+        is_shared = second is not None and math.prod(second) < tensor.density * (
+            math.prod(tensor.shape)
+        )
+        key = f"{tensor.density:.0%}", second is not None, is_shared
+        groups.setdefault(key, []).append(tensor)
+    if set(groups) == {("100%", True, False)}:
+        return f"{name}: both moments for every entry"
+    texts = []
+    for (density, has_second, is_shared), group in groups.items():
+        roles = ", ".join(dict.fromkeys(tensor.role for tensor in group))
+        entries = sum(math.prod(tensor.shape) for tensor in group)
+        text = f"momentum for {density} of the {entries:,} entries of {roles}"
+        if not has_second:
+            text += " and no second moments"
+        elif is_shared:
+            number = sum(math.prod(tensor.second_moments) for tensor in group)
+            text += f" and {number:,} second moments"
+        texts.append(text)
+    return f"{name}: {'; '.join(texts)}"
 
 
 def work(config: RunConfig) -> str:

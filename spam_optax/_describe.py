@@ -1,0 +1,156 @@
+"""What an optimizer does with each tensor, read from its state."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from spam_optax import _paths, _sparse
+
+
+class TensorDescription(NamedTuple):
+    """How an optimizer treats a tensor.
+
+    Attributes:
+      name: The tensor's name, as of :func:`spam_optax.tensor_names`.
+      shape: Its shape.
+      role: What it is taken for, by its name: ``embedding``, ``head``, ``vector``,
+        ``factor``, ``low rank``, ``feed-forward``, ``fused attention``, ``query``,
+        ``key``, ``value``, ``attention output``, ``projection`` (of embeddings),
+        ``other matrix``, or ``unknown``.
+      density: The fraction of its entries with a first moment.
+      second_moments: The shape of its second moment; None: it has none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    density: float
+    second_moments: tuple[int, ...] | None
+
+
+class TensorDescriptions(tuple[TensorDescription, ...]):
+    """A tuple of :class:`TensorDescription`; ``str`` of it is a table."""
+
+    def __str__(self) -> str:
+        rows = [("tensor", "shape", "role", "momentum", "second moments")]
+        rows += [
+            (
+                d.name,
+                str(d.shape),
+                d.role,
+                f"{d.density:.0%}",
+                "none" if d.second_moments is None else str(d.second_moments),
+            )
+            for d in self
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
+        )
+
+
+def describe_tensors(
+    opt_state: optax.OptState, params: optax.Params
+) -> TensorDescriptions:
+    """Lists every tensor with what an optimizer takes it for and keeps of it.
+
+    For a look before a long run: which matrices have sparse momentum, and where
+    Adam-mini has how many second moments.
+
+    Args:
+      opt_state: A state with first moments ``mu`` or second moments ``nu``, or one that
+        contains such states: of a chain, of a wrapper. Shapes alone will do:
+        ``jax.eval_shape(tx.init, params)``.
+      params: The parameters, or arrays shaped like them.
+
+    Returns:
+      A tuple of :class:`TensorDescription`, in the order of
+      :func:`spam_optax.tensor_names`. As a string it is a table.
+
+    Raises:
+      ValueError: If there are no moments in `opt_state`, or they are not those of such
+        parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> params = {"embed": jnp.ones((16, 8)), "mlp": {"kernel": jnp.ones((8, 32))}}
+      >>> state = spam_optax.sparse_spam(density=0.25).init(params)
+      >>> print(spam_optax.describe_tensors(state, params))
+      tensor      shape    role          momentum  second moments
+      embed       (16, 8)  embedding     100%      (16, 8)
+      mlp/kernel  (8, 32)  feed-forward  25%       (2, 32)
+
+    .. seealso:: :func:`spam_optax.momentum_mask`, :func:`spam_optax.matrices_only`,
+      :func:`spam_optax.adam_mini_partition`
+    """
+    first, second = (_moments(opt_state, params, name) for name in ("mu", "nu"))
+    if first is None and second is None:
+        raise ValueError(
+            "describe_tensors: opt_state must hold first moments mu or second moments "
+            f"nu, got {jax.tree.structure(opt_state)}."
+        )
+    tensors = _paths.leaves(params)
+    none = [None] * len(tensors)
+    return TensorDescriptions(
+        TensorDescription(
+            name,
+            jnp.shape(leaf.value),
+            _paths.role(leaf.path, jnp.ndim(leaf.value)) or "unknown",
+            0.0
+            if mu is None
+            else math.prod(mu) / max(math.prod(jnp.shape(leaf.value)), 1),
+            nu,
+        )
+        for name, leaf, mu, nu in zip(
+            _paths.names("describe_tensors", params),
+            tensors,
+            first or none,
+            second or none,
+            strict=True,
+        )
+    )
+
+
+def _moments(
+    opt_state: optax.OptState, params: optax.Params, name: str
+) -> list[tuple[int, ...] | None] | None:
+    """Shapes of the moments called `name`, one per tensor; None if there are none.
+
+    Where a state has none for a tensor, another one's stand.
+    """
+    shapes = None
+    for _, tree in optax.tree.get_all_with_path(opt_state, name):
+        of_state = _shapes(tree, params, name)
+        if shapes is None:
+            shapes = of_state
+        shapes = [a if b is None else b for a, b in zip(of_state, shapes, strict=True)]
+    return shapes
+
+
+def _shapes(tree: Any, params: optax.Params, name: str) -> list[tuple[int, ...] | None]:
+    try:
+        tree = _sparse.spread_absent(tree, params)
+        moments = jax.tree.structure(params).flatten_up_to(tree)
+    except (KeyError, TypeError, ValueError):
+        moments = []
+    tensors = jax.tree.leaves(params)
+    shapes = [getattr(m, "shape", None) for m in moments]
+    fits = len(shapes) == len(tensors) and all(
+        shape is None or _is_within(shape, jnp.shape(p))
+        for shape, p in zip(shapes, tensors, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"describe_tensors: params must be those of the moments {name} in "
+            f"opt_state, got {jax.tree.structure(params)}."
+        )
+    return shapes
+
+
+def _is_within(moment: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a moment has the axes of its tensor, as long or shorter."""
+    return len(moment) == len(shape) and all(map(int.__le__, moment, shape))
