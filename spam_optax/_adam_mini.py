@@ -97,9 +97,9 @@ def scale_by_adam_mini(
        [1. 0. 1.]]
     """
     function = "scale_by_adam_mini"
-    _validate.check_decay(function, "b1", b1)
-    _validate.check_decay(function, "b2", b2)
-    _validate.check_number(function, "eps", eps, above=0)
+    b1 = _validate.check_decay(function, "b1", b1)
+    b2 = _validate.check_decay(function, "b2", b2)
+    eps = _validate.check_number(function, "eps", eps, above=0)
     mu_dtype = _validate.check_moment_dtype(function, "mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype(function, "nu_dtype", nu_dtype)
     if not (partition is None or callable(partition)):

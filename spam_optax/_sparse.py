@@ -245,7 +245,9 @@ def sparse_spam(
 
     .. seealso:: :func:`spam_optax.spam`, :func:`matrices_only`, :func:`momentum_mask`
     """
-    _moments.check_optimizer("sparse_spam", learning_rate, weight_decay)
+    learning_rate, weight_decay = _moments.check_optimizer(
+        "sparse_spam", learning_rate, weight_decay
+    )
     return optax.chain(
         _scale_and_decay(
             "sparse_spam",
@@ -397,7 +399,7 @@ class _MaskSettings(NamedTuple):
     row_blocks: int
 
     def checked(self, function: str) -> "_MaskSettings":
-        """These, with a key and a choice of parameters; raises if one is bad."""
+        """These, with a choice of parameters; raises if one is bad."""
         for name in ("density", "row_blocks"):
             _validate.check_static(function, name, getattr(self, name))
         _validate.check_number(function, "density", self.density, above=0, at_most=1)
@@ -405,10 +407,11 @@ class _MaskSettings(NamedTuple):
             function, "row_blocks", self.row_blocks, low=1, high=_MOST_BLOCKS
         )
         _validate.check_choice(function, "selection", self.selection, _SELECTIONS)
+        _validate.check_key(function, self.key)
         chosen = matrices_only() if self.sparse_params is None else self.sparse_params
         return self._replace(
+            density=float(self.density),
             sparse_params=chosen,
-            key=_validate.check_key(function, self.key),
             row_blocks=int(self.row_blocks),
         )
 
@@ -424,7 +427,7 @@ class _MaskSettings(NamedTuple):
 
     def seeds(self, window: jax.typing.ArrayLike) -> jax.Array:
         """What the masks of a window, from one reset to the next, are made from."""
-        key = jax.random.fold_in(self.key, window)
+        key = jax.random.fold_in(_validate.make_key(self.key), window)
         return jax.random.bits(key, (self.row_blocks,), jnp.uint32)
 
 

@@ -71,11 +71,11 @@ def inject_spikes(
       >>> print(first, int((second == 10).sum()) == state.injected_count)
       [1. 1. 1. 1.] True
     """
-    _validate.check_number("inject_spikes", "rate", rate, at_least=0, at_most=1)
-    _validate.check_number("inject_spikes", "scale", scale)
+    rate = _validate.check_number("inject_spikes", "rate", rate, at_least=0, at_most=1)
+    scale = _validate.check_number("inject_spikes", "scale", scale)
     _validate.check_choice("inject_spikes", "kind", kind, _KINDS)
     is_hit_step = _step_test(steps)
-    key = _validate.check_key("inject_spikes", key)
+    _validate.check_key("inject_spikes", key)
 
     def init_fn(params: optax.Params) -> InjectSpikesState:
         del params
@@ -92,8 +92,9 @@ def inject_spikes(
         def corrupt(updates):
             leaves, structure = jax.tree.flatten(updates)
             count = jnp.zeros([], jnp.int32)
+            step_key = jax.random.fold_in(_validate.make_key(key), step)
             for i, g in enumerate(leaves):
-                leaf_key = jax.random.fold_in(jax.random.fold_in(key, step), i)
+                leaf_key = jax.random.fold_in(step_key, i)
                 hit_key, value_key = jax.random.split(leaf_key)
                 hit = _hit(hit_key, g, rate)
                 leaves[i] = jnp.where(hit, _fault(value_key, g, scale, kind), g)
