@@ -13,11 +13,15 @@ from spam_optax._adam_mini import ScaleByAdamMiniState as ScaleByAdamMiniState
 from spam_optax._adam_mini import adam_mini as adam_mini
 from spam_optax._adam_mini import adam_mini_partition as adam_mini_partition
 from spam_optax._adam_mini import scale_by_adam_mini as scale_by_adam_mini
+from spam_optax._inject import inject_hyperparams as inject_hyperparams
 from spam_optax._monitor import TrackSpikesState as TrackSpikesState
 from spam_optax._monitor import tensor_names as tensor_names
 from spam_optax._monitor import track_spikes as track_spikes
 from spam_optax._reset import ResetMomentsState as ResetMomentsState
 from spam_optax._reset import reset_moments as reset_moments
+from spam_optax._serialization import (
+    register_serialization as register_serialization,
+)
 from spam_optax._spam import ScaleBySpamAdamState as ScaleBySpamAdamState
 from spam_optax._spam import ScaleBySpamState as ScaleBySpamState
 from spam_optax._spam import SpamClipState as SpamClipState

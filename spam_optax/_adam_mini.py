@@ -105,7 +105,8 @@ def scale_by_adam_mini(
     if not (partition is None or callable(partition)):
         raise TypeError(
             f"{function}: partition must be None or a function from parameters to a "
-            f"tree of numbers of blocks, got {partition!r}."
+            "tree of numbers of blocks"
+            f"{_validate.instead_of_optax(partition)}, got {partition!r}."
         )
     partition = partition or adam_mini_partition()
 
@@ -185,8 +186,7 @@ def adam_mini(
     one number a block. A second moment has the rank of its parameter but fewer entries,
     so a ``PartitionSpec`` of the parameter need not divide it.
 
-    With ``optax.inject_hyperparams`` pass ``hyperparam_dtype=jnp.float32`` and
-    ``static_args=("partition", "mask", "mu_dtype", "nu_dtype")``.
+    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
 
     Args:
       learning_rate: The learning rate, a number >= 0 or a schedule.

@@ -519,9 +519,7 @@ def spam(
     * Moments are float32 for bfloat16 parameters unless asked otherwise.
     * ``reset_interval=None`` and intervals of any length work.
 
-    With ``optax.inject_hyperparams`` pass ``hyperparam_dtype=jnp.float32``, or bfloat16
-    parameters turn ``b2 = 0.999`` into 1; and ``static_args=("mask", "mu_dtype",
-    "nu_dtype")``, or a mask function is taken for a schedule and nothing is decayed.
+    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
 
     Args:
       learning_rate: The learning rate, a number >= 0 or a schedule.

@@ -158,9 +158,7 @@ def sparse_spam(
     Statistics are in the state as in :func:`spam_optax.spam`: ``spike_count`` counts
     entries with momentum, since the others have no history; ``nonfinite_count`` all.
 
-    With ``optax.inject_hyperparams`` pass ``hyperparam_dtype=jnp.float32`` and
-    ``static_args=("density", "sparse_params", "key", "mask", "selection",
-    "row_blocks", "mu_dtype", "nu_dtype")``.
+    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
 
     Args:
       learning_rate: The learning rate, a number >= 0 or a schedule.
@@ -476,7 +474,8 @@ def _scale_and_decay(
         place = lambda x, group: group.place(x)  # noqa: E731
         updates = _moments.map_leaves(place, direction, groups)
         if decay is not None:
-            updates, _ = decay.update(updates, decay.init(params), params)
+            # Of the updates: the parameters may have leaves that are no arrays.
+            updates, _ = decay.update(updates, decay.init(updates), params)
             keep = lambda x, group: jnp.where(group.mask, x, 0)  # noqa: E731
             updates = _moments.map_leaves(keep, updates, groups)
         return updates, ScaleBySparseSpamState(seeds, lanes, moments)

@@ -59,7 +59,7 @@ def check_number(
     limits = " and ".join(f"{sign} {bound}" for sign, bound, _ in bounds)
     message = f"{function}: {name} must be {kind} {limits}".rstrip()
     message = f"{message}, got {value!r}."
-    value = _to_python(value)
+    value = to_python(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message)
     fits = all(holds(value, bound) for _, bound, holds in bounds)
@@ -72,7 +72,7 @@ def check_number(
     return value
 
 
-def _to_python(value: Any) -> Any:
+def to_python(value: Any) -> Any:
     """The Python number that a scalar of NumPy or ml_dtypes is; others as they are."""
     if not isinstance(value, np.generic):
         return value
@@ -125,12 +125,23 @@ def check_steps(function: str, name: str, value: Any, *, low: int) -> Any:
     return check_whole(function, name, value, low=low, high=np.iinfo(np.int32).max)
 
 
+def instead_of_optax(value: Any) -> str:
+    """For a message: what to do if `optax.inject_hyperparams` made `value`.
+
+    It makes arrays of numbers and calls functions with an array; a function from trees
+    to trees of tuples returns () of it.
+    """
+    if not isinstance(value, (jax.Array, np.ndarray, tuple)):
+        return ""
+    return " (use spam_optax.inject_hyperparams instead of Optax's)"
+
+
 def check_static(function: str, name: str, value: Any) -> None:
     """Raises if `value`, which decides shapes, is an array or a tracer."""
     if isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(
-            f"{function}: {name} must be a Python number, for it decides shapes (with "
-            f'optax.inject_hyperparams: static_args=("{name}", ...)), got {value!r}.'
+            f"{function}: {name} must be a Python number, for it decides shapes"
+            f"{instead_of_optax(value)}, got {value!r}."
         )
 
 
@@ -217,7 +228,8 @@ def check_moment_dtype(function: str, name: str, dtype: Any) -> np.dtype | None:
         canonical = None
     if canonical is None or not jnp.issubdtype(canonical, jnp.floating):
         raise ValueError(
-            f"{function}: {name} must be None or a floating dtype, got {dtype!r}."
+            f"{function}: {name} must be None or a floating dtype"
+            f"{instead_of_optax(dtype)}, got {dtype!r}."
         )
     info = jnp.finfo(canonical)
     if info.bits < 16 or (name == "nu_dtype" and info.maxexp < 128):

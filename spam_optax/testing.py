@@ -39,7 +39,7 @@ def inject_spikes(
     What is hit depends on the key, the rate, the step, the tensor's place in the tree
     and its shape alone. Put it first in a chain to see what an optimizer makes of a
     fault: ``optax.chain(testing.inject_spikes(0, steps=[100]), optax.adam(1e-3))``.
-    With ``optax.inject_hyperparams`` name ``key`` in ``static_args``.
+    In place of ``optax.inject_hyperparams`` use ``spam_optax.inject_hyperparams``.
 
     Args:
       key: A PRNG key, or a number to make one from.
@@ -117,10 +117,11 @@ def _step_test(
         return lambda step: jnp.ones([], bool)
     if callable(steps):
         return steps
-    if isinstance(steps, str) or not isinstance(steps, Iterable):
+    is_scalar = getattr(steps, "ndim", None) == 0  # An array, so iterable by name.
+    if isinstance(steps, str) or is_scalar or not isinstance(steps, Iterable):
         raise TypeError(
             "inject_spikes: steps must be None, a sequence of whole numbers >= 1 or a "
-            f"function of the step, got {steps!r}."
+            f"function of the step{_validate.instead_of_optax(steps)}, got {steps!r}."
         )
     steps = tuple(steps)
     for step in steps:
