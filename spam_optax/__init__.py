@@ -16,11 +16,15 @@ from spam_optax._adam_mini import scale_by_adam_mini as scale_by_adam_mini
 from spam_optax._describe import TensorDescription as TensorDescription
 from spam_optax._describe import TensorDescriptions as TensorDescriptions
 from spam_optax._describe import describe_tensors as describe_tensors
+from spam_optax._inject import inject_hyperparams as inject_hyperparams
 from spam_optax._monitor import TrackSpikesState as TrackSpikesState
 from spam_optax._monitor import tensor_names as tensor_names
 from spam_optax._monitor import track_spikes as track_spikes
 from spam_optax._reset import ResetMomentsState as ResetMomentsState
 from spam_optax._reset import reset_moments as reset_moments
+from spam_optax._serialization import (
+    register_serialization as register_serialization,
+)
 from spam_optax._spam import ScaleBySpamAdamState as ScaleBySpamAdamState
 from spam_optax._spam import ScaleBySpamState as ScaleBySpamState
 from spam_optax._spam import SpamClipState as SpamClipState

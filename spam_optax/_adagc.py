@@ -99,10 +99,10 @@ def adagc(
 
     .. seealso:: :func:`spam_optax.zclip` for a limit on the norm of all tensors.
     """
-    _validate.check_number("adagc", "threshold", threshold, above=1)
-    _validate.check_decay("adagc", "decay", decay)
-    _validate.check_number("adagc", "max_norm", max_norm, above=0)
-    _validate.check_steps("adagc", "warmup_steps", warmup_steps, low=0)
+    threshold = _validate.check_number("adagc", "threshold", threshold, above=1)
+    decay = _validate.check_decay("adagc", "decay", decay)
+    max_norm = _validate.check_number("adagc", "max_norm", max_norm, above=0)
+    warmup_steps = _validate.check_steps("adagc", "warmup_steps", warmup_steps, low=0)
 
     def init_fn(params: optax.Params) -> AdaGCState:
         _norms.check_params("adagc", params)

@@ -97,15 +97,16 @@ def scale_by_adam_mini(
        [1. 0. 1.]]
     """
     function = "scale_by_adam_mini"
-    _validate.check_decay(function, "b1", b1)
-    _validate.check_decay(function, "b2", b2)
-    _validate.check_number(function, "eps", eps, above=0)
+    b1 = _validate.check_decay(function, "b1", b1)
+    b2 = _validate.check_decay(function, "b2", b2)
+    eps = _validate.check_number(function, "eps", eps, above=0)
     mu_dtype = _validate.check_moment_dtype(function, "mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype(function, "nu_dtype", nu_dtype)
     if not (partition is None or callable(partition)):
         raise TypeError(
             f"{function}: partition must be None or a function from parameters to a "
-            f"tree of numbers of blocks, got {partition!r}."
+            "tree of numbers of blocks"
+            f"{_validate.instead_of_optax(partition)}, got {partition!r}."
         )
     partition = partition or adam_mini_partition()
 
@@ -188,8 +189,7 @@ def adam_mini(
     its parameter but fewer entries, so it does not take over the parameter's sharding:
     its numbers are on every device, except along axes that are not cut.
 
-    With ``optax.inject_hyperparams`` pass ``hyperparam_dtype=jnp.float32`` and
-    ``static_args=("partition", "mask", "mu_dtype", "nu_dtype")``.
+    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
 
     Args:
       learning_rate: The learning rate, a number >= 0 or a schedule.

@@ -18,10 +18,15 @@ from spam_optax import _arithmetic, _validate, functional
 Mask = optax.Params | Callable[[optax.Params], Any]
 
 
-def check_optimizer(function: str, learning_rate: Any, weight_decay: Any) -> None:
-    """Raises if what all optimizers take is out of range."""
-    _validate.check_learning_rate(function, learning_rate)
-    _validate.check_number(function, "weight_decay", weight_decay, at_least=0)
+def check_optimizer(
+    function: str, learning_rate: Any, weight_decay: Any
+) -> tuple[Any, Any]:
+    """The learning rate and the weight decay; raises if one is out of range."""
+    learning_rate = _validate.check_learning_rate(function, learning_rate)
+    weight_decay = _validate.check_number(
+        function, "weight_decay", weight_decay, at_least=0
+    )
+    return learning_rate, weight_decay
 
 
 def init_mu(function: str, params: optax.Params, dtype: Any) -> optax.Updates:
@@ -187,7 +192,7 @@ def optimizer(
     mask: Mask | None,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale` with decoupled weight decay and a learning rate."""
-    check_optimizer(function, learning_rate, weight_decay)
+    learning_rate, weight_decay = check_optimizer(function, learning_rate, weight_decay)
     return optax.chain(
         scale,
         decay_weights(weight_decay, mask) or optax.identity(),

@@ -90,8 +90,8 @@ def track_spikes(
 
     .. seealso:: ``optax.monitor`` for other measurements.
     """
-    _validate.check_number("track_spikes", "threshold", threshold, above=1)
-    _validate.check_decay("track_spikes", "decay", decay)
+    threshold = _validate.check_number("track_spikes", "threshold", threshold, above=1)
+    decay = _validate.check_decay("track_spikes", "decay", decay)
     _validate.check_transformation("track_spikes", inner)
     inner = optax.with_extra_args_support(inner)
 

@@ -1,10 +1,12 @@
 """The reset clock, and momentum reset for any gradient transformation."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from spam_optax import _validate, functional
@@ -78,7 +80,7 @@ def reset_moments(
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
     if interval is not None:
-        _validate.check_steps("reset_moments", "interval", interval, low=1)
+        interval = _validate.check_steps("reset_moments", "interval", interval, low=1)
     _validate.check_transformation("reset_moments", inner)
     _check_fields(fields)
     inner = optax.with_extra_args_support(inner)
@@ -103,13 +105,7 @@ def reset_moments(
         inner_state = state.inner_state
         if interval is not None:
             is_reset = functional.reset_position(step, interval) == 0
-            # Made anew, not stored: initial moments are constants to the compiler.
-            initial = inner.init(updates if params is None else params)
-            if jax.tree.structure(initial) != jax.tree.structure(inner_state):
-                raise ValueError(
-                    "reset_moments: params, or updates if these are not passed, must "
-                    "be a tree like init's parameters, got another structure."
-                )
+            initial = _initial_state(inner, updates, inner_state, params)
             inner_state = jax.tree_util.tree_map_with_path(
                 lambda path, old, new: (
                     jnp.where(is_reset, _like(new, old), old)
@@ -123,6 +119,50 @@ def reset_moments(
         return updates, ResetMomentsState(step, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _initial_state(
+    inner: optax.GradientTransformation,
+    updates: optax.Updates,
+    inner_state: optax.OptState,
+    params: optax.Params | None,
+) -> optax.OptState:
+    """The state of `inner` before its first step, in the structure of `inner_state`.
+
+    Made anew, not stored: initial moments are constants to the compiler.
+    """
+    for tree in (updates,) if params is None else _possible_params(updates, params):
+        try:
+            initial = inner.init(tree)
+        except (TypeError, ValueError):  # For `inner` these are no parameters.
+            continue
+        if jax.tree.structure(initial) == jax.tree.structure(inner_state):
+            return initial
+    raise ValueError(
+        "reset_moments: params, or updates if these are not passed, must be a tree "
+        "like init's parameters, got another structure."
+    )
+
+
+def _possible_params(
+    updates: optax.Updates, params: optax.Params
+) -> Iterator[optax.Params]:
+    """What init may have been called with, if `params` has other things in it too.
+
+    A whole model, as Equinox has it, holds functions and numbers that have no update.
+    A parameter may have none either, in a step that it takes no part in.
+    """
+
+    def of_kind(kind, leaf):
+        is_array = isinstance(leaf, (jax.Array, np.ndarray))
+        return leaf if is_array and jnp.issubdtype(leaf.dtype, kind) else None
+
+    def of_part(kind, g, part):
+        return part if g is not None else jax.tree.map(partial(of_kind, kind), part)
+
+    for kind in (np.generic, np.inexact, np.void):  # All arrays, floats, none.
+        is_none = lambda x: x is None  # noqa: E731
+        yield jax.tree.map(partial(of_part, kind), updates, params, is_leaf=is_none)
 
 
 def _like(new: jax.Array, old: jax.Array) -> jax.Array:

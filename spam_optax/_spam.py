@@ -144,7 +144,9 @@ def spam_clip(
       Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
       <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
-    _check_clip("spam_clip", threshold, b2, reset_interval, grace_steps)
+    threshold, b2, reset_interval, grace_steps = _check_clip(
+        "spam_clip", threshold, b2, reset_interval, grace_steps
+    )
     _validate.check_flags(
         "spam_clip", clip_unseen=clip_unseen, count_spikes=count_spikes
     )
@@ -230,7 +232,9 @@ def scale_by_spam_adam(
       >>> print(updates.round(3))
       [ 1. -1.]
     """
-    _check_adam("scale_by_spam_adam", b1, b2, eps, reset_interval, warmup_steps)
+    b1, b2, eps, reset_interval, warmup_steps = _check_adam(
+        "scale_by_spam_adam", b1, b2, eps, reset_interval, warmup_steps
+    )
     _validate.check_flags(
         "scale_by_spam_adam",
         restart_bias_correction=restart_bias_correction,
@@ -515,9 +519,7 @@ def spam(
     * Moments are float32 for bfloat16 parameters unless asked otherwise.
     * ``reset_interval=None`` and intervals of any length work.
 
-    With ``optax.inject_hyperparams`` pass ``hyperparam_dtype=jnp.float32``, or bfloat16
-    parameters turn ``b2 = 0.999`` into 1; and ``static_args=("mask", "mu_dtype",
-    "nu_dtype")``, or a mask function is taken for a schedule and nothing is decayed.
+    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
 
     Args:
       learning_rate: The learning rate, a number >= 0 or a schedule.
@@ -607,18 +609,21 @@ def spam(
 # What the transformations above share: checks, initial state, one step.
 
 
-def _check_clip(function, threshold, b2, reset_interval, grace_steps) -> None:
-    _validate.check_number(function, "threshold", threshold, above=0)
-    _validate.check_decay(function, "b2", b2)
-    _validate.check_reset(function, reset_interval, grace_steps)
+def _check_clip(function, threshold, b2, reset_interval, grace_steps) -> tuple:
+    """The arguments, checked, in their order."""
+    threshold = _validate.check_number(function, "threshold", threshold, above=0)
+    b2 = _validate.check_decay(function, "b2", b2)
+    return threshold, b2, *_validate.check_reset(function, reset_interval, grace_steps)
 
 
-def _check_adam(function, b1, b2, eps, reset_interval, warmup_steps) -> None:
-    _validate.check_decay(function, "b1", b1)
-    _validate.check_decay(function, "b2", b2)
-    _validate.check_number(function, "eps", eps, above=0)
-    _validate.check_reset(function, reset_interval)
-    _validate.check_steps(function, "warmup_steps", warmup_steps, low=0)
+def _check_adam(function, b1, b2, eps, reset_interval, warmup_steps) -> tuple:
+    """The arguments, checked, in their order."""
+    b1 = _validate.check_decay(function, "b1", b1)
+    b2 = _validate.check_decay(function, "b2", b2)
+    eps = _validate.check_number(function, "eps", eps, above=0)
+    reset_interval, _ = _validate.check_reset(function, reset_interval)
+    warmup_steps = _validate.check_steps(function, "warmup_steps", warmup_steps, low=0)
+    return b1, b2, eps, reset_interval, warmup_steps
 
 
 class SpamSettings(NamedTuple):
@@ -638,25 +643,20 @@ class SpamSettings(NamedTuple):
     nu_dtype: jax.typing.DTypeLike | None
 
     def checked(self, function: str) -> "SpamSettings":
-        """These, with canonical dtypes; raises if one is out of range."""
-        _check_clip(
-            function, self.threshold, self.b2, self.reset_interval, self.grace_steps
-        )
-        _check_adam(
-            function,
-            self.b1,
-            self.b2,
-            self.eps,
-            self.reset_interval,
-            self.warmup_steps,
-        )
+        """These, with plain numbers and dtypes; raises if one is out of range."""
+        clip = ("threshold", "b2", "reset_interval", "grace_steps")
+        adam = ("b1", "b2", "eps", "reset_interval", "warmup_steps")
+        numbers = {}
+        for check, names in ((_check_clip, clip), (_check_adam, adam)):
+            values = check(function, *(getattr(self, name) for name in names))
+            numbers |= zip(names, values, strict=True)
         flags = ("clip_unseen", "count_spikes", "restart_bias_correction")
         _validate.check_flags(function, **{name: getattr(self, name) for name in flags})
         dtypes = {
             name: _validate.check_moment_dtype(function, name, getattr(self, name))
             for name in ("mu_dtype", "nu_dtype")
         }
-        return self._replace(**dtypes)
+        return self._replace(**numbers, **dtypes)
 
 
 def init_spam(

@@ -156,9 +156,7 @@ def sparse_spam(
     Statistics are in the state as in :func:`spam_optax.spam`: ``spike_count`` counts
     entries with momentum, since the others have no history; ``nonfinite_count`` all.
 
-    With ``optax.inject_hyperparams`` pass ``hyperparam_dtype=jnp.float32`` and
-    ``static_args=("density", "sparse_params", "key", "mask", "selection",
-    "row_blocks", "mu_dtype", "nu_dtype")``.
+    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
 
     Args:
       learning_rate: The learning rate, a number >= 0 or a schedule.
@@ -246,7 +244,9 @@ def sparse_spam(
 
     .. seealso:: :func:`spam_optax.spam`, :func:`matrices_only`, :func:`momentum_mask`
     """
-    _moments.check_optimizer("sparse_spam", learning_rate, weight_decay)
+    learning_rate, weight_decay = _moments.check_optimizer(
+        "sparse_spam", learning_rate, weight_decay
+    )
     return optax.chain(
         _scale_and_decay(
             "sparse_spam",
@@ -400,7 +400,7 @@ class _MaskSettings(NamedTuple):
     row_blocks: int
 
     def checked(self, function: str) -> "_MaskSettings":
-        """These, with a key and a choice of parameters; raises if one is bad."""
+        """These, with a choice of parameters; raises if one is bad."""
         for name in ("density", "row_blocks"):
             _validate.check_static(function, name, getattr(self, name))
         _validate.check_number(function, "density", self.density, above=0, at_most=1)
@@ -408,10 +408,11 @@ class _MaskSettings(NamedTuple):
             function, "row_blocks", self.row_blocks, low=1, high=_MOST_BLOCKS
         )
         _validate.check_choice(function, "selection", self.selection, _SELECTIONS)
+        _validate.check_key(function, self.key)
         chosen = matrices_only() if self.sparse_params is None else self.sparse_params
         return self._replace(
+            density=float(self.density),
             sparse_params=chosen,
-            key=_validate.check_key(function, self.key),
             row_blocks=int(self.row_blocks),
         )
 
@@ -427,7 +428,7 @@ class _MaskSettings(NamedTuple):
 
     def seeds(self, window: jax.typing.ArrayLike) -> jax.Array:
         """What the masks of a window, from one reset to the next, are made from."""
-        key = jax.random.fold_in(self.key, window)
+        key = jax.random.fold_in(_validate.make_key(self.key), window)
         return jax.random.bits(key, (self.row_blocks,), jnp.uint32)
 
 
@@ -476,7 +477,8 @@ def _scale_and_decay(
         place = lambda x, group: group.place(x)  # noqa: E731
         updates = _moments.map_leaves(place, direction, groups)
         if decay is not None:
-            updates, _ = decay.update(updates, decay.init(params), params)
+            # Of the updates: the parameters may have leaves that are no arrays.
+            updates, _ = decay.update(updates, decay.init(updates), params)
             keep = lambda x, group: jnp.where(group.mask, x, 0)  # noqa: E731
             updates = _moments.map_leaves(keep, updates, groups)
         return updates, ScaleBySparseSpamState(seeds, lanes, moments)

@@ -75,9 +75,9 @@ def scale_by_stable_adamw(
       [ 1. -1.]
     """
     function = "scale_by_stable_adamw"
-    _validate.check_decay(function, "b1", b1)
-    _validate.check_decay(function, "b2", b2)
-    _validate.check_number(function, "eps", eps, above=0)
+    b1 = _validate.check_decay(function, "b1", b1)
+    b2 = _validate.check_decay(function, "b2", b2)
+    eps = _validate.check_number(function, "eps", eps, above=0)
     mu_dtype = _validate.check_moment_dtype(function, "mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype(function, "nu_dtype", nu_dtype)
 

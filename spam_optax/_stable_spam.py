@@ -149,7 +149,7 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
       Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055v2>`_, 2025,
       section 3: AdaClip.
     """
-    _validate.check_decay("adaclip", "gamma3", gamma3)
+    gamma3 = _validate.check_decay("adaclip", "gamma3", gamma3)
 
     def init_fn(params: optax.Params) -> AdaClipState:
         steps, mean = _init_statistics("adaclip", params, 1)
@@ -234,7 +234,9 @@ def adagn(
       Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055v2>`_, 2025,
       section 3: AdaGN.
     """
-    _check_norm("adagn", gamma1, gamma2, eps, total_steps)
+    gamma1, gamma2, eps, total_steps = _check_norm(
+        "adagn", gamma1, gamma2, eps, total_steps
+    )
 
     def init_fn(params: optax.Params) -> AdaGNState:
         return AdaGNState(
@@ -312,7 +314,7 @@ def gradient_stabilizer(
     References:
       Huang et al., `GradientStabilizer <https://arxiv.org/abs/2502.17055>`_, 2026.
     """
-    _check_norm("gradient_stabilizer", gamma1, gamma2)
+    gamma1, gamma2, *_ = _check_norm("gradient_stabilizer", gamma1, gamma2)
 
     def init_fn(params: optax.Params) -> GradientStabilizerState:
         _, mean, square = _init_statistics("gradient_stabilizer", params, 2)
@@ -384,10 +386,13 @@ def scale_by_stable_spam(
       [ 1. -1.]
     """
     function = "scale_by_stable_spam"
-    _check_norm(function, gamma1, gamma2, eps, total_steps)
-    for name, decay in (("b1", b1), ("b2", b2), ("gamma3", gamma3)):
-        _validate.check_decay(function, name, decay)
-    _validate.check_reset(function, reset_interval)
+    gamma1, gamma2, eps, total_steps = _check_norm(
+        function, gamma1, gamma2, eps, total_steps
+    )
+    b1 = _validate.check_decay(function, "b1", b1)
+    b2 = _validate.check_decay(function, "b2", b2)
+    gamma3 = _validate.check_decay(function, "gamma3", gamma3)
+    reset_interval, _ = _validate.check_reset(function, reset_interval)
     _validate.check_flags(function, reference_resets=reference_resets)
     mu_dtype = _validate.check_moment_dtype(function, "mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype(function, "nu_dtype", nu_dtype)
@@ -582,12 +587,14 @@ def stable_spam(
 # statistics are vectors over that list.
 
 
-def _check_norm(function, gamma1, gamma2, eps=1.0, total_steps=None) -> None:
-    _validate.check_decay(function, "gamma1", gamma1)
-    _validate.check_decay(function, "gamma2", gamma2)
-    _validate.check_number(function, "eps", eps, above=0)
+def _check_norm(function, gamma1, gamma2, eps=1.0, total_steps=None) -> tuple:
+    """The arguments, checked, in their order."""
+    gamma1 = _validate.check_decay(function, "gamma1", gamma1)
+    gamma2 = _validate.check_decay(function, "gamma2", gamma2)
+    eps = _validate.check_number(function, "eps", eps, above=0)
     if total_steps is not None:
-        _validate.check_steps(function, "total_steps", total_steps, low=1)
+        total_steps = _validate.check_steps(function, "total_steps", total_steps, low=1)
+    return gamma1, gamma2, eps, total_steps
 
 
 def _init_statistics(

@@ -25,7 +25,7 @@ def check_number(
     below: float | None = None,
     at_most: float | None = None,
     whole: bool = False,
-) -> None:
+) -> Any:
     """Raises unless `value` is an array or a finite number within the given bounds.
 
     Args:
@@ -38,12 +38,16 @@ def check_number(
       at_most: Closed upper bound.
       whole: Whether only whole numbers are allowed.
 
+    Returns:
+      `value`, a scalar of NumPy or ml_dtypes as a Python number: JAX would round to the
+      dtype of the scalar, or not know how to add it to an array.
+
     Raises:
       TypeError: If `value` is neither a real number nor an array.
       ValueError: If it is a number out of bounds.
     """
     if _is_array(value):
-        return
+        return value
     bounds = [
         (sign, bound, holds)
         for sign, bound, holds in (
@@ -58,7 +62,8 @@ def check_number(
     limits = " and ".join(f"{sign} {bound}" for sign, bound, _ in bounds)
     message = f"{function}: {name} must be {kind} {limits}".rstrip()
     message = f"{message}, got {value!r}."
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+    value = to_python(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message)
     fits = all(holds(value, bound) for _, bound, holds in bounds)
     if not fits or not math.isfinite(_as_float32(value)):
@@ -67,15 +72,28 @@ def check_number(
         raise ValueError(f"{message[:-1]}, which is {above} in float32.")
     if whole and value != int(value):
         raise ValueError(message)
+    return value
+
+
+def to_python(value: Any) -> Any:
+    """The Python number that a scalar of NumPy or ml_dtypes is; others as they are."""
+    if not isinstance(value, np.generic):
+        return value
+    for kind, convert in ((jnp.integer, int), (jnp.floating, float)):
+        if jnp.issubdtype(value.dtype, kind):
+            return convert(value)
+    return value
 
 
 def _is_array(value: Any) -> bool:
-    """Whether `value` is an array, perhaps traced, of numbers."""
-    is_array = isinstance(value, (jax.Array, np.ndarray))
-    return is_array and jnp.issubdtype(value.dtype, jnp.number)
+    """Whether `value` is an array, perhaps traced, of real numbers."""
+    return isinstance(value, (jax.Array, np.ndarray)) and (
+        jnp.issubdtype(value.dtype, jnp.integer)
+        or jnp.issubdtype(value.dtype, jnp.floating)
+    )
 
 
-def _as_float32(value: int | float | np.number) -> float:
+def _as_float32(value: int | float) -> float:
     """`value` as arithmetic sees it: large is infinite, subnormal is 0."""
     info = np.finfo(np.float32)
     if not abs(value) <= float(info.max):
@@ -100,35 +118,44 @@ def check_transformation(function: str, value: Any) -> None:
 
 def check_whole(
     function: str, name: str, value: Any, *, low: int, high: int | None = None
-) -> None:
+) -> Any:
     """Raises unless `value` is an array or a whole number from `low` to `high`."""
-    check_number(function, name, value, at_least=low, at_most=high, whole=True)
+    return check_number(function, name, value, at_least=low, at_most=high, whole=True)
 
 
-def check_steps(function: str, name: str, value: Any, *, low: int) -> None:
+def check_steps(function: str, name: str, value: Any, *, low: int) -> Any:
     """Raises unless `value` is an array or a whole number >= `low` that fits int32."""
-    check_whole(function, name, value, low=low, high=np.iinfo(np.int32).max)
+    return check_whole(function, name, value, low=low, high=np.iinfo(np.int32).max)
+
+
+def instead_of_optax(value: Any) -> str:
+    """For a message: what to do if `optax.inject_hyperparams` made `value`.
+
+    It makes arrays of numbers and calls functions with an array; a function from trees
+    to trees of tuples returns () of it.
+    """
+    if not isinstance(value, (jax.Array, np.ndarray, tuple)):
+        return ""
+    return " (use spam_optax.inject_hyperparams instead of Optax's)"
 
 
 def check_static(function: str, name: str, value: Any) -> None:
     """Raises if `value`, which decides shapes, is an array or a tracer."""
     if isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(
-            f"{function}: {name} must be a Python number, for it decides shapes (with "
-            f'optax.inject_hyperparams: static_args=("{name}", ...)), got {value!r}.'
+            f"{function}: {name} must be a Python number, for it decides shapes"
+            f"{instead_of_optax(value)}, got {value!r}."
         )
 
 
-def check_decay(function: str, name: str, value: Any) -> None:
+def check_decay(function: str, name: str, value: Any) -> Any:
     """Raises unless `value` is an array or a number in [0, 1)."""
-    check_number(function, name, value, at_least=0, below=1)
+    return check_number(function, name, value, at_least=0, below=1)
 
 
-def check_key(function: str, key: Any) -> jax.Array:
-    """Returns a PRNG key, typed or raw, made from `key` if that is a number."""
-    if isinstance(key, (jax.Array, np.ndarray)) and (
-        jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 0
-    ):
+def check_key(function: str, key: Any) -> None:
+    """Raises unless `key` is a PRNG key, typed or raw, or a number to make one from."""
+    if _is_key(key):
         is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
         if key.ndim != (0 if is_typed else 1) or not (
             is_typed or key.dtype == np.uint32
@@ -137,9 +164,26 @@ def check_key(function: str, key: Any) -> jax.Array:
                 f"{function}: key must be one PRNG key or a whole number, got an array "
                 f"of shape {key.shape} and dtype {key.dtype}."
             )
-        return jnp.asarray(key)
+        return
     check_whole(function, "key", key, low=0, high=2**32 - 1)
+
+
+def make_key(key: Any) -> jax.Array:
+    """Returns `key`, which :func:`check_key` let pass, as a PRNG key.
+
+    Only ``init`` and ``update`` may call it: a key lives on a device, and after a
+    factory that touched one ``jax.distributed.initialize`` would fail.
+    """
+    if _is_key(key):
+        return jnp.asarray(key)
     return jax.random.key(key if _is_array(key) else int(key))
+
+
+def _is_key(key: Any) -> bool:
+    """Whether `key` is an array other than a number."""
+    return isinstance(key, (jax.Array, np.ndarray)) and (
+        jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 0
+    )
 
 
 def check_choice(function: str, name: str, value: Any, choices: tuple) -> None:
@@ -160,18 +204,21 @@ def check_names(function: str, name: str, value: Any, others: str = "") -> None:
         )
 
 
-def check_learning_rate(function: str, value: Any) -> None:
+def check_learning_rate(function: str, value: Any) -> Any:
     """Raises unless `value` is a schedule, an array or a number >= 0."""
-    if isinstance(value, type) or not callable(value):
-        check_number(function, "learning_rate", value, at_least=0)
+    if callable(value) and not isinstance(value, type):
+        return value
+    return check_number(function, "learning_rate", value, at_least=0)
 
 
-def check_reset(function: str, reset_interval: Any, grace_steps: Any = 0) -> None:
+def check_reset(
+    function: str, reset_interval: Any, grace_steps: Any = 0
+) -> tuple[Any, Any]:
     """Raises unless the interval is None, or leaves steps outside the grace window."""
-    check_steps(function, "grace_steps", grace_steps, low=0)
+    grace_steps = check_steps(function, "grace_steps", grace_steps, low=0)
     if reset_interval is None:
-        return
-    check_steps(function, "reset_interval", reset_interval, low=1)
+        return None, grace_steps
+    reset_interval = check_steps(function, "reset_interval", reset_interval, low=1)
     known = not (_is_array(reset_interval) or _is_array(grace_steps))
     if known and grace_steps and reset_interval <= grace_steps:
         raise ValueError(
@@ -179,6 +226,7 @@ def check_reset(function: str, reset_interval: Any, grace_steps: Any = 0) -> Non
             f"({grace_steps}), or nothing would ever be clipped; "
             f"got {reset_interval!r}."
         )
+    return reset_interval, grace_steps
 
 
 def check_moment_dtype(function: str, name: str, dtype: Any) -> np.dtype | None:
@@ -194,7 +242,8 @@ def check_moment_dtype(function: str, name: str, dtype: Any) -> np.dtype | None:
         canonical = None
     if canonical is None or not jnp.issubdtype(canonical, jnp.floating):
         raise ValueError(
-            f"{function}: {name} must be None or a floating dtype, got {dtype!r}."
+            f"{function}: {name} must be None or a floating dtype"
+            f"{instead_of_optax(dtype)}, got {dtype!r}."
         )
     info = jnp.finfo(canonical)
     if info.bits < 16 or (name == "nu_dtype" and info.maxexp < 128):

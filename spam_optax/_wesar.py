@@ -15,7 +15,7 @@ def alpha_init(
     """The initializer of a layer's factor; without a target, Spike No More's."""
     if target_std is None:
         target_std = initializers.stable_std(width)
-    _validate.check_number(layer, "target_std", target_std, above=0)
+    target_std = _validate.check_number(layer, "target_std", target_std, above=0)
     return initializers.wesar(target_std).alpha
 
 

@@ -100,12 +100,12 @@ def zclip(
 
     .. seealso:: :func:`spam_optax.adagc` for a limit on every tensor.
     """
-    _validate.check_number("zclip", "threshold", threshold, above=0)
-    _validate.check_decay("zclip", "decay", decay)
-    _validate.check_number("zclip", "eps", eps, above=0)
+    threshold = _validate.check_number("zclip", "threshold", threshold, above=0)
+    decay = _validate.check_decay("zclip", "decay", decay)
+    eps = _validate.check_number("zclip", "eps", eps, above=0)
     if max_norm is not None:
-        _validate.check_number("zclip", "max_norm", max_norm, above=0)
-    _validate.check_steps("zclip", "warmup_steps", warmup_steps, low=2)
+        max_norm = _validate.check_number("zclip", "max_norm", max_norm, above=0)
+    warmup_steps = _validate.check_steps("zclip", "warmup_steps", warmup_steps, low=2)
 
     def init_fn(params: optax.Params) -> ZClipState:
         _norms.check_params("zclip", params)

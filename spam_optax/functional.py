@@ -229,7 +229,7 @@ def spike_limit(
     References:
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
-    _validate.check_number("spike_limit", "threshold", threshold, above=0)
+    threshold = _validate.check_number("spike_limit", "threshold", threshold, above=0)
     nu = jnp.asarray(nu)
     chex.assert_type(nu, float)
     nu = _arithmetic.widen(nu)
@@ -284,7 +284,7 @@ def spike_mask(
     """
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
     _check_gradient_and_nu(gradient, nu)
-    _validate.check_number("spike_mask", "threshold", threshold, above=0)
+    threshold = _validate.check_number("spike_mask", "threshold", threshold, above=0)
     limit, has_limit = _square_limit(gradient, nu, threshold, active, clip_unseen)
     is_large = has_limit & (_arithmetic.abs_sq(gradient) > limit)
     return is_large & ~nonfinite_mask(gradient)
@@ -338,7 +338,7 @@ def clip_spikes(
     """
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
     _check_gradient_and_nu(gradient, nu)
-    _validate.check_number("clip_spikes", "threshold", threshold, above=0)
+    threshold = _validate.check_number("clip_spikes", "threshold", threshold, above=0)
     limit, has_limit = _square_limit(gradient, nu, threshold, active, clip_unseen)
     passes = _passes(gradient, limit, has_limit)
     is_limited = has_limit & ~jnp.isnan(gradient)
@@ -389,7 +389,9 @@ def clipped_square(
     """
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
     _check_gradient_and_nu(gradient, nu)
-    _validate.check_number("clipped_square", "threshold", threshold, above=0)
+    threshold = _validate.check_number(
+        "clipped_square", "threshold", threshold, above=0
+    )
     limit, has_limit = _square_limit(gradient, nu, threshold, active, clip_unseen)
     passes = _passes(gradient, limit, has_limit)
     is_limited = has_limit & ~jnp.isnan(gradient)
@@ -456,7 +458,7 @@ def reset_position(
     step = step.astype(jnp.int32)
     if interval is None:
         return step
-    _validate.check_steps("reset_position", "interval", interval, low=1)
+    interval = _validate.check_steps("reset_position", "interval", interval, low=1)
     return step % jnp.asarray(interval, jnp.int32)
 
 
@@ -496,7 +498,9 @@ def reset_ramp(
     References:
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, algorithm 1.
     """
-    _validate.check_steps("reset_ramp", "warmup_steps", warmup_steps, low=0)
+    warmup_steps = _validate.check_steps(
+        "reset_ramp", "warmup_steps", warmup_steps, low=0
+    )
     position = reset_position(step, interval)
     ramping = (position < warmup_steps) & (position < step)
     angle = jnp.pi * position.astype(float) / (warmup_steps + 1.0)
@@ -529,7 +533,7 @@ def bias_correction(
     References:
       Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, algorithm 1.
     """
-    _validate.check_decay("bias_correction", "decay", decay)
+    decay = _validate.check_decay("bias_correction", "decay", decay)
     if isinstance(decay, (jax.Array, np.ndarray)):
         log_decay = jnp.log(jnp.asarray(decay).astype(float))
     else:
@@ -584,7 +588,7 @@ def spike_score(
     values = jnp.asarray(values)
     chex.assert_rank(values, 1)
     chex.assert_type(values, float)
-    _validate.check_whole("spike_score", "window", window, low=2)
+    window = _validate.check_whole("spike_score", "window", window, low=2)
     try:
         window = operator.index(window)
     except TypeError:
@@ -592,7 +596,9 @@ def spike_score(
             "spike_score: window must be a Python whole number >= 2, under jit a "
             f"static one, got {window!r}."
         ) from None
-    _validate.check_number("spike_score", "deviations", deviations, above=0)
+    deviations = _validate.check_number(
+        "spike_score", "deviations", deviations, above=0
+    )
     judged = values.shape[0] - window
     if judged < 1:
         raise ValueError(
@@ -775,8 +781,10 @@ def ffn_jacobian_bound(
         "std_out": std_out,
         "residual_std": residual_std,
     }
-    for name, value in arguments.items():
+    width, ffn_width, std_in, std_out, residual_std = (
         _validate.check_number("ffn_jacobian_bound", name, value, above=0)
+        for name, value in arguments.items()
+    )
     matrices = (jnp.sqrt(width) + jnp.sqrt(ffn_width)) ** 2
     return 1 + std_in * std_out / residual_std * matrices
 
@@ -820,8 +828,12 @@ def attention_jacobian_bound(
       section 3.
     """
     function = "attention_jacobian_bound"
-    _validate.check_number(function, "width", width, above=0)
-    _validate.check_number(function, "std_out", std_out, above=0)
-    _validate.check_number(function, "residual_std", residual_std, above=0)
-    _validate.check_number(function, "attention_norm", attention_norm, at_least=0)
+    width = _validate.check_number(function, "width", width, above=0)
+    std_out = _validate.check_number(function, "std_out", std_out, above=0)
+    residual_std = _validate.check_number(
+        function, "residual_std", residual_std, above=0
+    )
+    attention_norm = _validate.check_number(
+        function, "attention_norm", attention_norm, at_least=0
+    )
     return 1 + std_out / residual_std * 2 * jnp.sqrt(width) * attention_norm

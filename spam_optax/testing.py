@@ -39,7 +39,7 @@ def inject_spikes(
     What is hit depends on the key, the rate, the step, the tensor's place in the tree
     and its shape alone. Put it first in a chain to see what an optimizer makes of a
     fault: ``optax.chain(testing.inject_spikes(0, steps=[100]), optax.adam(1e-3))``.
-    With ``optax.inject_hyperparams`` name ``key`` in ``static_args``.
+    In place of ``optax.inject_hyperparams`` use ``spam_optax.inject_hyperparams``.
 
     Args:
       key: A PRNG key, or a number to make one from.
@@ -71,11 +71,11 @@ def inject_spikes(
       >>> print(first, int((second == 10).sum()) == state.injected_count)
       [1. 1. 1. 1.] True
     """
-    _validate.check_number("inject_spikes", "rate", rate, at_least=0, at_most=1)
-    _validate.check_number("inject_spikes", "scale", scale)
+    rate = _validate.check_number("inject_spikes", "rate", rate, at_least=0, at_most=1)
+    scale = _validate.check_number("inject_spikes", "scale", scale)
     _validate.check_choice("inject_spikes", "kind", kind, _KINDS)
     is_hit_step = _step_test(steps)
-    key = _validate.check_key("inject_spikes", key)
+    _validate.check_key("inject_spikes", key)
 
     def init_fn(params: optax.Params) -> InjectSpikesState:
         del params
@@ -92,8 +92,9 @@ def inject_spikes(
         def corrupt(updates):
             leaves, structure = jax.tree.flatten(updates)
             count = jnp.zeros([], jnp.int32)
+            step_key = jax.random.fold_in(_validate.make_key(key), step)
             for i, g in enumerate(leaves):
-                leaf_key = jax.random.fold_in(jax.random.fold_in(key, step), i)
+                leaf_key = jax.random.fold_in(step_key, i)
                 hit_key, value_key = jax.random.split(leaf_key)
                 hit = _hit(hit_key, g, rate)
                 leaves[i] = jnp.where(hit, _fault(value_key, g, scale, kind), g)
@@ -116,10 +117,11 @@ def _step_test(
         return lambda step: jnp.ones([], bool)
     if callable(steps):
         return steps
-    if isinstance(steps, str) or not isinstance(steps, Iterable):
+    is_scalar = getattr(steps, "ndim", None) == 0  # An array, so iterable by name.
+    if isinstance(steps, str) or is_scalar or not isinstance(steps, Iterable):
         raise TypeError(
             "inject_spikes: steps must be None, a sequence of whole numbers >= 1 or a "
-            f"function of the step, got {steps!r}."
+            f"function of the step{_validate.instead_of_optax(steps)}, got {steps!r}."
         )
     steps = tuple(steps)
     for step in steps:

@@ -1,7 +1,6 @@
 """The rules every transformation keeps, written out, without Optax's own tests."""
 
 import functools
-import inspect
 import re
 
 import jax
@@ -272,16 +271,8 @@ def test_multi_steps(name):
 def test_inject_hyperparams(name, dtype):
     """Every number may be a traced hyper-parameter, and a learning rate a schedule."""
     params = make_params(dtype)
-    make = OPTIMIZERS[name].func
-    static = {"density", "sparse_params", "key", "mask", "selection", "row_blocks"}
-    static = (static | {"mu_dtype", "nu_dtype", "partition"}) & set(
-        inspect.signature(make).parameters
-    )
-    inject = functools.partial(
-        optax.inject_hyperparams, static_args=static, hyperparam_dtype=jnp.float32
-    )
-    quick = OPTIMIZERS[name].keywords
-    injected = inject(make)(learning_rate=optax.constant_schedule(0.1), **quick)
+    inject = spam_optax.inject_hyperparams(OPTIMIZERS[name])
+    injected = inject(learning_rate=optax.constant_schedule(0.1))
     ours, state = run(injected, params)
     assert state.hyperparams["b2"].dtype == jnp.float32
     # A bfloat16 learning rate is rounded by Optax when it is not injected.

@@ -217,9 +217,7 @@ def test_with_the_ramp_it_is_spams_reset(warmup_steps):
 
 def test_interval_as_an_injected_hyperparameter():
     """A traced interval, changed in the state between two steps."""
-    make = optax.inject_hyperparams(
-        spam_optax.reset_moments, static_args=("inner", "fields")
-    )
+    make = spam_optax.inject_hyperparams(spam_optax.reset_moments)
     tx, params = make(optax.trace(0.5), interval=3), jnp.zeros(())
     state, got = tx.init(params), []
     update = jax.jit(tx.update)

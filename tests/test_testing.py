@@ -303,6 +303,6 @@ def test_missing_leaves_pass_and_state_keeps_its_types():
 
 def test_rate_and_scale_may_be_injected():
     """Traced numbers; the key stays static."""
-    make = optax.inject_hyperparams(testing.inject_spikes, static_args=("key",))
+    make = spam_optax.inject_hyperparams(testing.inject_spikes)
     got = run(make(0, rate=0.3, scale=50.0), jitted=True)
     assert_same(got, run(testing.inject_spikes(0, 0.3, 50.0)))

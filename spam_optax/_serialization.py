@@ -1,0 +1,61 @@
+"""States as arguments of exported functions."""
+
+import contextlib
+from typing import Any
+
+import jax
+import jax.export
+
+
+def register_serialization(opt_state: Any) -> None:
+    """Lets ``jax.export`` serialize functions that take or return such a state.
+
+    Optimizer states are named tuples, whose types ``jax.export`` knows only once they
+    are registered: Optax's own, too. Call this before ``Exported.serialize``, and in
+    the program that loads the function before ``jax.export.deserialize``. Types that
+    are registered already stay as they are, so it may be called again.
+
+    A type is stored as its package and its name, ``spam_optax.ScaleBySpamState``, so
+    that the module it is defined in may change. ``serialize`` itself needs the package
+    ``flatbuffers``.
+
+    Checkpoints need none of this, but a template: ``checkpointer.restore(path,
+    jax.eval_shape(tx.init, params))``. Without one Orbax returns dictionaries for the
+    named tuples, and their leaves in another order. Names put them in place::
+
+      template = jax.eval_shape(tx.init, params)
+      name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+      leaves = {name(p): x for p, x in jax.tree_util.tree_leaves_with_path(restored)}
+      state = jax.tree_util.tree_map_with_path(lambda p, _: leaves[name(p)], template)
+
+    Args:
+      opt_state: The state, or any tree that contains it: arrays, or the shapes that
+        ``jax.eval_shape(tx.init, params)`` returns.
+
+    Examples:
+      >>> import jax
+      >>> import jax.export
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> tx = spam_optax.spam(1e-3)
+      >>> params = {"kernel": jnp.ones((4, 4))}
+      >>> state = tx.init(params)
+      >>> spam_optax.register_serialization(state)
+      >>> exported = jax.export.export(jax.jit(tx.update))(params, state, params)
+
+      Then ``exported.serialize()`` works.
+    """
+    for node in jax.tree.leaves(opt_state, is_leaf=_is_named_tuple):
+        if not _is_named_tuple(node):
+            continue
+        node_type = type(node)
+        name = f"{node_type.__module__.partition('.')[0]}.{node_type.__qualname__}"
+        with contextlib.suppress(ValueError):  # Registered before, by whomever.
+            jax.export.register_namedtuple_serialization(
+                node_type, serialized_name=name
+            )
+        register_serialization(tuple(node))
+
+
+def _is_named_tuple(x: Any) -> bool:
+    return isinstance(x, tuple) and hasattr(x, "_fields")
