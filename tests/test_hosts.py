@@ -288,13 +288,13 @@ def test_broken_shard_of_one_host_ends_all_at_the_same_step(trainer, tmp_path):
     for name in ("train-0", "train-1", "train-2", "train-3", "validation"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     (tmp_path / "train-3.jsonl").write_text('{"text": "cut short')
-    flags = [*LONG, "--steps=900", "--eval-every=900", "--checkpoint-every=900"]
+    flags = [*LONG, "--steps=80", "--eval-every=80", "--batch-size=64"]
     flags += [f"--data=hf:{tmp_path}", f"--output={tmp_path / 'run'}"]
     results = finish_all(trainer.start_hosts(2, *flags, cwd=tmp_path))
     assert [result.code for result in results] == [1, 1]
     (line,) = results[0].errors.splitlines()
     assert "train-3.jsonl, after row 0: " in line and results[1].errors == ""
-    (step,) = checkpoint_steps(tmp_path / "run", "adam")
+    step = checkpoint_steps(tmp_path / "run", "adam")[-1]
     assert f"no batch for step {step + 1}, step {step} is saved: " in line
     assert len(read_rows(tmp_path / "run")) == step
 

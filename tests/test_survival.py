@@ -398,6 +398,7 @@ def write_broken_set(folder):
     return f"--data=hf:{folder}"
 
 
+@pytest.mark.slow
 def test_broken_shard_ends_a_run_that_can_go_on(tmp_path, capsys, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setattr(streaming, "SHUFFLED", 1)
