@@ -68,6 +68,7 @@ STEP_KEYS = {
     "flops_utilization",
 }
 SUMMARY_KEYS = {
+    "bad_data_skipped",
     "final_eval_loss",
     "final_eval_perplexity",
     "halted_at",
