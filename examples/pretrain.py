@@ -128,6 +128,14 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="continue the run in --output, bit for bit, with the settings it has",
     )
     group.add_argument(
+        "--skip-bad-data",
+        type=command_line.whole(0),
+        default=0,
+        metavar="N",
+        help="leave out what cannot be read of up to N files of a streamed data set,"
+        " on each host, rather than stop there; may change on --resume (default: 0)",
+    )
+    group.add_argument(
         "--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too"
     )
 
@@ -173,22 +181,41 @@ def run(given: dict, options: argparse.Namespace) -> int:
             lambda: open_run(folder, given, options.checkpoints).to_json()
         )
         this_run = Run.from_json(opened)
-        task, digest = make_task(this_run, command_line.parallelism(options))
-        entered = hosts.from_main(
-            lambda: run_folder.enter(folder, this_run, digest).to_json()
+        task, loaded = make_task(
+            this_run, command_line.parallelism(options), options.skip_bad_data
         )
+        entered = hosts.from_main(
+            lambda: run_folder.enter(folder, this_run, loaded.digest).to_json()
+        )
+        if hosts.is_main():
+            print(f"Data: {loaded.files}")
         with jax.set_mesh(task.mesh):
             halted = train_all(
                 task, folder, Run.from_json(entered), stop, options.wandb
             )
-        done = hosts.from_main(lambda: str(show_report(task, folder))) == "True"
+        left_out = left_out_anywhere(loaded)
+        done = hosts.from_main(lambda: str(show_report(task, folder, left_out)))
+    command = command_to_go_on(folder, options.skip_bad_data)
     for message in halted:
         console.warn(message)
-    if stop.signal is not None and not done:
-        command = ["python", sys.argv[0], "--resume", "--output", str(folder.path)]
-        console.say(f"Interrupted. Continue with: {shlex.join(command)}")
+    if stop.signal is not None and done != "True":
+        console.say(f"Interrupted. Continue with: {command}")
         return 130 if stop.signal == signal.SIGINT else 0
     return 1 if halted else 0
+
+
+def command_to_go_on(folder: RunFolder, skip_bad_data: int) -> str:
+    """What to type to continue the run in `folder`."""
+    command = ["python", sys.argv[0], "--resume", "--output", str(folder.path)]
+    if skip_bad_data:
+        command += ["--skip-bad-data", str(skip_bad_data)]
+    return shlex.join(command)
+
+
+def left_out_anywhere(loaded: data.Data) -> list[str]:
+    """The shards of which a host left out a part, each once."""
+    told = hosts.gather(json.dumps(sorted(loaded.left_out)))
+    return sorted({name for names in told for name in json.loads(names)})
 
 
 def default_output() -> pathlib.Path:
@@ -196,14 +223,16 @@ def default_output() -> pathlib.Path:
 
 
 def make_task(
-    this_run: Run, parallelism: sharding.Parallelism
-) -> tuple[training.Task, str]:
-    """What the optimizers have in common, and the digest of the data."""
+    this_run: Run, parallelism: sharding.Parallelism, skip_bad_data: int = 0
+) -> tuple[training.Task, data.Data]:
+    """What the optimizers have in common, and the data."""
     config = this_run.config
     for name in config.optimizers:
         optimizers.make(name, config)  # so that a mistake shows before the work
     host = data.Host(jax.process_index(), jax.process_count())
-    loaded = hosts.everywhere(lambda: data.load(config, host))
+    loaded = hosts.everywhere(
+        lambda: data.load(config, host, skip_bad_data=skip_bad_data)
+    )
     if len(set(hosts.gather(loaded.digest))) > 1:
         raise UsageError("the hosts do not see the same data and tokenizer")
     mesh = sharding.make_mesh(parallelism, config.batch_size // config.accumulate)
@@ -212,7 +241,7 @@ def make_task(
     task = training.make_task(
         config, model_config, mesh, loaded.train, loaded.validation
     )
-    return task, loaded.digest
+    return task, loaded
 
 
 def train_all(
@@ -242,6 +271,10 @@ def train_all(
                     train_one(task, name, folder, saved, progress, stop, wandb_project)
                 except loop.Halted as error:
                     halted.append(str(error))
+                except loop.DataLost as error:
+                    go_on = command_to_go_on(folder, 0)
+                    halted.append(f"{error}. Continue with: {go_on}")
+                    break  # the other optimizers would come to the same place
     return halted
 
 
@@ -312,22 +345,32 @@ def begin_or_continue(
             )
         return make(), batches
     state, place = restored
-    batches.set_state(place)
+    hosts.everywhere(lambda: batches.set_state(place))
     # What halted once is tried again: the batch or the mesh may have been to blame.
     return state._replace(halted=jax.numpy.zeros_like(state.halted)), batches
 
 
-def show_report(task: training.Task, folder: RunFolder) -> bool:
-    """Writes and shows what the optimizers did; True if all came to an end."""
+def show_report(
+    task: training.Task, folder: RunFolder, left_out: Sequence[str] = ()
+) -> bool:
+    """Writes and shows what the optimizers did; True if all came to an end.
+
+    `left_out` are the shards of which a part was left out.
+    """
     config = task.config
     rows = records.read(folder.metrics)
-    summary = analysis.summarize(rows, config)
+    summary = {
+        name: {**values, "bad_data_skipped": len(left_out)}
+        for name, values in analysis.summarize(rows, config).items()
+    }
     records.replace(folder.summary, json.dumps(summary, indent=2) + "\n")
     if summary:
         picture.draw(folder.picture, rows, summary, config)
         report.write(folder, rows, summary, config)
         console.show(summary, config)
         print(f"Metrics, summary and report are in {folder.path}")
+    if left_out:
+        print(f"Files whose data was left out in part: {len(left_out)}")
     return len(summary) == len(config.optimizers)
 
 

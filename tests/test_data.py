@@ -3,6 +3,7 @@
 import concurrent.futures
 import errno
 import gzip
+import hashlib
 import http.server
 import itertools
 import json
@@ -15,14 +16,16 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import types
 
 import grain
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lm import corpus, data, streaming, tokenization
-from lm.config import RunConfig, UsageError
+from lm import corpus, data, hosts, loop, shards, streaming, tokenization
+from lm.config import DataError, RunConfig, UsageError
 from lm.data import Host
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -268,6 +271,252 @@ def test_other_formats_of_a_streamed_set(suffix):
     assert list(streaming.texts(source.train)) == DOCUMENTS
 
 
+def test_hidden_files_are_left_out_and_links_followed():
+    """In a folder and in a pattern; what was read is told."""
+    write("books/a.txt", "aa")
+    write("books/z/c.txt", "cccc")
+    write("other/b.txt", "bbb")
+    for hidden in ("books/._a.txt", "books/.hidden/h.txt", "other/.b.txt"):
+        write(hidden, "hidden")
+    for link, target in {
+        "books/again": "books",
+        "books/more": "other",
+        "books/m.txt": "books/a.txt",
+        "books/gone.txt": "nowhere",
+        "other/back": "books",
+    }.items():
+        pathlib.Path(link).symlink_to(pathlib.Path(target).absolute())
+    pathlib.Path("linked").symlink_to("books")
+
+    found = [str(path) for path in corpus.find("books")]
+    assert found == ["books/a.txt", "books/more/b.txt", "books/z/c.txt"]
+    assert whole_text("books").tobytes() == b"aa\nbbb\ncccc"
+    assert corpus.describe("books") == "3 files, 9 bytes; 3 hidden left out"
+    assert len(corpus.find("linked")) == 3
+    assert corpus.find("books/**/*.txt") == corpus.find("books")
+    assert corpus.describe("books/*.txt") == "1 file, 2 bytes; 1 hidden left out"
+    assert corpus.find("books/.hidden") == [pathlib.Path("books/.hidden/h.txt")]
+    assert corpus.find("books/._a.txt") == [pathlib.Path("books/._a.txt")]
+    write("secret/.a.txt", "hidden")
+    assert "no .txt file in the folder secret, but 1 hidden" in refused(data="secret")
+
+
+def test_files_of_a_streamed_set_are_told():
+    source = write_set("set", shards=2)
+    told = data.load(one_row(source)).files
+    size = sum(path.stat().st_size for path in pathlib.Path("set").iterdir())
+    assert told == f"files: 2 of train, 1 of validation; {size:,} bytes"
+    write("set/._train.jsonl", "x")
+    write("other/train-7.jsonl", json_lines(["linked"]))
+    pathlib.Path("set/more").symlink_to(pathlib.Path("other").absolute())
+    told = data.load(one_row(source)).files
+    assert "; 2 more left out: hidden, in linked folders, or of no split" in told
+
+
+# -------------------------------------------------------------------- broken shards
+
+
+def gzipped(text):
+    return gzip.compress(text.encode())
+
+
+def parquet(texts):
+    import pyarrow.parquet
+
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+LINES = json_lines(DOCUMENTS)
+BROKEN = {  # format: what is wrong: the bytes of a shard
+    "jsonl": {
+        "cut short": LINES[:-9].encode() + b"\n" + LINES.encode(),
+        "not UTF-8": LINES.encode().replace(b"0: ", b"\xff: "),
+        "another column": LINES.replace('"text"', '"body"').encode(),
+        "no text at all": b'{"text": null}\n' * 9,
+        "numbers among texts": LINES.encode() + b'{"text": 5}\n',
+    },
+    "jsonl.gz": {
+        "cut short": gzipped(LINES)[:-300],
+        "not gzip": LINES.encode(),
+    },
+    "txt": {"not UTF-8": "é".encode("latin-1") * 99},
+    "parquet": {
+        "cut short": parquet(DOCUMENTS)[:-300],
+        "overwritten": parquet(DOCUMENTS)[:90]
+        + b"\xff" * 90
+        + parquet(DOCUMENTS)[180:],
+        "numbers": parquet([{"a": 5}]),
+        "vanished": None,
+    },
+}
+
+
+def windows_of(source, count, state=None):
+    """The first windows of a set, or those from `state` on, and the state behind."""
+    iterator = iter(streaming.windows(source, tokenization.BYTES, 16, 0, Host()))
+    if state is not None:
+        iterator.set_state(state)
+    return [bytes(window) for window in take(iterator, count)], iterator.get_state()
+
+
+def test_broken_shards_are_named_or_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(streaming, "SHUFFLED", 1)
+    good = {
+        "jsonl": LINES.encode(),
+        "jsonl.gz": gzipped(LINES),
+        "txt": "\n".join(DOCUMENTS).encode(),
+        "parquet": parquet(DOCUMENTS),
+    }
+    for kind, damages in BROKEN.items():
+        for damage, content in damages.items():
+            capsys.readouterr()
+            folder = pathlib.Path(f"{damage} {kind}")
+            folder.mkdir()
+            for name in ("train-0", "train-1", "validation"):
+                (folder / f"{name}.{kind}").write_bytes(good[kind])
+            broken = folder / f"train-1.{kind}"
+            if content is not None:
+                broken.write_bytes(content)
+            opened = [streaming.open_source(f"hf:{folder}", n) for n in (0, 1, 1)]
+            if content is None:
+                broken.unlink()
+
+            with pytest.raises(DataError) as error:
+                windows_of(opened[0], 200)
+            line = str(error.value)
+            assert f"{broken}, after row 0: " in line, line
+            assert "--skip-bad-data 1 " in line and "\n" not in line
+            assert not opened[0].shards.left_out
+            assert capsys.readouterr().err == ""
+
+            expected, _ = windows_of(opened[1], 200)  # more than an epoch
+            told = capsys.readouterr().err
+            assert told.count("\n") == 1 and f"the rest of {broken.resolve()}" in told
+            assert list(opened[1].shards.left_out) == [str(broken.resolve())]
+            known = set("\n".join(["", *DOCUMENTS, ""]).encode())
+            assert set(b"".join(expected)) <= known
+            start, state = windows_of(opened[2], 60)
+            rest, _ = windows_of(streaming.open_source(f"hf:{folder}", 1), 140, state)
+            assert start + rest == expected
+
+
+def test_what_was_left_out_is_in_the_state(monkeypatch):
+    monkeypatch.setattr(streaming, "SHUFFLED", 1)
+    source = write_set("set", shards=3)
+    write("set/train-00001-of-00003.jsonl", "{")
+    first = streaming.open_source(source, 1)
+    _, state = windows_of(first, 400)
+    state = json.loads(json.dumps(state))
+    write("set/train-00002-of-00003.jsonl", "{")
+    with pytest.raises(DataError, match="-00002-.*--skip-bad-data 2 "):
+        windows_of(streaming.open_source(source, 1), 400, state)
+    second = streaming.open_source(source, 2)
+    windows_of(second, 400, state)
+    assert len(second.shards.left_out) == 2
+
+
+def test_broken_validation_set_is_named():
+    source = write_set("set", held_out="test")
+    write("set/test.jsonl", LINES[:40] + "\n" + LINES)
+    assert "set/test.jsonl, after row 0: " in refused(data=source)
+    write("set/test-1.jsonl", LINES)
+    loaded = data.load(config(data=source, eval_sequences=512), skip_bad_data=1)
+    assert len(loaded.left_out) == 1
+
+
+class Connection:
+    """A reader of one shard that fails before some of its parts, so many times."""
+
+    def __init__(self, failures):
+        self.failures = failures  # by part
+
+    def __call__(self, files):
+        for number in range(6):
+            if self.failures.get(number):
+                self.failures[number] -= 1
+                raise self.error
+            yield number, {"text": f"{number}"}
+
+
+def test_lost_connections_are_tried_again(monkeypatch, capsys):
+    import huggingface_hub.errors
+    from huggingface_hub.utils import httpx
+
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    response = httpx.Response(503, request=httpx.Request("GET", "http://x"))
+    passing = [
+        ConnectionError("Server Disconnected"),
+        TimeoutError(),
+        OSError(errno.EIO, "Input/output error"),
+        httpx.ConnectError("no route"),
+        type("ClientError", (Exception,), {"__module__": "aiohttp.client"})("cut off"),
+        huggingface_hub.errors.HfHubHTTPError("busy", response=response),
+    ]
+    lasting = [FileNotFoundError(2, "gone"), ValueError("x"), EOFError(), OSError("x")]
+    for error in (*passing, *lasting):
+        assert shards.may_pass(error) == (error in passing), error
+    for error in passing:
+        for failures, delays in (({0: 1, 3: 2}, [1, 1, 2]), ({5: 6}, [1, 2, 4, 8, 16])):
+            waited.clear()
+            reader = Connection(dict(failures))
+            reader.error = error
+            builder = types.SimpleNamespace(_generate_examples=reader)
+            guard = shards.Shards()
+            guard.guard(builder)
+            guard.opened = True
+            read = builder._generate_examples(files=["hf://a/b.jsonl"])
+            if 5 in failures:
+                with pytest.raises(DataError, match=r"hf://a/b.jsonl, after row 5: "):
+                    list(read)
+            else:
+                assert [number for number, _ in read] == list(range(6))
+            assert waited == delays
+            lines = capsys.readouterr().err.splitlines()
+            assert len(lines) == len(delays)
+            assert (
+                "hf://a/b.jsonl, after row" in lines[-1]
+                and type(error).__name__ in lines[-1]
+            )
+            assert f"trying again in {delays[-1]} s" in lines[-1]
+
+
+def test_hosts_end_at_the_same_batch(monkeypatch):
+    """One of them lacks its part of the third batch, the other has more."""
+
+    class Batches:
+        def __init__(self, count):
+            self.left = iter(range(count))
+            self.taken = None
+
+        def __next__(self):
+            self.taken = next(self.left, None)
+            if self.taken is None:
+                raise DataError("file.jsonl, after row 7")
+            return self.taken
+
+        def get_state(self):
+            return {"at": self.taken}
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for mine, others in ((2, 99), (99, 2), (2, 2), (99, 0)):
+        other = json.dumps([others % 97, "file.jsonl, after row 7"])
+        if others == 99:
+            other = json.dumps([loop.AHEAD, ""])
+        monkeypatch.setattr(hosts, "gather", lambda text: [text, other])  # noqa: B023
+        taken = []
+        with pytest.raises(DataError, match="file.jsonl, after row 7"):
+            taken.extend(loop.fetched(Batches(mine)))
+        taken = []
+        fetching = loop.fetched(Batches(mine))
+        with pytest.raises(DataError):
+            for pair in fetching:
+                taken.append(pair)
+        assert taken == [(n, {"at": n}) for n in range(min(mine, others))]
+
+
 # ---------------------------------------------------------------------- tokenizers
 
 
@@ -465,6 +714,151 @@ def test_without_the_packages_bytes_of_files_remain(monkeypatch):
         write("my.json", "{}")
         assert "pip install tokenizers" in refused(tokenizer=tokenizer)
     assert "pip install datasets" in refused(data=source)
+
+
+def save_tokenizer(path, model, **parts):
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(model)
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    write(path, tokenizer.to_str())
+    return str(path)
+
+
+def unigram(*controls):
+    """A tokenizer whose model has its control tokens among its pieces, as T5's."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=80,
+        special_tokens=["<pad>", *controls, "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    text = [SHAKESPEARE[:3000], "< / s > e o"]
+    tokenizer.train_from_iterator(text, trainer)
+    write("unigram.json", tokenizer.to_str())
+    return "unigram.json"
+
+
+def words_of(*words):
+    import tokenizers
+
+    model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "[UNK]")
+    split = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return save_tokenizer("words.json", model, pre_tokenizer=split)
+
+
+def test_control_tokens_in_a_text_are_text():
+    import tokenizers
+
+    spelt = "They write {0} or <pad> or {0} again. " * 9
+    plain = trained_file()
+    content = json.loads(pathlib.Path(plain).read_text(encoding="utf-8"))
+    content["added_tokens"][0]["special"] = False
+    write("ordinary.json", json.dumps(content))
+    for name, end in {
+        "bpe:300": "<|endoftext|>",
+        plain: "<|endoftext|>",
+        "ordinary.json": "<|endoftext|>",
+        unigram("</s>"): "</s>",
+        words_of("[UNK]", "[SEP]", "They", "or"): "[SEP]",
+    }.items():
+        text = spelt.format(end)
+        tokenizer = load_tokenizer(name, SHAKESPEARE[:5000])
+        separator = tokenizer.separator.tolist()
+        assert len(separator) == 1 and separator[0] == tokenizer.end
+        assert tokenizer.end not in tokenizer.encode(text)
+        assert len(tokenizer.encode(text)) > 9
+        write("one.txt", text * 9)
+        assert tokenizer.end not in whole_text("one.txt", name)
+        documents = list(streaming.joined(tokenizer, [text, text]))
+        assert [list(tokens).count(tokenizer.end) for tokens in documents] == [1, 1]
+        if name != "bpe:300":  # tokens kept by an older version are not taken
+            package = tokenizers.Tokenizer.from_file(name)
+            old = hashlib.sha256(package.to_str().encode()).hexdigest()
+            assert tokenizer.digest != old
+
+
+def test_tokenizers_from_before_give_the_same_tokens():
+    import tokenizers
+
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    package = tokenizers.Tokenizer(tokenizers.models.BPE())
+    package.pre_tokenizer = byte_level(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
+    package.train_from_iterator([SHAKESPEARE[:20_000]], trainer)
+    write("old.json", package.to_str())
+    for text in (SHAKESPEARE[20_000:30_000], "A" * 1000, ODD.replace("<|", "")):
+        expected = package.encode(text).ids
+        assert load_tokenizer("old.json").encode(text).tolist() == expected
+
+
+def test_end_of_a_document_is_found():
+    import tokenizers
+
+    template = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [END]", special_tokens=[("[CLS]", 1), ("[END]", 2)]
+    )
+    bert = tokenizers.processors.BertProcessing(("[END]", 2), ("[CLS]", 1))
+    both = tokenizers.processors.Sequence([template])
+    model = tokenizers.models.WordLevel(
+        {"[UNK]": 0, "[CLS]": 1, "[END]": 2, "<eot>": 3, "a": 4}, "[UNK]"
+    )
+    for processor in (template, bert, both):
+        path = save_tokenizer("declared.json", model, post_processor=processor)
+        assert load_tokenizer(path).end == 2
+    for token in ("<eot>", {"content": "<eot>", "special": True}):
+        write("tokenizer_config.json", json.dumps({"eos_token": token}))
+        assert load_tokenizer("declared.json").end == 3
+    for content in ("{", "[]", "{}", json.dumps({"eos_token": None})):
+        write("tokenizer_config.json", content)
+        assert load_tokenizer("declared.json").end == 2
+    for end in (*tokenization.END_TOKENS, *tokenization.OTHER_END_TOKENS):
+        path = words_of("[UNK]", "a", end)
+        assert load_tokenizer(path).end == 2
+        write("one.txt", "a " * 50)
+        assert whole_text("one.txt", path).tolist() == [1] * 50
+        write("two.txt", "a " * 50)
+        assert sorted(whole_text("[ot]*.txt", path))[-1] == 2
+
+
+def test_separator_is_named_or_needed():
+    path = words_of("[UNK]", "a", "b")
+    write("books/one.txt", "a " * 300)
+    settings = {"data": "books", "tokenizer": path}
+    data.load(config(**settings))  # one file needs none
+    write("books/two.txt", "b " * 300)
+    needed = refused(**settings)
+    assert path in needed and "--separator" in needed and "line ends" in needed
+    assert "--separator" in refused(data=write_set("set"), tokenizer=path)
+    loaded = data.load(config(**settings, separator="[UNK]"))
+    assert loaded.tokenizer.separator.tolist() == [0]
+    tokens = corpus.load("books", path, "[UNK]")[1].train
+    assert tokens[299:302].tolist() == [1, 0, 2]
+    assert corpus.load("books", path, "a")[2] != loaded.digest
+    line = refused(**settings, separator="c")
+    assert "--separator c " in line and path in line
+    assert "bytes" in refused(data="books", separator="x")
+
+
+def test_long_words_are_cut():
+    """Training and encoding take time in proportion to a text without spaces."""
+    import tokenizers
+
+    letters = np.random.default_rng(0).choice([*"ACGT", "", "ก", "漢"], 200_000)
+    text = "".join(letters)
+    tokenizer = load_tokenizer("bpe:300", text[:180_000])  # 10 s if it were one word
+    (path,) = pathlib.Path("kept").iterdir()
+    split = tokenizers.Tokenizer.from_file(str(path)).pre_tokenizer
+    assert max(len(word) for word, _ in split.pre_tokenize_str(text)) == 256
+    tokens = tokenizer.encode(text)
+    assert decoder(tokenizer)(tokens) == text
+    assert len(tokens) < 0.8 * len(text.encode())
 
 
 # ---------------------------------------------------------------------------- hub
@@ -814,6 +1208,16 @@ def test_encoded_text_goes_to_the_users_cache_if_it_must(
         assert len(list(pathlib.Path("cache/spam_optax").iterdir())) == 3
 
 
+def test_damaged_tokens_are_made_again(encodings):
+    run = config(tokenizer="bpe:300")
+    first = data.load(run)
+    for path in pathlib.Path(".tokens").glob("*.npy"):
+        os.truncate(path, path.stat().st_size // 2)
+    again = data.load(run)
+    assert len(encodings) == 4
+    np.testing.assert_array_equal(again.validation, first.validation)
+
+
 def test_embedded_text_is_cached_in_the_users_folder():
     data.load(config(data=None, tokenizer=trained_file()))
     assert len(list(pathlib.Path("cache/spam_optax").iterdir())) == 2
@@ -934,9 +1338,30 @@ def test_text_that_is_not_utf8():
     for tokenizer in ("bpe:300", trained_file()):
         line = refused(data="latin.txt", tokenizer=tokenizer)
         assert "latin.txt" in line and "UTF-8" in line and "bytes" in line
+        assert line.endswith("at byte 0")
     pathlib.Path("copy.txt").write_bytes(path.read_bytes())
     expected = path.read_bytes() + b"\n" + path.read_bytes()
     assert whole_text("*.txt").tobytes() == expected
+
+
+def test_text_that_vanishes_or_shrinks():
+    write("text.txt", SHAKESPEARE[:1000])
+    spans = corpus.whole(corpus.find("text.txt"))
+    os.truncate("text.txt", 500)
+    with pytest.raises(DataError, match="text.txt became shorter"):
+        list(corpus.texts(spans))
+    os.remove("text.txt")
+    for read in (
+        lambda: list(corpus.texts(spans)),
+        lambda: corpus.digest(spans, tokenization.BYTES),
+        lambda: corpus.split_spans(spans),
+    ):
+        with pytest.raises(DataError, match="data file text.txt: No such file"):
+            read()
+    write("latin.txt", "x" * 2000)
+    with open("latin.txt", "ab") as file:
+        file.write(b"\xff" * 9)
+    assert refused(data="latin.txt", tokenizer="bpe:300").endswith("at byte 2000")
 
 
 def test_text_too_short_in_tokens():

@@ -72,6 +72,7 @@ STEP_KEYS = {
     "flops_utilization",
 }
 SUMMARY_KEYS = {
+    "bad_data_skipped",
     "final_eval_loss",
     "final_eval_perplexity",
     "halted_at",
@@ -822,7 +823,7 @@ def test_interrupt_before_the_first_step_ends_at_once(
 
     def make_task(*_):
         signal.raise_signal(signal.SIGINT)
-        return task, "digest"
+        return task, types.SimpleNamespace(digest="digest", files="1 file", left_out={})
 
     monkeypatch.setattr(pretrain, "make_task", make_task)
     assert pretrain.main([*SMALL_FLAGS, "--output=run"]) == 130

@@ -286,6 +286,33 @@ def test_mistake_seen_by_another_host_ends_all(trainer, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_broken_shard_of_one_host_ends_all_at_the_same_step(trainer, tmp_path):
+    """Host 1 alone reads it; both save the state of the step before, and go on."""
+    pytest.importorskip("datasets")
+    lines = [json.dumps({"text": f"{n}: To be, or not to be."}) for n in range(900)]
+    for name in ("train-0", "train-1", "train-2", "train-3", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "train-3.jsonl").write_text('{"text": "cut short')
+    flags = [*LONG, "--steps=80", "--eval-every=80", "--batch-size=64"]
+    flags += [f"--data=hf:{tmp_path}", f"--output={tmp_path / 'run'}"]
+    results = finish_all(trainer.start_hosts(2, *flags, cwd=tmp_path))
+    assert [result.code for result in results] == [1, 1]
+    (line,) = results[0].errors.splitlines()
+    assert "train-3.jsonl, after row 0: " in line and results[1].errors == ""
+    step = checkpoint_steps(tmp_path / "run", "adam")[-1]
+    assert f"no batch for step {step + 1}, step {step} is saved: " in line
+    assert len(read_rows(tmp_path / "run")) == step
+
+    flags = ["--resume", f"--output={tmp_path / 'run'}", "--skip-bad-data=1"]
+    results = finish_all(trainer.start_hosts(2, *flags, cwd=tmp_path))
+    assert [result.code for result in results] == [0, 0]
+    told = [result.errors for result in results]
+    assert sorted(errors.count("\n") for errors in told) == [0, 1]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["adam"]["bad_data_skipped"] == 1
+
+
 @pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:port"])
 def test_coordinator_has_a_port(address):
     with pytest.raises(UsageError, match=f"must be HOST:PORT, not '{address}'"):

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import pretrain
-from lm import corpus, loop, optimizers, records, sharding, training
+from lm import corpus, loop, optimizers, records, sharding, streaming, training
 from lm.config import RunConfig
 from lm.run_folder import Run
 from trainer_process import (
@@ -382,6 +382,60 @@ def test_saved_states_are_those_of_their_steps(tmp_path, monkeypatch):
         with ocp.StandardCheckpointer() as checkpointer:
             saved = checkpointer.restore(path, state)
         jax.tree.map(np.testing.assert_array_equal, saved, state)
+
+
+# ------------------------------------------------------------------------ broken data
+
+
+def write_broken_set(folder):
+    """A set of two shards, of which the second is broken; the order is not this."""
+    folder.mkdir()
+    lines = [json.dumps({"text": f"{n}: To be, or not to be."}) for n in range(90)]
+    for name in ("train-0", "validation"):
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    (folder / "train-1.jsonl").write_text('{"text": "cut short')
+    return f"--data=hf:{folder}"
+
+
+@pytest.mark.slow
+def test_broken_shard_ends_a_run_that_can_go_on(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(streaming, "SHUFFLED", 1)
+    flags = [*SHORT, write_broken_set(tmp_path / "set"), "--optimizer", "adam", "spam"]
+    flags += ["--no-spikes", "--steps=40", "--eval-every=40", "--eval-sequences=8"]
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    assert pretrain.main([*flags, "--skip-bad-data=1", f"--output={whole}"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Data: files: 2 of train, 1 of validation; ")
+    assert "Files whose data was left out in part: 1\n" in captured.out
+    assert captured.err.count("\n") == 1 and "leaving out the rest of" in captured.err
+    assert {
+        values["bad_data_skipped"]
+        for values in json.loads((whole / "summary.json").read_text()).values()
+    } == {1}
+
+    for again in (
+        [*flags, f"--output={folder}"],
+        [*RESUME_SHORT, f"--output={folder}"],
+    ):
+        assert pretrain.main(again) == 1
+        line = capsys.readouterr().err
+        found = re.fullmatch(
+            r"pretrain.py: adam: no batch for step (\d+), step (\d+) is saved: cannot"
+            r" read \S+/set/train-1.jsonl, after row 0: .* \(--skip-bad-data 1 leaves"
+            r" the rest of this file out\). Continue with: python \S+ --resume"
+            rf" --output {folder}\n",
+            line,
+        )
+        assert found, line
+        step = int(found[2])
+        assert int(found[1]) == step + 1 < 40
+        assert checkpoint_steps(folder, "adam")[-1] == step
+        assert len(read_rows(folder)) == step
+    go_on = [*RESUME_SHORT, "--skip-bad-data=1", f"--output={folder}"]
+    assert pretrain.main(go_on) == 0
+    assert_same_run(folder, whole, "adam", "spam")
+    capsys.readouterr()
 
 
 # ------------------------------------------------------------------------- full disks

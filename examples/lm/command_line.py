@@ -225,6 +225,11 @@ def add_data_flags(flags: RunFlags) -> None:
         " the name of a pretrained one, such as t5-base",
         metavar="NAME",
     )
+    flags.add(
+        "separator",
+        "token between documents (default: the tokenizer's end of text, or of a line)",
+        metavar="TOKEN",
+    )
     flags.add("batch_size", "sequences a step, on all devices", type=whole(1))
     flags.add(
         "accumulate",

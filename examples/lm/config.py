@@ -38,6 +38,10 @@ class UsageError(Exception):
     """A mistake of the user's, told in one line."""
 
 
+class DataError(UsageError):
+    """Data that cannot be read, told in one line that names the file."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that decides the numbers of a run; written to its config.json.
@@ -61,6 +65,7 @@ class RunConfig:
 
     data: str | None = None  # None is the embedded Shakespeare; see data.load
     tokenizer: str = "bytes"  # see tokenization.load
+    separator: str | None = None  # token between documents; None: see tokenization.load
     batch_size: int = 12  # sequences a step, on all devices together
     accumulate: int = 1  # parts that a batch is computed in, one after the other
     sequence_length: int = 64  # tokens

@@ -1,6 +1,7 @@
 """Text files: split, encoded, and cut into batches by step number."""
 
 import codecs
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -11,14 +12,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import grain
 import numpy as np
 import rich.progress
 
 from lm import tokenization
-from lm.config import UsageError
+from lm.config import DataError, UsageError
 from lm.tokenization import BYTES, Tokenizer
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
@@ -135,24 +136,118 @@ class Span(NamedTuple):
 
 
 def find(data: str | None) -> list[pathlib.Path]:
-    """The files that `data` names: a file, a folder with .txt files, or a pattern."""
+    """The files that `data` names: a file, a folder with .txt files, or a pattern.
+
+    Hidden files are left out, links are followed, and no file is taken twice.
+    """
+    return look_up(data)[0]
+
+
+def look_up(data: str | None) -> tuple[list[pathlib.Path], int]:
+    """The files that `data` names, and how many more there are that are hidden."""
     if data is None:
-        return [SHAKESPEARE]
+        return [SHAKESPEARE], 0
     if not data:
         raise UsageError("--data must name a file, a folder or a pattern, not ''")
     path = pathlib.Path(data)
     if path.is_dir():
-        found = sorted(path.rglob("*.txt"))
+        below = [file for file in files_below(path) if file.suffix == ".txt"]
+        found = [file for file in below if not is_hidden(file.relative_to(path))]
         missing = f"there is no .txt file in the folder {data}"
     elif path.exists() or not glob.has_magic(data):
-        return [unpacked(path) if path.suffix == ".xz" else path]
+        return [unpacked(path) if path.suffix == ".xz" else path], 0
     else:
-        found = sorted(map(pathlib.Path, glob.glob(data, recursive=True)))
+        below, found = (list(matching(data, hidden)) for hidden in (True, False))
         missing = f"there is no file like {data}"
-    files = [path for path in found if path.is_file()]
+    files = each_once(found)
+    hidden = len(each_once(below)) - len(files)
     if not files:
-        raise UsageError(missing)
-    return files
+        left_out = f", but {hidden:,} hidden" if hidden else ""
+        raise UsageError(missing + left_out)
+    return files, hidden
+
+
+def matching(pattern: str, hidden: bool) -> Iterator[pathlib.Path]:
+    """What a pattern names, where ** stands for any folders, each of them once.
+
+    The package glob would follow a link that leads back until the system stops it.
+    """
+    parts = pathlib.PurePath(pattern).parts
+    if "**" not in parts:
+        yield from map(pathlib.Path, glob.glob(pattern, include_hidden=hidden))
+        return
+    place = parts.index("**")
+    rest = parts[place + 1 :] or ("*",)
+    for top in matching(str(pathlib.Path(*parts[:place])), hidden):
+        for folder, _ in folders_below(top):
+            if hidden or not is_hidden(folder.relative_to(top)):
+                inner = pathlib.Path(glob.escape(str(folder)), *rest)
+                yield from matching(str(inner), hidden)
+
+
+def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """What is not a folder in `folder` and below."""
+    for inner, files in folders_below(folder):
+        yield from (inner / file for file in files)
+
+
+def folders_below(
+    folder: pathlib.Path,
+) -> Iterator[tuple[pathlib.Path, list[str]]]:
+    """The folder itself and those below, each once, with the names of their files.
+
+    Linked folders come last, so that a file has its own name rather than a link's.
+    """
+    waiting, seen = [folder], set()
+    while waiting:
+        for name, folders, files in os.walk(waiting.pop(0), onerror=refuse):
+            here = os.path.realpath(name)
+            if here in seen:
+                folders.clear()
+                continue
+            seen.add(here)
+            paths = [pathlib.Path(name, inner) for inner in sorted(folders)]
+            waiting += [path for path in paths if path.is_symlink()]
+            yield pathlib.Path(name), files
+
+
+def refuse(error: OSError) -> NoReturn:
+    raise UsageError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+
+def is_hidden(path: pathlib.Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def each_once(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
+    """The files among `paths`, in order, each under its own name rather than a link's.
+
+    A link to a file that is not among them stands for it.
+    """
+    by_file = {}
+    for path in sorted(paths, key=lambda path: (path.is_symlink(), path)):
+        if path.is_file():
+            by_file.setdefault(os.path.realpath(path), path)
+    return sorted(by_file.values())
+
+
+def describe(data: str | None) -> str:
+    """How many files `data` names, how large they are, and how many are left out."""
+    files, hidden = look_up(data)
+    size = sum(span.stop for span in whole(files))
+    text = f"{len(files):,} file{'s' * (len(files) > 1)}, {size:,} bytes"
+    return text + (f"; {hidden:,} hidden left out" if hidden else "")
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path) -> Iterator[None]:
+    """Raises a DataError that names the file for what the system says of it."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot read the data file {path}: {error.strerror or error}"
+        ) from error
 
 
 def unpacked(path: pathlib.Path) -> pathlib.Path:
@@ -179,14 +274,9 @@ def whole(paths: Sequence[pathlib.Path]) -> list[Span]:
     """All of every file."""
     spans = []
     for path in paths:
-        try:
-            with path.open("rb") as file:
-                check_is_text(path, file.read(8))
-                spans.append(Span(path, 0, file.seek(0, os.SEEK_END)))
-        except OSError as error:
-            raise UsageError(
-                f"cannot read the data file {path}: {error.strerror}"
-            ) from error
+        with reading(path), path.open("rb") as file:
+            check_is_text(path, file.read(8))
+            spans.append(Span(path, 0, file.seek(0, os.SEEK_END)))
     if not any(span.stop for span in spans):
         raise UsageError(f"the data file {paths[0]} is empty")
     return spans
@@ -222,10 +312,10 @@ def split_spans(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
 
 def start_of_character(path: pathlib.Path, position: int) -> int:
     """Where the UTF-8 character starts that has the byte at `position`."""
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         for start in range(position, max(0, position - 3) - 1, -1):
             file.seek(start)
-            if file.read(1)[0] & 0b1100_0000 != 0b1000_0000:
+            if int.from_bytes(file.read(1)) & 0b1100_0000 != 0b1000_0000:
                 return start
     return position
 
@@ -233,17 +323,21 @@ def start_of_character(path: pathlib.Path, position: int) -> int:
 def pieces(span: Span, errors: str = "strict") -> Iterator[str]:
     """The text of `span`, in pieces that end with a line unless lines are long."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    with span.path.open("rb") as file:
+    with reading(span.path), span.path.open("rb") as file:
         file.seek(span.start)
         while piece := file.read(min(PIECE, span.stop - file.tell())):
             piece += file.readline(min(PIECE, span.stop - file.tell()))
             try:
-                yield decoder.decode(piece, final=file.tell() == span.stop)
+                text = decoder.decode(piece, final=file.tell() == span.stop)
             except UnicodeDecodeError as error:
-                raise UsageError(
+                position = file.tell() - len(error.object) + error.start
+                raise DataError(
                     f"{span.path} is not UTF-8 text, which every tokenizer but bytes"
-                    f" needs: {error.reason}"
+                    f" needs: {error.reason} at byte {position}"
                 ) from error
+            yield text
+        if file.tell() < span.stop:
+            raise DataError(f"{span.path} became shorter while it was read")
 
 
 def texts(spans: Sequence[Span]) -> Iterator[str]:
@@ -267,7 +361,7 @@ def cached(
 
     If there is no such file they are encoded first.
     """
-    if not path.is_file():
+    if not is_array(path):
         size = sum(span.stop - span.start for span in spans)
         arrays = rich.progress.track(
             encoded(spans, tokenizer),
@@ -283,6 +377,15 @@ def cached(
                 f"cannot write the encoded text to {path.parent}: {error.strerror}"
             ) from error
     return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def is_array(path: pathlib.Path) -> bool:
+    """Whether the file is there, and as whole as when it was written."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def write_tokens(
@@ -313,7 +416,7 @@ def digest(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
     """Changes when the text or the tokenizer does."""
     result = hashlib.sha256(tokenizer.digest.encode())
     for span in spans:
-        with span.path.open("rb") as file:
+        with reading(span.path), span.path.open("rb") as file:
             result.update(hashlib.file_digest(file, "sha256").digest())
     return result.hexdigest()
 
@@ -348,20 +451,25 @@ def user_cache() -> pathlib.Path:
     return pathlib.Path(home) / "spam_optax"
 
 
-def load(data: str | None, name: str) -> tuple[Tokenizer, Corpus, str]:
+def load(
+    data: str | None, name: str, separator: str | None = None
+) -> tuple[Tokenizer, Corpus, str]:
     """The tokenizer called `name`, the text files' tokens, and the digest of both.
+
+    The token `separator`, or else the tokenizer's own, stands between two files.
 
     Bytes of one file are read as they are: mapped, they would change with the file, and
     end the program if it became shorter. All else is encoded once, and mapped from the
     cache from then on.
     """
     spans = whole(find(data))
-    if name == BYTES.name and len(spans) == 1:
-        tokens = np.fromfile(spans[0].path, np.uint8)
+    if name == BYTES.name and len(spans) == 1 and separator is None:
+        with reading(spans[0].path):
+            tokens = np.fromfile(spans[0].path, np.uint8)
         return BYTES, split(tokens), digest(spans, BYTES)
     train, validation = split_spans(spans)
     folder = cache_folder(spans[0].path)
-    tokenizer = tokenization.load(name, lambda: texts(train), folder)
+    tokenizer = tokenization.load(name, lambda: texts(train), folder, separator)
     key = digest(spans, tokenizer)
     parts = {"train": train, "validation": validation}
     arrays = {

@@ -1,5 +1,7 @@
 """The data of a run: training batches that can be saved and resumed, and validation."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import grain
@@ -29,9 +31,11 @@ class Data(NamedTuple):
     train: grain.IterDataset
     validation: np.ndarray  # (batches, batch_size, sequence_length + 1), on every host
     digest: str  # changes when the text or the tokenizer does
+    files: str  # how many there are, in a line
+    left_out: Mapping[str, str] = MappingProxyType({})  # see shards.Shards
 
 
-def load(config: RunConfig, host: Host = ONE_HOST) -> Data:
+def load(config: RunConfig, host: Host = ONE_HOST, *, skip_bad_data: int = 0) -> Data:
     """Loads what `config.data` names.
 
     None is the embedded Shakespeare. Otherwise it is a text file, a folder, of which
@@ -39,11 +43,12 @@ def load(config: RunConfig, host: Host = ONE_HOST) -> Data:
     ``books/*.txt``: the last tenth is for validation. "hf:NAME:CONFIGURATION", or
     "hf:NAME", is a data set of the Hugging Face hub, or a local folder like one: its
     split "train", and for validation "validation" or else "test", of which the first
-    documents are taken.
+    documents are taken. Of up to `skip_bad_data` of its shards what cannot be read is
+    left out.
     """
     rows = rows_per_host(config, host)
     if config.data is not None and config.data.startswith(streaming.PREFIX):
-        return load_stream(config, host, rows)
+        return load_stream(config, host, rows, skip_bad_data)
     return load_files(config, host, rows)
 
 
@@ -61,21 +66,26 @@ def rows_per_host(config: RunConfig, host: Host) -> int:
 
 def load_files(config: RunConfig, host: Host, rows: int) -> Data:
     """Text files, of which any batch can be made from its number."""
-    tokenizer, tokens, digest = corpus.load(config.data, config.tokenizer)
+    tokenizer, tokens, digest = corpus.load(
+        config.data, config.tokenizer, config.separator
+    )
     check_length("train", tokens.train, tokenizer, config)
     windows = corpus.shuffled_windows(tokens.train, config.sequence_length, config.seed)
     mine = windows[host.index :: host.count]
     batches = corpus.batched(mine, rows, config.accumulate)
     train = batches.to_iter_dataset(grain.ReadOptions(THREADS, READY))
     validation = evaluation_batches(tokens.validation, tokenizer, config)
-    return Data(tokenizer, train, validation, digest)
+    return Data(tokenizer, train, validation, digest, corpus.describe(config.data))
 
 
-def load_stream(config: RunConfig, host: Host, rows: int) -> Data:
+def load_stream(config: RunConfig, host: Host, rows: int, skip_bad_data: int) -> Data:
     """A data set that is read from its beginning on."""
-    source = streaming.open_source(config.data)
+    source = streaming.open_source(config.data, skip_bad_data)
     tokenizer = tokenization.load(
-        config.tokenizer, lambda: streaming.texts(source.train), corpus.user_cache()
+        config.tokenizer,
+        lambda: streaming.texts(source.train),
+        corpus.user_cache(),
+        config.separator,
     )
     length = config.sequence_length
     windows = streaming.windows(source, tokenizer, length, config.seed, host)
@@ -85,7 +95,9 @@ def load_stream(config: RunConfig, host: Host, rows: int) -> Data:
         source.validation, tokenizer, config.eval_sequences * length + 1
     )
     validation = evaluation_batches(held_out, tokenizer, config)
-    return Data(tokenizer, train, validation, streaming.digest(source, tokenizer))
+    digest = streaming.digest(source, tokenizer)
+    left_out = source.shards.left_out
+    return Data(tokenizer, train, validation, digest, source.files, left_out)
 
 
 def evaluation_batches(

@@ -7,6 +7,7 @@ for checkpoints, to which every host writes its part.
 import contextlib
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -54,6 +55,12 @@ def connect(cluster: Cluster) -> None:
 
 def is_main() -> bool:
     return jax.process_index() == 0
+
+
+def say(message: str) -> None:
+    """Tells the person at the terminal what happened on this host, in one line."""
+    host = f"host {jax.process_index()}: " if jax.process_count() > 1 else ""
+    print(f"pretrain.py: {host}{message}", file=sys.stderr, flush=True)
 
 
 def from_main(make: Callable[[], str]) -> str:

@@ -1,5 +1,6 @@
 """The loop around the training step, and what it records."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -8,16 +9,22 @@ import grain
 import jax
 import numpy as np
 
-from lm import hardware, sharding, training
+from lm import hardware, hosts, sharding, shards, training
 from lm.checkpoints import Place
-from lm.config import RunConfig, UsageError
+from lm.config import DataError, RunConfig, UsageError
 from lm.optimizers import Optimizer
 from lm.records import Row
 from lm.training import Task, TrainState
 
+AHEAD = 4  # batches that each of several hosts takes at a time
+
 
 class Halted(UsageError):
     """A step was not finite; training stopped at the state before it."""
+
+
+class DataLost(DataError):
+    """There is no batch for a step; the state before it is saved."""
 
 
 class StepRecorder:
@@ -82,6 +89,35 @@ def flops_of_peak(task: Task) -> Callable[[float], float | None]:
     return lambda tokens_per_second: tokens_per_second * flops_per_token / peak
 
 
+def fetched(
+    batches: grain.DatasetIterator,
+) -> Iterator[tuple[np.ndarray, Place]]:
+    """This host's batches, each with the place behind it, while every host has one.
+
+    Several hosts take a few at a time before they tell each other how many they got:
+    telling waits for the devices.
+
+    Raises:
+      DataError: On every host, at the same batch, if one of them cannot read it.
+    """
+    together = AHEAD if jax.process_count() > 1 else 1
+    while True:
+        taken, problem = [], ""
+        try:
+            while len(taken) < together:
+                batch = next(batches)
+                taken.append((batch, batches.get_state()))
+        except DataError as error:
+            problem = str(error)
+        except Exception as error:  # whatever reads and encodes in Grain's thread
+            problem = f"cannot read the data: {shards.reason(error)}"
+        told = map(json.loads, hosts.gather(json.dumps([len(taken), problem])))
+        count, problem = min(map(tuple, told))
+        yield from taken[:count]
+        if problem:
+            raise DataError(problem)
+
+
 def train(
     state: TrainState,
     task: Task,
@@ -110,13 +146,26 @@ def train(
 
     Raises:
       Halted: If a loss or an update was not finite.
+      DataLost: If a host could not read its part of a batch.
     """
     config = task.config
     recorder = StepRecorder(task, optimizer, record)
     first = int(state.step) + 1
     places = {first - 1: batches.get_state()}
+    fetching = fetched(batches)
     for step in range(first, config.steps + 1):
-        batch = sharding.put_batch(next(batches), task.mesh)
+        try:
+            batch, places[step] = next(fetching)
+        except DataError as error:
+            recorder.flush()
+            save(state, places[int(state.step)])
+            if recorder.halted:
+                raise Halted(explain(recorder.halted, task, optimizer)) from error
+            kept = f"step {step - 1} is saved" if step > 1 else "nothing is saved yet"
+            raise DataLost(
+                f"{optimizer.name}: no batch for step {step}, {kept}: {error}"
+            ) from error
+        batch = sharding.put_batch(batch, task.mesh)
         state, metrics = training.train_step(
             state,
             batch,
@@ -126,7 +175,6 @@ def train(
             z_loss=config.z_loss,
         )
         recorder.push(step, metrics)
-        places[step] = batches.get_state()
         places.pop(step - 3, None)  # a halt is seen one step late, and goes back one
 
         last, stopped = step == config.steps, stop(step)

@@ -25,7 +25,9 @@ class Program:
     def __init__(self, spec: Spec):
         self._spec = spec
         config = spec.config
-        tokenizer, self._tokens, _ = corpus.load(config.data, config.tokenizer)
+        tokenizer, self._tokens, _ = corpus.load(
+            config.data, config.tokenizer, config.separator
+        )
         self._vocabulary = tokenizer.vocabulary
         self._model = model.configure(config, tokenizer.vocabulary, "cpu")
         self._digest = corpus.text_digest(config.data)

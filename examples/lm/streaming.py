@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import pathlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -20,12 +21,12 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from lm import tokenization
-from lm.config import UsageError
+from lm import corpus, tokenization
+from lm.config import DataError, UsageError
+from lm.shards import COLUMN, Shards
 from lm.tokenization import Tokenizer
 
 PREFIX = "hf:"
-COLUMN = "text"
 SHUFFLED = 1024  # windows
 TOGETHER = 16  # documents that are read at once, to encode them on all cores
 
@@ -43,13 +44,17 @@ class Source(NamedTuple):
     train: Any  # datasets.IterableDataset
     validation: Any
     identity: str  # changes when the text does, as far as that is seen
+    shards: Shards  # what reads both
+    files: str  # how many there are, in a line
 
 
-def open_source(data: str) -> Source:
+def open_source(data: str, skip_bad_data: int = 0) -> Source:
     """Opens "hf:NAME" or "hf:NAME:CONFIGURATION"; NAME may be a local folder.
 
-    Training takes the split "train"; evaluation "validation", else "test".
+    Training takes the split "train"; evaluation "validation", else "test". Of up to
+    `skip_bad_data` shards what cannot be read is left out.
     """
+    shards = Shards(skip_bad_data)
     library = quiet_library()
     name, _, configuration = data.removeprefix(PREFIX).partition(":")
     if not os.path.isdir(name) and not tokenization.hub_answers():
@@ -59,6 +64,7 @@ def open_source(data: str) -> Source:
         )
     try:
         builder = library.load_dataset_builder(name, configuration or None)
+        shards.guard(builder)
         splits = builder.as_streaming_dataset()
     except StopIteration as error:  # from looking for columns
         raise UsageError(f"the data set {data} begins with an empty file") from error
@@ -73,9 +79,11 @@ def open_source(data: str) -> Source:
             raise UsageError(
                 f"the data set {data} has no split {needed}, only {', '.join(splits)}"
             )
+    shards.opened = True
     firsts = [first_text(splits[split], data, split) for split in ("train", held_out)]
     identity = json.dumps([data_files(builder), *firsts])
-    return Source(splits["train"], splits[held_out], identity)
+    files = describe(builder, name)
+    return Source(splits["train"], splits[held_out], identity, shards, files)
 
 
 def quiet_library() -> Any:
@@ -97,6 +105,10 @@ def first_text(dataset: Any, data: str, split: str) -> str:
     """The first document of a split, which shows whether it can be used."""
     try:
         document = next(iter(dataset), None)
+    except DataError as error:
+        raise DataError(
+            f"cannot use the split {split} of the data set {data}: {error}"
+        ) from error
     except Exception as error:  # as in `open_source`
         raise UsageError(
             f"cannot read the split {split} of the data set {data}:"
@@ -133,6 +145,27 @@ def data_files(builder: Any) -> dict[str, list]:
         ]
         for split, paths in (builder.config.data_files or {}).items()
     }
+
+
+def describe(builder: Any, name: str) -> str:
+    """How many files a data set has, and how many like them are not read."""
+    files = data_files(builder)
+    counts = [f"{len(paths):,} of {split}" for split, paths in files.items()]
+    text = f"files: {', '.join(counts) or 'not known'}"
+    if not os.path.isdir(name):
+        return text
+    used = {os.path.realpath(path) for path in itertools.chain(*paths_of(builder))}
+    kinds = tuple({pathlib.Path(path).suffix for path in used})
+    below = {os.path.realpath(path) for path in corpus.files_below(pathlib.Path(name))}
+    others = sum(path.endswith(kinds) for path in below - used) if kinds else 0
+    text += f"; {sum(map(os.path.getsize, used)):,} bytes"
+    left_out = f"; {others:,} more left out: hidden, in linked folders, or of no split"
+    return text + (left_out if others else "")
+
+
+def paths_of(builder: Any) -> Iterable[list[str]]:
+    """The files of each split."""
+    return (builder.config.data_files or {}).values()
 
 
 def digest(source: Source, tokenizer: Tokenizer) -> str:
@@ -175,7 +208,7 @@ def windows(
         return library.distributed.split_dataset_by_node(in_order, *host)
 
     return grain.experimental.WindowShuffleIterDataset(
-        PackedWindows(open_documents, tokenizer, length, host),
+        PackedWindows(open_documents, tokenizer, length, host, source.shards),
         window_size=SHUFFLED,
         seed=seed,
     )
@@ -226,7 +259,7 @@ def endless(dataset: Any, state: dict) -> Iterator[tuple[str, dict]]:
             empty = False
             yield text_of(document), dataset.state_dict()
         if empty:
-            raise UsageError("the data set has fewer documents than there are hosts")
+            raise DataError("the data set has fewer documents than there are hosts")
 
 
 class PackedWindows(grain.IterDataset):
@@ -241,12 +274,14 @@ class PackedWindows(grain.IterDataset):
         tokenizer: Tokenizer,
         length: int,
         host: Host,
+        shards: Shards,
     ):
         super().__init__()
         self.open_documents = open_documents
         self.tokenizer = tokenizer
         self.length = length
         self.host = host
+        self.shards = shards
 
     def __iter__(self) -> "PackedWindowsIterator":
         return PackedWindowsIterator(self)
@@ -299,6 +334,7 @@ class PackedWindowsIterator(grain.DatasetIterator):
             **self._state,
             "position": self._position,
             "host": list(self._source.host),
+            "left_out": self._source.shards.left_out.copy(),
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -309,6 +345,7 @@ class PackedWindowsIterator(grain.DatasetIterator):
                 f" saved on {host.count}, this is host {self._source.host.index} of"
                 f" {self._source.host.count}"
             )
+        self._source.shards.left_out.update(state.get("left_out", {}))
         self._start(state["documents"], state["tokens"])
         self._read()
         self._position = state["position"]

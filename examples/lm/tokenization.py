@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import uuid
@@ -16,7 +17,12 @@ import rich
 from lm.config import UsageError
 
 END = "<|endoftext|>"
-END_TOKENS = (END, "<|end_of_text|>", "</s>", "<eos>")  # of pretrained tokenizers
+# How pretrained tokenizers call the end of a document. What they declare themselves
+# comes between: for a chat model it may be the end of a turn.
+END_TOKENS = (END, "<|end_of_text|>", "</s>", "<eos>")
+OTHER_END_TOKENS = ("[EOS]", "[SEP]", "<|eos|>", "<EOS>", "<sep>", "<|im_end|>")
+RULES = "control tokens in a text are text"  # changes when the tokens of a text do
+LONGEST_WORD = 256  # bytes of what a BPE takes for a word: training is quadratic in it
 LARGEST = 2**20  # tokens of a BPE; for many more its package has no memory
 TRAINING_CHARACTERS = 2**25  # of a text, at most, that a BPE is trained on
 
@@ -37,9 +43,16 @@ class Tokenizer(NamedTuple):
     @property
     def separator(self) -> np.ndarray:
         """What stands between two documents: the end token, or else a line's end."""
-        if self.end is None:
-            return self.encode("\n")
-        return np.array([self.end], self.dtype)
+        if self.end is not None:
+            return np.array([self.end], self.dtype)
+        tokens = self.encode("\n")
+        if not len(tokens):
+            raise UsageError(
+                f"nothing would stand between two documents: the tokenizer {self.name}"
+                " has no end-of-document token that is known, and drops line ends; name"
+                " one of its tokens with --separator"
+            )
+        return tokens
 
 
 def encode_bytes(text: str) -> np.ndarray:
@@ -51,7 +64,10 @@ BYTES = Tokenizer("bytes", 256, None, encode_bytes, "bytes")
 
 
 def load(
-    name: str, texts: Callable[[], Iterable[str]], cache: pathlib.Path
+    name: str,
+    texts: Callable[[], Iterable[str]],
+    cache: pathlib.Path,
+    separator: str | None = None,
 ) -> Tokenizer:
     """The tokenizer called `name`.
 
@@ -61,8 +77,16 @@ def load(
         tokenizer.json; or the name of a tokenizer on the Hugging Face hub.
       texts: Gives the training text in pieces, the same ones each time.
       cache: Folder that keeps trained tokenizers.
+      separator: The token to put between documents. None is the first of `END_TOKENS`
+        that it has, else the end that it declares, else one of `OTHER_END_TOKENS`, else
+        the end of a line.
     """
     if name == BYTES.name:
+        if separator is not None:
+            raise UsageError(
+                f"--separator {separator} must be a token, and bytes has no tokens of"
+                " that kind: its documents are separated by the end of a line"
+            )
         return BYTES
     if name.startswith("bpe:"):
         path = trained(size_of(name), texts, cache)
@@ -70,7 +94,7 @@ def load(
         path = pathlib.Path(name)
     else:
         path = pretrained(name)
-    return read(name, path)
+    return read(name, path, separator)
 
 
 def encode_all(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
@@ -93,8 +117,12 @@ def library() -> Any:
     return tokenizers
 
 
-def read(name: str, path: pathlib.Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json."""
+def read(name: str, path: pathlib.Path, separator: str | None = None) -> Tokenizer:
+    """The tokenizer in a tokenizer.json.
+
+    A control token that is spelt in a text is encoded as text: no document can contain
+    the end of a document.
+    """
     tokenizers = library()
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -104,18 +132,92 @@ def read(name: str, path: pathlib.Path) -> Tokenizer:
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    content = json.loads(tokenizer.to_str())
     ids = tokenizer.get_vocab(with_added_tokens=True)
     vocabulary = max(ids.values()) + 1
     dtype = np.min_scalar_type(vocabulary - 1)
 
+    end = ids.get(end_token(ids, content, path, separator))
+    spelt = spellings(ids, content, end)
+    controls = np.array(list(spelt), dtype)
+
     def encode(text: str) -> np.ndarray:
         # Unlike `encode`, this lets other threads run.
         (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        return np.array(encoding.ids, dtype)
+        tokens = np.array(encoding.ids, dtype)
+        if np.isin(tokens, controls).any():
+            parts = [spelt.get(token, [token]) for token in encoding.ids]
+            tokens = np.array(list(itertools.chain(*parts)), dtype)
+        return tokens
 
-    end = next((ids[token] for token in END_TOKENS if token in ids), None)
-    digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    rules = json.dumps([RULES, end, tokenizer.to_str()])
+    digest = hashlib.sha256(rules.encode()).hexdigest()
     return Tokenizer(name, vocabulary, end, encode, digest)
+
+
+def end_token(
+    ids: dict[str, int], content: dict, path: pathlib.Path, separator: str | None
+) -> str | None:
+    """The token that ends a document; None if there is none that is known."""
+    if separator is not None:
+        if separator not in ids:
+            raise UsageError(
+                f"--separator {separator} must be a token of the tokenizer {path}, such"
+                f" as {', '.join(control_tokens(content)[:5]) or next(iter(ids), '')}"
+            )
+        return separator
+    declared = declared_end(path), last_of_template(content["post_processor"])
+    names = *END_TOKENS, *declared, *OTHER_END_TOKENS
+    return next((token for token in names if token in ids), None)
+
+
+def control_tokens(content: dict) -> list[str]:
+    """The control tokens of a tokenizer.json."""
+    return [token["content"] for token in content["added_tokens"] if token["special"]]
+
+
+def declared_end(path: pathlib.Path) -> str | None:
+    """What the tokenizer_config.json beside a tokenizer.json calls the end of text."""
+    try:
+        beside = path.with_name("tokenizer_config.json").read_text(encoding="utf-8")
+        token = json.loads(beside).get("eos_token")
+    except (AttributeError, OSError, ValueError):
+        return None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def last_of_template(processor: dict | None) -> str | None:
+    """The control token that a tokenizer.json puts behind a text, if it puts one."""
+    if processor is None:
+        return None
+    if processor["type"] == "Sequence":
+        ends = map(last_of_template, processor["processors"])
+        return next(filter(None, ends), None)
+    if "sep" in processor:  # of BERT and RoBERTa
+        return processor["sep"][0]
+    last = (processor.get("single") or [{}])[-1]
+    return last.get("SpecialToken", {}).get("id")
+
+
+def spellings(
+    ids: dict[str, int], content: dict, end: int | None
+) -> dict[int, list[int]]:
+    """The tokens of the characters of each control token, by the control token's id.
+
+    They stand in for what some models find in a text though it is told to be text: a
+    unigram model has its control tokens among its pieces. The token for what is unknown
+    is not among them: it comes of texts.
+    """
+    model = content["model"]
+    unknown = {model.get("unk_token"), model.get("unk_id")}
+    names = {token: i for token, i in ids.items() if i == end}
+    names |= {token: ids[token] for token in control_tokens(content)}
+    return {
+        i: [ids[character] for character in token if character in ids]
+        for token, i in names.items()
+        if not unknown & {token, i}
+    }
 
 
 # ------------------------------------------------------------------------ trained
@@ -137,7 +239,8 @@ def trained(
     size: int, texts: Callable[[], Iterable[str]], cache: pathlib.Path
 ) -> pathlib.Path:
     """The file of a BPE trained on `texts`, which is trained if it is not there."""
-    path = cache / f"bpe-{size}-{digest_of(beginning(texts()))[:32]}.json"
+    key = digest_of(itertools.chain([RULES, str(LONGEST_WORD)], beginning(texts())))
+    path = cache / f"bpe-{size}-{key[:32]}.json"
     if path.is_file():
         return path
     tokenizer = train(size, beginning(texts()))
@@ -153,11 +256,19 @@ def trained(
 
 
 def train(size: int, texts: Iterable[str]) -> Any:
-    """Trains a byte-level BPE, from which every text comes back exactly."""
+    """Trains a byte-level BPE, from which every text comes back exactly.
+
+    Words longer than `LONGEST_WORD` bytes are cut: a text without spaces would be one.
+    """
     tokenizers = library()
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            byte_level(add_prefix_space=False),
+            tokenizers.pre_tokenizers.FixedLength(LONGEST_WORD),
+        ]
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=size,
@@ -216,6 +327,10 @@ def pretrained(name: str) -> pathlib.Path:
         path = hub.hf_hub_download(
             name, "tokenizer.json", local_files_only=not connected
         )
+        with contextlib.suppress(Exception):  # few need it, and not all have it
+            hub.hf_hub_download(
+                name, "tokenizer_config.json", local_files_only=not connected
+            )
     except Exception as error:  # the hub's, the operating system's, the HTTP client's
         reason = first_line(error)
         if not connected and isinstance(error, FileNotFoundError):

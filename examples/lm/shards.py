@@ -1,0 +1,138 @@
+"""The shards of a streamed data set: tried again, named if broken, or left out."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lm import hosts
+from lm.config import DataError
+
+COLUMN = "text"
+DELAYS = (1, 2, 4, 8, 16)  # seconds before each new attempt at the same place
+LASTING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+CLIENTS = ("aiohttp", "http", "huggingface_hub", "requests", "urllib")  # httpx, ...
+TEXT = ("string", "large_string", "string_view", "null")
+
+Reader = Callable[..., Iterator[tuple]]  # of the `datasets` library: one shard's parts
+
+
+class Shards:
+    """Stands between the readers of the `datasets` library and their files.
+
+    An error that may pass, of the network or of a disk, is met by reading the shard
+    again up to the same place. After any other error, or the last attempt, the rest of
+    the shard is left out, or reading ends with a `DataError` that names the file and
+    the row. The library counts what a reader yields, so a place in the data means the
+    same whatever happened before it.
+
+    `left_out` has a line for every shard of which a part was left out, by its name.
+    """
+
+    def __init__(self, allowed: int = 0):
+        self.allowed = allowed  # shards that may be left out
+        self.left_out: dict[str, str] = {}
+        self.opened = False  # until then errors are for the library, which tries things
+
+    def guard(self, builder: Any) -> None:
+        """Takes the place of the readers of `builder`, a dataset builder."""
+        for name in ("_generate_tables", "_generate_examples"):
+            if reader := getattr(builder, name, None):
+                setattr(builder, name, self._guarded(reader))
+        if cast := getattr(builder, "_cast_table", None):
+            builder._cast_table = self._checked_cast(cast)
+
+    def _checked_cast(self, cast: Callable[..., Any]) -> Callable[..., Any]:
+        """`cast`, the library's to common types, of text alone.
+
+        Of JSON lines with text here and numbers there it would make text with quotes.
+        """
+
+        def checked_cast(table: Any, **options) -> Any:
+            if self.opened and [COLUMN] in options.get("json_field_paths", []):
+                raise ValueError(f"the column {COLUMN} holds more than text")
+            return cast(table, **options)
+
+        return checked_cast
+
+    def _guarded(self, reader: Reader) -> Reader:
+        def read(*args, **shard) -> Iterator[tuple]:
+            guarded = self._read(reader, shard)
+            return guarded if self.opened else reader(*args, **shard)
+
+        return read
+
+    def _read(self, reader: Reader, shard: dict[str, Any]) -> Iterator[tuple]:
+        parts, rows, attempts = 0, 0, 0
+        while True:
+            try:
+                for key, part in itertools.islice(reader(**shard), parts, None):
+                    count = checked(part)
+                    yield key, part
+                    parts, rows, attempts = parts + 1, rows + count, 0
+                return
+            except Exception as error:  # the library's, its HTTP clients', its parsers'
+                name = name_of(shard)
+                line = f"{name}, after row {rows}: {reason(error)}"
+                if attempts == len(DELAYS) or not may_pass(error):
+                    self._leave_out(name, line, error)
+                    return
+                delay, attempts = DELAYS[attempts], attempts + 1
+                hosts.say(
+                    f"cannot read {line}; trying again in {delay} s"
+                    f" ({attempts} of {len(DELAYS)})"
+                )
+                time.sleep(delay)
+
+    def _leave_out(self, name: str, line: str, error: Exception) -> None:
+        """Passes over the rest of a shard, if one more may be left out."""
+        needed = len({*self.left_out, name})
+        if needed > self.allowed:
+            raise DataError(
+                f"cannot read {line} (--skip-bad-data {needed} leaves the rest of this"
+                " file out)"
+            ) from error
+        if name not in self.left_out:  # in every epoch, but told once
+            hosts.say(f"leaving out the rest of {line}")
+            self.left_out[name] = line
+
+
+def checked(part: Any) -> int:
+    """How many rows a table has, or 1 for a document, if the column holds text."""
+    if isinstance(part, dict):
+        if not isinstance(part.get(COLUMN), str | None):
+            raise ValueError(f"the column {COLUMN} holds {part[COLUMN]!r}, no text")
+        return 1
+    if COLUMN in part.column_names and len(part):
+        column = part.column(COLUMN)
+        kind = getattr(column.type, "value_type", column.type)  # of a dictionary
+        if str(kind) not in TEXT:
+            raise ValueError(f"the column {COLUMN} holds {column.type}, no text")
+        column.validate(full=True)  # Arrow's parsers leave it open whether it is UTF-8
+        if column.null_count == len(part):
+            raise ValueError(f"no row has a {COLUMN}")
+    return len(part)
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same may be read without an error a little later."""
+    if isinstance(error, LASTING):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return True  # from the operating system; parsers raise OSError without a number
+    return type(error).__module__.startswith(CLIENTS)
+
+
+def name_of(shard: dict[str, Any]) -> str:
+    """The file of a shard, as near as the arguments of its reader tell."""
+    lists = [value for value in shard.values() if isinstance(value, list)]
+    names = [str(name) for name in itertools.chain(*lists) if isinstance(name, str)]
+    return names[0] if names else f"the shard {shard}"[:200]
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
