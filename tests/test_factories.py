@@ -73,7 +73,7 @@ OTHERS = {
     initializers.stable_embedding: {"width": 8},
     initializers.wesar: {"target_std": 0.5},
 }
-PARAMS = {"kernel": jax.ShapeDtypeStruct((4, 8), jnp.float32)}
+PARAMS = {"mlp": jax.ShapeDtypeStruct((4, 8), jnp.float32)}
 
 
 def is_matrix(params):
@@ -109,7 +109,7 @@ def test_every_factory_is_listed():
     no_factories = {
         *(spam_optax.momentum_mask, spam_optax.momentum_density),
         *(spam_optax.tensor_names, spam_optax.register_serialization),
-        spam_optax.inject_hyperparams,
+        *(spam_optax.inject_hyperparams, spam_optax.describe_tensors),
     }
     for module in (spam_optax, testing, initializers):
         names = getattr(module, "__all__", dir(module))
@@ -273,6 +273,7 @@ def a_model():
     return params, params | rest | {"positions": jnp.arange(3)}
 
 
+@pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
 def test_a_model_may_be_passed_as_params():
     """Equinox users pass one, and `optax.adamw` passes over what has no update."""
     params, model = a_model()
