@@ -127,7 +127,7 @@ def scale_by_adam_mini(
         _validate.check_same_tree(function, updates, state.mu)
         _validate.check_not_complex(function, updates, state.mu)
         step = optax.safe_increment(state.count)
-        # Of the structure of the others: init's has no NNX variables.
+        # Of the structure of the others: the state's is in no boxes.
         old_nu = _structured_like(state.mu, state.nu)
         gradients, bad = _moments.screen(updates, old_nu)
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
@@ -579,8 +579,8 @@ def _check_real(path: tuple, p: Any) -> None:
 def _init_nu(params: optax.Params, partition: Partition, dtype: Any) -> optax.Updates:
     """Zeros, one per block, on the devices that the means of the blocks will be on.
 
-    In the places of NNX variables there are plain arrays: ``nnx.Optimizer`` shards each
-    variable by its axes' names, and blocks have other axes.
+    They are in none of Flax's boxes, which say how the axes of a parameter are sharded,
+    for blocks have other axes.
     """
     leaves, structure = jax.tree.flatten(params)
     # Optax calls init on a tree without leaves too, which is not the partition's.
@@ -591,9 +591,7 @@ def _init_nu(params: optax.Params, partition: Partition, dtype: Any) -> optax.Up
         _check_blocks(path, jnp.shape(p), parts)
         zeros = jnp.zeros_like(p, dtype=dtype or _arithmetic.compute_dtype(p))
         nu.append(_mean_square(zeros, parts).astype(zeros.dtype))
-    is_variable = lambda x: hasattr(x, "get_metadata")  # noqa: E731
-    places = jax.tree.map(lambda _: 0, params, is_leaf=is_variable)
-    return jax.tree.unflatten(jax.tree.structure(places), nu)
+    return jax.tree.unflatten(jax.tree.structure(_paths.unboxed(params)), nu)
 
 
 def _structured_like(tree: Any, other: Any) -> Any:

@@ -87,7 +87,8 @@ def describe_tensors(
     .. seealso:: :func:`spam_optax.momentum_mask`, :func:`spam_optax.matrices_only`,
       :func:`spam_optax.adam_mini_partition`
     """
-    first, second = (_moments(opt_state, params, name) for name in ("mu", "nu"))
+    unboxed, state = _paths.unboxed(params), _paths.unboxed(opt_state)
+    first, second = (_moments(state, unboxed, name) for name in ("mu", "nu"))
     if first is None and second is None:
         raise ValueError(
             "describe_tensors: opt_state must hold first moments mu or second moments "

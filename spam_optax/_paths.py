@@ -113,6 +113,16 @@ def map_leaves(
     return structure.unflatten([f(*xs) for xs in found])
 
 
+def unboxed(tree: Any) -> Any:
+    """The tree with tensors in place of the boxes that hold one."""
+
+    def unbox(x):
+        inside = jax.tree.leaves(x)
+        return inside[0] if _is_box(x) and len(inside) == 1 else x
+
+    return jax.tree.map(unbox, tree, is_leaf=_is_box)
+
+
 def _is_box(x: Any) -> bool:
     """Whether `x` is one of Flax's boxes; by name, for Flax need not be there."""
     return any(

@@ -1,5 +1,6 @@
 """Linen: the initializers in Flax's layers, ScaledEmbed and NormedEmbed."""
 
+import functools
 import importlib
 import sys
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+import spam_optax
 from spam_optax import initializers, linen
 
 VOCABULARY, WIDTH, NUM_LAYERS = 512, 160, 8
@@ -164,6 +166,32 @@ def test_explicit_mesh(module, spec):
         got = jax.jit(apply)({"params": params | {"embedding": table}}, IDS)
         assert jax.typeof(got).sharding.spec == sharding
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_adam_mini_of_partitioned_parameters():
+    """The second moments of heads do not take over the sharding of their outputs."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=auto)
+    draw = nn.with_partitioning(nn.initializers.lecun_normal(), ("x", "y"))
+    query = nn.Dense(16, name="query", kernel_init=draw)
+    tx = spam_optax.adam_mini(0.1, partition=spam_optax.adam_mini_partition(1))
+
+    def init():
+        variables = query.init(jax.random.key(0), jnp.ones((2, 16)))
+        return variables, tx.init({"query": variables})
+
+    def update(variables, state):
+        return tx.update({"query": variables}, state, {"query": variables})
+
+    specs = nn.get_partition_spec(jax.eval_shape(init))
+    is_spec = lambda x: isinstance(x, jax.P)  # noqa: E731
+    place = lambda spec: jax.NamedSharding(mesh, spec)  # noqa: E731
+    expected, _ = jax.jit(update)(*jax.jit(init)())
+    with jax.set_mesh(mesh):
+        shardings = jax.tree.map(place, specs, is_leaf=is_spec)
+        updates, _ = jax.jit(update)(*jax.jit(init, out_shardings=shardings)())
+    close_to = functools.partial(np.testing.assert_allclose, rtol=1e-4)
+    jax.tree.map(close_to, jax.device_get(updates), expected)
 
 
 def test_missing_flax_says_what_to_install(monkeypatch):

@@ -217,6 +217,9 @@ def test_optimizer_of_sharded_parameters(name):
 
     one_device = jax.make_mesh((1, 1), ("x", "y"), devices=jax.devices()[:1])
     with jax.set_mesh(one_device):
+        params = flax_nnx.state(Model(), flax_nnx.Param)
+        described = spam_optax.describe_tensors(STATEFUL[name]().init(params), params)
+        assert [d.role for d in described][1::2] == ["feed-forward", "query"]
         expected = march()
     with jax.set_mesh(jax.make_mesh((4, 2), ("x", "y"))):
         ours = march()
