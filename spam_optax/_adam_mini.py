@@ -29,6 +29,9 @@ _LAYERS = {
 }
 _HEADS = {"head", "heads"}
 _VOCABULARY = {"vocab", "vocabulary"}
+# Matrices with more outputs than inputs, which are (out, in) in Hugging Face's Flax
+# GPT-2 and in later Gemmas.
+_WIDENING = ("c_attn", "c_fc", "gating_einsum")
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -288,8 +291,9 @@ def adam_mini_partition(
       num_kv_heads: Heads of the keys and values. None: as many as of the queries.
       outputs_first: Whether matrices are (out, in), as those of PyTorch, Equinox and
         Levanter are; or names of parts of paths, where they are so. Embeddings are
-        (vocabulary, width) in any case. None: matrices are (in, out), and one called
-        ``weight`` is refused, for that can be either.
+        (vocabulary, width) in any case. None: matrices are (in, out); refused is one
+        called ``weight``, for that can be either, and a ``c_attn``, ``c_fc`` or
+        ``gating_einsum`` that would then have more inputs than outputs.
       layer_axis: The axis of layers of tensors that have one; 1 for MaxText. None: the
         first one; a kernel that would then have more layers than inputs is refused.
       stacked: Names of parts of paths, such as ``("layers",)``: a tensor with one of
@@ -428,6 +432,10 @@ def _axes(
         axes.insert(axis, "layer")
     if layouts.layer_axis is None and layers is None:
         _check_layers(leaf, axes)
+    if layouts.outputs_first is None and core == flat:
+        sizes = dict(zip(axes, shape, strict=True))
+        if sizes["in"] > sizes["out"] and _paths.has_name(leaf.path, _WIDENING):
+            _refuse(leaf, "outputs_first", "it is (in, out) or (out, in)")
     return tuple(axes)
 
 

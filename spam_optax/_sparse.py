@@ -284,7 +284,8 @@ def matrices_only(
     words, as ``embed_out`` is. Where a part stands counts too:
 
     - A ``head`` of attention is not excluded (``MultiHeadAttention_0``, ``kv_head``).
-    - ``output`` outside layers and attention is a ``head``, as in Meta's LLaMA.
+    - ``output`` outside layers and attention is a ``head``, as in Meta's LLaMA, and
+      ``proj_out``.
     - ``norm``, ``bias`` and other names of vectors are looked for in the last two parts
       only, and not above a ``kernel``: ``PreNorm_0/Dense_0/kernel`` is chosen.
 
