@@ -712,6 +712,16 @@ def test_shapes_that_do_not_tell_are_refused():
         ValueError, match="num_heads and num_kv_heads must be the length"
     ):
         blocks_of({"query/kernel": (8, 5, 3)}, 4, stacked=[])
+    # Experts that are in no layer, among layers in the second axis.
+    with pytest.raises(ValueError, match="stacked must be .* axis 1 is one of layers"):
+        blocks_of({"mtp/experts/wi": (8, 16, 32)}, layer_axis=1)
+    blocks = blocks_of(
+        {"mtp/experts/wi": (8, 16, 32), "x/mlp": (4, 2, 6)}, layer_axis=1, stacked=["x"]
+    )
+    assert blocks == {"mtp/experts/wi": (8, 1, 32), "x/mlp": (1, 2, 6)}
+    for told in ({"outputs_first": ["lm_haed"]}, {"stacked": ["lm_haed"]}):
+        with pytest.warns(UserWarning, match="path of no tensor: lm_haed"):
+            blocks_of({"lm_head/weight": (64, 32)}, **({"outputs_first": True} | told))
     for argument, value in (
         ("outputs_first", "a"),
         ("outputs_first", 1),
