@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+_NORMS = ("norm", "layernorm", "rmsnorm", "groupnorm", "batchnorm", "ln")
 VECTORS = (
     *("bias", "b", "scale", "offset", "gain", "gamma", "beta", "decay", "a_log"),
-    *("norm", "layernorm", "rmsnorm", "groupnorm", "batchnorm", "ln"),
+    *_NORMS,
 )
 EMBEDDINGS = (
     *("embed", "embeds", "embedder", "embedding", "embeddings", "emb", "wte", "wpe"),
@@ -34,7 +35,9 @@ _LOW_RANKS = (
 _FEED_FORWARDS = (
     *("mlp", "ffn", "ffw", "ff", "feed_forward", "moe", "expert", "experts"),
 )
-_PROJECTIONS = ("proj", "projection", "linear", "dense", "einsum", "conv")
+_PROJECTIONS = (
+    *("proj", "projection", "linear", "dense", "einsum", "conv", "modulation"),
+)
 # Of the first of these that the part nearest to the leaf has a name of.
 _MATRICES = (
     (
@@ -164,8 +167,8 @@ def names(
 def has_name(path: tuple, names: Collection[str]) -> bool:
     """Whether one of `names` is in a part of a path.
 
-    Vectors and factors are looked for in the last two parts only, and never above a
-    ``kernel``: ``PreNorm_0/Dense_0/kernel`` is a matrix, and so is ``norm_proj/w``.
+    Vectors and factors are looked for in the last two parts only, and above a
+    ``kernel`` only norms: ``scale/kernel`` is a matrix, and so is ``norm_proj/w``.
     ``b`` must be the last part.
     """
     return _has_name(_parts(path), names)
@@ -202,7 +205,7 @@ def _has_name(parts: list[tuple[str, ...]], names: Collection[str]) -> bool:
     is_kernel = bool(parts) and parts[-1] == ("kernel",)
     for distance, part in enumerate(reversed(parts)):
         found = _names_of(part) & wanted
-        if is_kernel or part[-1] in _PROJECTIONS:
+        if part[-1] in _PROJECTIONS or (is_kernel and part[-1] not in _NORMS):
             found -= near
         if any(name not in near or distance < min(len(name), 2) for name in found):
             return True

@@ -287,7 +287,8 @@ def matrices_only(
     - ``output`` outside layers and attention is a ``head``, as in Meta's LLaMA, and
       ``proj_out``.
     - ``norm``, ``bias`` and other names of vectors are looked for in the last two parts
-      only, and not above a ``kernel``: ``PreNorm_0/Dense_0/kernel`` is chosen.
+      only, and above a ``kernel`` only norms: ``PreNorm_0/Dense_0/kernel`` is chosen,
+      and so is ``scale/kernel``.
 
     :func:`spam_optax.describe_tensors` lists what was chosen.
 

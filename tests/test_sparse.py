@@ -393,6 +393,7 @@ def test_matrices_only():
 DENSE = """
 attention_norm/weight ffn_norm/weight layers/q_norm/weight layers/wq/b
 LayerNorm_0/scale layers/0/input_layernorm/weight h/ln_1/bias RMSNorm_1/w conv/offset
+h/scan_decoder/attention_norm/kernel
 act/gamma act/beta mixer/decay experts/alpha output/weight decoder/output/kernel
 params/output_layer/kernel embed_in embed_out/kernel unembed
 decoder/logits_dense/kernel lm_head/weight/array LMHead_0/kernel lm_head_proj/w
@@ -406,7 +407,7 @@ layers/wq/weight MultiHeadAttention_0/query/kernel multi_head/value/kernel
 attention/kv_head/kernel attention/output/dense/kernel attention/output_proj/weight
 layer/0/output/dense/kernel attention/out/kernel PreNorm_0/Dense_0/kernel wkv_b/kernel
 blocks_0/proj_out/kernel ScaledDot_0/kernel header/kernel self_attn/q_proj/lora_b
-num_heads/kernel b/kernel norm_proj/w position_wise_ffn/kernel
+num_heads/kernel b/kernel norm_proj/w scale/kernel adaLN_modulation/w position_wise_ffn/kernel
 """
 
 
