@@ -407,7 +407,8 @@ layers/wq/weight MultiHeadAttention_0/query/kernel multi_head/value/kernel
 attention/kv_head/kernel attention/output/dense/kernel attention/output_proj/weight
 layer/0/output/dense/kernel attention/out/kernel PreNorm_0/Dense_0/kernel wkv_b/kernel
 blocks_0/proj_out/kernel ScaledDot_0/kernel header/kernel self_attn/q_proj/lora_b
-num_heads/kernel b/kernel norm_proj/w scale/kernel adaLN_modulation/w position_wise_ffn/kernel
+num_heads/kernel b/kernel norm_proj/w scale/kernel adaLN_modulation/w
+position_wise_ffn/kernel
 """
 
 
