@@ -365,6 +365,8 @@ def show_report(
 
     `left_out` are the shards of which a part was left out.
     """
+    if not folder.path.is_dir():
+        return False
     config = task.config
     rows = records.read(folder.metrics)
     summary = {
