@@ -105,7 +105,13 @@ def parse(
     command_line.add_device_flags(parser)
     add_output_flags(parser)
     ahead_of_time.add_flags(parser)
-    return parser, parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    for argument in given:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # then no checkpoint could be written, or report
+            parser.error(f"{argument!r} must be UTF-8")
+    return parser, parser.parse_args(given)
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +207,9 @@ def run(given: dict, options: argparse.Namespace) -> int:
     if stop.signal is not None and done != "True":
         console.say(f"Interrupted. Continue with: {command}")
         return 130 if stop.signal == signal.SIGINT else 0
-    return 1 if halted else 0
+    if done != "True" and not halted:
+        console.warn(f"what the run wrote is no longer in {folder.path}")
+    return 1 if halted or done != "True" else 0
 
 
 def command_to_go_on(folder: RunFolder, skip_bad_data: int) -> str:
@@ -357,6 +365,8 @@ def show_report(
 
     `left_out` are the shards of which a part was left out.
     """
+    if not folder.path.is_dir():
+        return False
     config = task.config
     rows = records.read(folder.metrics)
     summary = {

@@ -137,12 +137,13 @@ def _shapes(tree: Any, params: optax.Params, name: str) -> list[tuple[int, ...] 
         tree = _sparse.spread_absent(tree, params)
         moments = jax.tree.structure(params).flatten_up_to(tree)
     except (KeyError, TypeError, ValueError):
-        moments = []
+        moments = [tree]
     tensors = jax.tree.leaves(params)
+    # Where there are no moments there may be an empty node, but no tree of them.
     shapes = [getattr(m, "shape", None) for m in moments]
     fits = len(shapes) == len(tensors) and all(
-        shape is None or _is_within(shape, jnp.shape(p))
-        for shape, p in zip(shapes, tensors, strict=True)
+        not jax.tree.leaves(m) if shape is None else _is_within(shape, jnp.shape(p))
+        for m, shape, p in zip(moments, shapes, tensors, strict=True)
     )
     if not fits:
         raise ValueError(

@@ -2,10 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from spam_optax import _validate
@@ -20,7 +22,7 @@ _NUMBERS = (
 
 def inject_hyperparams(
     inner_factory: Callable[..., optax.GradientTransformation],
-    static_args: str | Iterable[str] = (),
+    static_args: str | Collection[str] = (),
     hyperparam_dtype: jax.typing.DTypeLike | None = jnp.float32,
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """Puts the numbers a factory was given into the state, where they may change.
@@ -43,7 +45,11 @@ def inject_hyperparams(
       schedules: functions from the step to a number.
 
     Raises:
-      ValueError: If `inner_factory` has no argument of a name in `static_args`.
+      ValueError: If `inner_factory` has no argument of a name in `static_args`, or
+        `hyperparam_dtype` is no floating dtype; by the function it returns, if a
+        number is out of range for a factory of this package.
+      TypeError: If `inner_factory` makes no transformation, or an argument is of the
+        wrong type.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -57,27 +63,65 @@ def inject_hyperparams(
       >>> print(updates["kernel"][0, 0], state.hyperparams["b2"])
       -0.000499725 0.5
     """
-    given = {static_args} if isinstance(static_args, str) else set(static_args)
-    make = optax.inject_hyperparams(
-        inner_factory, given | _static_arguments(inner_factory), hyperparam_dtype
-    )
+    function = "inject_hyperparams"
+    if not callable(inner_factory):
+        raise TypeError(
+            f"{function}: inner_factory must be a function that makes a "
+            f"transformation, such as spam_optax.spam, got {inner_factory!r}."
+        )
+    given = {static_args} if isinstance(static_args, str) else static_args
+    _validate.check_names(function, "static_args", given, kind="arguments")
+    parameters = inspect.signature(inner_factory).parameters
+    if unknown := sorted(set(given) - set(parameters)):
+        raise ValueError(
+            f"{function}: static_args must be names of arguments of inner_factory, "
+            f"which are {', '.join(parameters)}; got {', '.join(unknown)}."
+        )
+    if hyperparam_dtype is not None:
+        _validate.check_moment_dtype(function, "hyperparam_dtype", hyperparam_dtype)
+    static = {*given, *_static_arguments(inner_factory)}
+    make = optax.inject_hyperparams(inner_factory, static, hyperparam_dtype)
 
     @functools.wraps(inner_factory)
     def make_with_plain_numbers(*args, **kwargs):
         # Optax takes a NumPy scalar for no number.
-        named = {name: _validate.to_python(x) for name, x in kwargs.items()}
-        return make(*map(_validate.to_python, args), **named)
+        args = [*map(_validate.to_python, args)]
+        kwargs = {name: _validate.to_python(x) for name, x in kwargs.items()}
+        if _is_ours(inner_factory):
+            _check_arguments(inner_factory, static, args, kwargs)
+        return make(*args, **kwargs)
 
     return make_with_plain_numbers
 
 
-def _static_arguments(factory: Callable) -> set[str]:
-    """Arguments that are no numbers by their annotations, if the factory is ours."""
+def _check_arguments(
+    factory: Callable, static: set[str], args: list, kwargs: dict[str, Any]
+) -> None:
+    """Calls the factory with the numbers: Optax hands it arrays, which all pass.
+
+    An array stands for a schedule, whose values are not known.
+    """
+    bound = inspect.signature(factory).bind(*args, **kwargs)
+    for name, value in bound.arguments.items():
+        if name not in static and callable(value):
+            bound.arguments[name] = np.ones(())
+    made = factory(*bound.args, **bound.kwargs)
+    _validate.check_transformation(
+        "inject_hyperparams", made, name="what inner_factory makes"
+    )
+
+
+def _is_ours(factory: Callable) -> bool:
     function = factory
     while isinstance(function, functools.partial):
         function = function.func
     package = getattr(function, "__module__", None) or ""
-    if package.partition(".")[0] != __package__:
+    return package.partition(".")[0] == __package__
+
+
+def _static_arguments(factory: Callable) -> set[str]:
+    """Arguments that are no numbers by their annotations, if the factory is ours."""
+    if not _is_ours(factory):
         return set()
     parameters = inspect.signature(factory).parameters.values()
     return {p.name for p in parameters if p.annotation not in _NUMBERS}

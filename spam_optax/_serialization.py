@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.export
 
+_types: dict[str, type] = {}  # By the name they are stored under.
+
 
 def register_serialization(opt_state: Any) -> None:
     """Lets ``jax.export`` serialize functions that take or return such a state.
@@ -32,6 +34,9 @@ def register_serialization(opt_state: Any) -> None:
       opt_state: The state, or any tree that contains it: arrays, or the shapes that
         ``jax.eval_shape(tx.init, params)`` returns.
 
+    Raises:
+      ValueError: If another type of the same package has the same name.
+
     Examples:
       >>> import jax
       >>> import jax.export
@@ -50,6 +55,11 @@ def register_serialization(opt_state: Any) -> None:
             continue
         node_type = type(node)
         name = f"{node_type.__module__.partition('.')[0]}.{node_type.__qualname__}"
+        if (other := _types.setdefault(name, node_type)) is not node_type:
+            raise ValueError(
+                f"register_serialization: types of a package must have different names,"
+                f" got {name} for both {other.__module__} and {node_type.__module__}."
+            )
         with contextlib.suppress(ValueError):  # Registered before, by whomever.
             jax.export.register_namedtuple_serialization(
                 node_type, serialized_name=name

@@ -72,7 +72,7 @@ def check_number(
         raise ValueError(f"{message[:-1]}, which is {above} in float32.")
     if whole and value != int(value):
         raise ValueError(message)
-    return value
+    return value if whole else float(value)  # JAX has no whole numbers as large.
 
 
 def to_python(value: Any) -> Any:
@@ -108,11 +108,11 @@ def check_flags(function: str, **flags: Any) -> None:
             raise TypeError(f"{function}: {name} must be True or False, got {value!r}.")
 
 
-def check_transformation(function: str, value: Any) -> None:
+def check_transformation(function: str, value: Any, name: str = "inner") -> None:
     """Raises unless `value` is a gradient transformation, and not what makes one."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(
-            f"{function}: inner must be a gradient transformation, got {value!r}."
+            f"{function}: {name} must be a gradient transformation, got {value!r}."
         )
 
 
@@ -193,14 +193,20 @@ def check_choice(function: str, name: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"{function}: {name} must be one of {allowed}, got {value!r}.")
 
 
-def check_names(function: str, name: str, value: Any, others: str = "") -> None:
+def check_names(
+    function: str,
+    name: str,
+    value: Any,
+    others: str = "",
+    kind: str = "parts of paths",
+) -> None:
     """Raises unless `value` is a collection of strings; `others` are allowed too."""
     if isinstance(value, str) or not (
         isinstance(value, Collection) and all(isinstance(x, str) for x in value)
     ):
         raise TypeError(
-            f"{function}: {name} must be {others}a collection of names of parts of "
-            f"paths, got {value!r}."
+            f"{function}: {name} must be {others}a collection of names of {kind}, "
+            f"got {value!r}."
         )
 
 
@@ -259,7 +265,13 @@ def check_inexact(
     function: str, path: tuple, leaf: Any, what: str = "parameter"
 ) -> np.dtype:
     """Returns the dtype arithmetic on `leaf` is done in; raises if it is no float."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    try:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    except TypeError as error:
+        raise TypeError(
+            f"{function}: the {what} at {jax.tree_util.keystr(path) or 'the root'} "
+            f"must be an array, got {leaf!r}."
+        ) from error
     if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16:
         raise TypeError(
             f"{function}: the {what} at {jax.tree_util.keystr(path) or 'the root'} "

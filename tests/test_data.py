@@ -282,7 +282,6 @@ def test_hidden_files_are_left_out_and_links_followed():
         "books/again": "books",
         "books/more": "other",
         "books/m.txt": "books/a.txt",
-        "books/gone.txt": "nowhere",
         "other/back": "books",
     }.items():
         pathlib.Path(link).symlink_to(pathlib.Path(target).absolute())
@@ -400,6 +399,57 @@ def test_broken_shards_are_named_or_left_out(monkeypatch, capsys):
             start, state = windows_of(opened[2], 60)
             rest, _ = windows_of(streaming.open_source(f"hf:{folder}", 1), 140, state)
             assert start + rest == expected
+
+
+def test_first_file_may_be_broken_or_of_another_type(capsys):
+    """The library takes the columns from it."""
+    good_ones = {"jsonl.gz": gzipped(LINES), "parquet": parquet(DOCUMENTS)}
+    cases = [
+        (kind, content)
+        for kind, damages in BROKEN.items()
+        for damage, content in damages.items()
+        if damage not in ("another column", "vanished")
+    ]
+    for number, (kind, content) in enumerate(cases):
+        good = good_ones.get(kind, LINES.encode())
+        folder = pathlib.Path(f"set{number}")
+        folder.mkdir()
+        for name, shard in (("train-0", content), ("train-1", good)):
+            (folder / f"{name}.{kind}").write_bytes(shard)
+        (folder / f"validation.{kind}").write_bytes(good)
+        line = refused(data=f"hf:{folder}")
+        assert f"{folder}/train-0.{kind}, after row 0: " in line, line
+        assert "--skip-bad-data 1 " in line
+        source = streaming.open_source(f"hf:{folder}", 1)
+        assert len(list(streaming.texts(source.train))) == len(DOCUMENTS)
+        (name,) = source.shards.left_out
+        assert name.endswith(f"{folder}/train-0.{kind}")
+    assert capsys.readouterr().err.count("leaving out") == len(cases)
+
+
+def test_numbers_in_a_later_file_are_no_text():
+    source = write_set("set")
+    write("set/train-1.jsonl", json_lines([1, 2]))
+    with pytest.raises(DataError, match="train-1.jsonl, after row 0: .*int64, no text"):
+        list(streaming.texts(streaming.open_source(source).train))
+
+
+def test_files_without_rows_are_passed_over():
+    for number in (0, 1):
+        folder = pathlib.Path(f"set{number}")
+        folder.mkdir()
+        for name, texts in ((number, []), (1 - number, ["a", "b"])):
+            (folder / f"train-{name}.parquet").write_bytes(parquet(texts))
+        (folder / "test.parquet").write_bytes(parquet(["c"]))
+        source = streaming.open_source(f"hf:{folder}")
+        assert list(streaming.texts(source.train)) == ["a", "b"]
+
+
+def test_the_folder_one_is_in_is_a_set():
+    write_set("set")
+    os.chdir("set")
+    assert list(streaming.texts(streaming.open_source("hf:.").train)) == DOCUMENTS
+    assert "must name a data set" in refused(data="hf:")
 
 
 def test_what_was_left_out_is_in_the_state(monkeypatch):
@@ -827,6 +877,32 @@ def test_end_of_a_document_is_found():
         assert sorted(whole_text("[ot]*.txt", path))[-1] == 2
 
 
+def test_tokenizers_that_cannot_be_used():
+    tokenizers = pytest.importorskip("tokenizers")
+    for vocabulary, words in (
+        ({}, "has no tokens"),
+        ({"a": 0}, r"words.json cannot encode the text: .*Missing \[UNK\]"),
+    ):
+        model = tokenizers.models.WordLevel(vocabulary)
+        tokenizers.Tokenizer(model).save("words.json")
+        with pytest.raises(UsageError, match=words):
+            data.load(config(tokenizer="words.json"))
+    assert "cannot load the tokenizer" in refused(tokenizer="x" * 300)
+
+
+def test_folder_of_a_tokenizer_whose_declared_end_is_odd():
+    pathlib.Path("mine").mkdir()
+    trained = load_tokenizer("bpe:300", SHAKESPEARE[:5000])
+    (path,) = pathlib.Path("kept").iterdir()
+    content = path.read_text(encoding="utf-8").replace(tokenization.END, "<e>")
+    write("mine/tokenizer.json", content)
+    for end in (3, ["<e>"], {"content": {}}, {"content": "<e>"}):
+        write("mine/tokenizer_config.json", json.dumps({"eos_token": end}))
+        tokenizer = load_tokenizer("mine")
+        assert tokenizer.end == (0 if end == {"content": "<e>"} else None)
+    assert tokenizer.encode("a b").tolist() == trained.encode("a b").tolist()
+
+
 def test_separator_is_named_or_needed():
     path = words_of("[UNK]", "a", "b")
     write("books/one.txt", "a " * 300)
@@ -842,7 +918,7 @@ def test_separator_is_named_or_needed():
     assert tokens[299:302].tolist() == [1, 0, 2]
     assert corpus.load("books", path, "a")[2] != loaded.digest
     line = refused(**settings, separator="c")
-    assert "--separator c " in line and path in line
+    assert "--separator 'c' " in line and path in line
     assert "bytes" in refused(data="books", separator="x")
 
 
@@ -1000,7 +1076,7 @@ def test_streamed_batches_have_the_shape_of_a_hosts_part():
 def test_a_host_without_documents_says_so():
     run = config(data=write_set("set", DOCUMENTS[-2:]), batch_size=4)
     assert next(iter(data.load(run, Host(1, 4)).train)).shape == (1, 1, 17)
-    with pytest.raises(UsageError, match="fewer documents than there are hosts"):
+    with pytest.raises(UsageError, match="no document for this host"):
         next(iter(data.load(run, Host(2, 4)).train))
 
 
@@ -1320,10 +1396,15 @@ def test_digest_of_a_streamed_set():
         ("medium.txt", ["validation", "50 bytes", "101"]),
         ("packed.gz", ["packed.gz", "not text but gzip", "--data hf:"]),
         ("packed.*", ["packed.gz", "not text but gzip"]),
+        ("x" * 300, ["cannot read the data file xxx", "too long"]),
+        ("links", ["links/a.txt", "leads to no file"]),
     ],
 )
 def test_files_that_are_refused(source, words):
     pathlib.Path("folder").mkdir()
+    pathlib.Path("links").mkdir()
+    pathlib.Path("links/a.txt").symlink_to("nowhere")
+    pathlib.Path("links/.#b.txt").symlink_to("an editor's lock")
     pathlib.Path("packed.gz").write_bytes(gzip.compress(SHAKESPEARE.encode()))
     for name, length in (("empty", 0), ("short", 100), ("medium", 500)):
         write(f"{name}.txt", "x" * length)

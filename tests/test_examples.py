@@ -855,6 +855,10 @@ def refused(capsys, *flags, announced=False):
     [
         (["--data=nowhere.txt"], ["nowhere.txt", "No such file"]),
         (["--data=empty"], ["empty"]),
+        (["--data=hf:"], ["hf: must name a data set"]),
+        ([f"--data={'x' * 300}"], ["data file xxx", "name too long"]),
+        ([f"--tokenizer={'x' * 300}"], ["cannot load the tokenizer xxx"]),
+        (["--output=\udcff"], ["udcff", "must be UTF-8"]),
         (["--data=empty.txt"], ["empty.txt", "is empty"]),
         (["--data=short.txt"], ["train", "90 bytes", "101"]),
         (["--data=medium.txt"], ["validation", "50 bytes", "101"]),
@@ -1066,6 +1070,19 @@ def test_resume_refuses_a_damaged_configuration(
     config = json.loads((finished_run[0] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
     assert "is damaged" in refused(capsys, "--resume", f"--output={tmp_path}")
+
+
+def test_an_output_that_vanishes_is_told(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+
+    def train_all(*_):
+        shutil.rmtree(folder)
+        return []
+
+    monkeypatch.setattr(pretrain, "train_all", train_all)
+    assert pretrain.main(["--preset=nano", f"--output={folder}"]) == 1
+    line = f"pretrain.py: what the run wrote is no longer in {folder}\n"
+    assert capsys.readouterr().err == line
 
 
 def test_steps_must_fit_an_int32(tmp_path, monkeypatch, capsys):

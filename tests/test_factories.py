@@ -309,3 +309,37 @@ def test_reset_moments_of_a_model(inner, absent):
     got, want = (f(params | absent, state) for f in (update_model, update))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     np.testing.assert_allclose(optax.tree.get(got, "mu")["kernel"], 0.1, rtol=1e-5)
+
+
+def test_inject_hyperparams_refuses_what_the_factory_does():
+    """Optax would hand it arrays of the numbers, which are not checked."""
+    inject = spam_optax.inject_hyperparams
+    tx = spam_optax.spam(1e-3)
+    for make, words in (
+        (lambda: inject(tx), "inner_factory must be a function that makes"),
+        (lambda: inject(spam_optax.spam, 3), "static_args must be a collection"),
+        (lambda: inject(spam_optax.spam, "b3"), "static_args must be .* b1, .* b3"),
+        (lambda: inject(spam_optax.spam, (), int), "hyperparam_dtype must be"),
+        (lambda: inject(spam_optax.spam)(-1.0), "spam: learning_rate must be .* -1"),
+        (lambda: inject(spam_optax.spam)(b1=np.float16(1)), "b1 must be .* < 1"),
+        (lambda: inject(spam_optax.spam)(b1=jnp.sin, b2=2), "b2 must be .* got 2"),
+        (lambda: inject(spam_optax.adam_mini_partition)(), "what inner_factory makes"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words) as error:
+            make()
+        assert "\n" not in str(error.value)
+
+
+def test_a_number_may_be_larger_than_whole_numbers_of_jax():
+    params = {"w": jnp.ones(2)}
+    tx = spam_optax.spam(1e-3, threshold=2**63)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert np.isfinite(updates["w"]).all()
+
+
+def test_leaves_that_are_no_arrays_are_named():
+    for leaf in (jax.nn.relu, "x", object()):
+        params = {"layer": {"act": leaf, "w": jnp.ones(2)}}
+        for make in (spam_optax.spam, spam_optax.stable_spam):
+            with pytest.raises(TypeError, match=r"\['act'\] must be an array, got "):
+                make(1e-3).init(params)

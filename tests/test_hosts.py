@@ -230,6 +230,15 @@ def test_two_hosts_go_back_if_one_cannot_read_its_part(trainer, tmp_path, long_r
     assert_same_losses(tmp_path / "run", long_run, "adam")
 
 
+def test_hosts_tell_each_other_names_that_are_not_utf8(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: x[None])
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: x)
+    name = os.fsdecode(b"\xff.txt")
+    assert hosts.gather(name) == [name]
+    assert hosts.from_main(lambda: name) == name
+
+
 def test_jax_is_asked_whether_to_stop_with_numbers_that_grow(monkeypatch):
     """Though the steps begin again with every optimizer.
 

@@ -70,3 +70,11 @@ def test_a_state_restored_without_a_template(tmp_path):
     for got in (with_template, state):
         assert jax.tree.structure(got) == jax.tree.structure(saved)
         jax.tree.map(np.testing.assert_array_equal, got, saved)
+
+
+def test_types_with_the_same_name_are_refused():
+    first, second = (NamedTuple("Twin", [("x", float)]) for _ in range(2))
+    spam_optax.register_serialization(first(1.0))
+    spam_optax.register_serialization(first(1.0))
+    with pytest.raises(ValueError, match="different names, got .*Twin for both"):
+        spam_optax.register_serialization(second(1.0))

@@ -459,6 +459,9 @@ def test_tensors_are_described():
         spam_optax.describe_tensors(optax.sgd(1e-3).init(params), params)
     with pytest.raises(ValueError, match="must be those of the moments mu"):
         spam_optax.describe_tensors(state, {"embed": jnp.ones((16, 8))})
+    for other in (None, {name: {} for name in params}, dict.fromkeys(params, params)):
+        with pytest.raises(ValueError, match="must be those of the moments mu"):
+            spam_optax.describe_tensors(spam_optax.spam(1e-3).init(params), other)
 
 
 def test_sparse_params_of_an_nnx_model():

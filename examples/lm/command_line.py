@@ -221,8 +221,8 @@ def add_data_flags(flags: RunFlags) -> None:
     )
     flags.add(
         "tokenizer",
-        "bytes; bpe:8192, trained on the data and kept beside it; a tokenizer.json; or"
-        " the name of a pretrained one, such as t5-base",
+        "bytes; bpe:8192, trained on the data and kept beside it; a tokenizer.json, or"
+        " its folder; or the name of a pretrained one, such as t5-base",
         metavar="NAME",
     )
     flags.add(

@@ -150,15 +150,18 @@ def look_up(data: str | None) -> tuple[list[pathlib.Path], int]:
     if not data:
         raise UsageError("--data must name a file, a folder or a pattern, not ''")
     path = pathlib.Path(data)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike pathlib's, False for a name that is too long
         below = [file for file in files_below(path) if file.suffix == ".txt"]
         found = [file for file in below if not is_hidden(file.relative_to(path))]
         missing = f"there is no .txt file in the folder {data}"
-    elif path.exists() or not glob.has_magic(data):
+    elif os.path.exists(path) or not glob.has_magic(data):
         return [unpacked(path) if path.suffix == ".xz" else path], 0
     else:
         below, found = (list(matching(data, hidden)) for hidden in (True, False))
         missing = f"there is no file like {data}"
+    for path in found:
+        if path.is_symlink() and not os.path.exists(path):
+            raise UsageError(f"the link {path} leads to no file")
     files = each_once(found)
     hidden = len(each_once(below)) - len(files)
     if not files:
@@ -287,7 +290,7 @@ def check_is_text(path: pathlib.Path, beginning: bytes) -> None:
         if beginning.startswith(signature):
             raise UsageError(
                 f"the data file {path} is not text but {kind}: unpack it, or read a"
-                f" data set of such files with --data hf:{path.parent}"
+                f" data set of such files with --data hf:{path.absolute().parent}"
             )
 
 

@@ -19,6 +19,7 @@ from lm.config import UsageError
 
 T = TypeVar("T")
 
+NAMES = "surrogateescape"  # for names of files that are not UTF-8
 LEAVING = 60  # seconds that a host which fails waits for the others, and ends them
 
 
@@ -73,13 +74,13 @@ def from_main(make: Callable[[], str]) -> str:
             text = make()
         except UsageError as error:
             failed, text = True, str(error)
-    content = text.encode()
+    content = text.encode("utf-8", NAMES)
     header = np.array([failed, len(content)], np.int32)
     failed, length = multihost_utils.broadcast_one_to_all(header)
     padded = np.zeros(length, np.uint8)
     if is_main():
         padded[:] = np.frombuffer(content, np.uint8)
-    text = multihost_utils.broadcast_one_to_all(padded).tobytes().decode()
+    text = multihost_utils.broadcast_one_to_all(padded).tobytes().decode("utf-8", NAMES)
     if failed:
         raise UsageError(text)
     return text
@@ -89,13 +90,13 @@ def gather(text: str) -> list[str]:
     """The texts of all hosts, on every host."""
     if jax.process_count() == 1:
         return [text]
-    content = np.frombuffer(text.encode(), np.uint8)
+    content = np.frombuffer(text.encode("utf-8", NAMES), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(content)])).reshape(-1)
     padded = np.zeros(lengths.max(), np.uint8)
     padded[: len(content)] = content
     rows = multihost_utils.process_allgather(padded)
     pairs = zip(rows, lengths, strict=True)
-    return [row[:length].tobytes().decode() for row, length in pairs]
+    return [row[:length].tobytes().decode("utf-8", NAMES) for row, length in pairs]
 
 
 def any_of(text: str) -> str:

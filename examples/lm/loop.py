@@ -107,7 +107,7 @@ def fetched(
             while len(taken) < together:
                 batch = next(batches)
                 taken.append((batch, batches.get_state()))
-        except DataError as error:
+        except UsageError as error:
             problem = str(error)
         except Exception as error:  # whatever reads and encodes in Grain's thread
             problem = f"cannot read the data: {shards.reason(error)}"

@@ -12,7 +12,8 @@ COLUMN = "text"
 DELAYS = (1, 2, 4, 8, 16)  # seconds before each new attempt at the same place
 LASTING = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 CLIENTS = ("aiohttp", "http", "huggingface_hub", "requests", "urllib")  # httpx, ...
-TEXT = ("string", "large_string", "string_view", "null")
+STRINGS = ("string", "large_string", "string_view")
+TEXT = (*STRINGS, "null")
 
 Reader = Callable[..., Iterator[tuple]]  # of the `datasets` library: one shard's parts
 
@@ -45,12 +46,15 @@ class Shards:
     def _checked_cast(self, cast: Callable[..., Any]) -> Callable[..., Any]:
         """`cast`, the library's to common types, of text alone.
 
-        Of JSON lines with text here and numbers there it would make text with quotes.
+        Of JSON lines with text here and numbers there it would make text with quotes,
+        and of files of numbers text.
         """
 
         def checked_cast(table: Any, **options) -> Any:
             if self.opened and [COLUMN] in options.get("json_field_paths", []):
                 raise ValueError(f"the column {COLUMN} holds more than text")
+            if self.opened:
+                check_type(table)
             return cast(table, **options)
 
         return checked_cast
@@ -73,19 +77,19 @@ class Shards:
                 return
             except Exception as error:  # the library's, its HTTP clients', its parsers'
                 name = name_of(shard)
-                line = f"{name}, after row {rows}: {reason(error)}"
                 if attempts == len(DELAYS) or not may_pass(error):
-                    self._leave_out(name, line, error)
+                    self.leave_out(name, rows, error)
                     return
                 delay, attempts = DELAYS[attempts], attempts + 1
                 hosts.say(
-                    f"cannot read {line}; trying again in {delay} s"
-                    f" ({attempts} of {len(DELAYS)})"
+                    f"cannot read {name}, after row {rows}: {reason(error)}; trying"
+                    f" again in {delay} s ({attempts} of {len(DELAYS)})"
                 )
                 time.sleep(delay)
 
-    def _leave_out(self, name: str, line: str, error: Exception) -> None:
+    def leave_out(self, name: str, rows: int, error: Exception) -> None:
         """Passes over the rest of a shard, if one more may be left out."""
+        line = f"{name}, after row {rows}: {reason(error)}"
         needed = len({*self.left_out, name})
         if needed > self.allowed:
             raise DataError(
@@ -104,14 +108,20 @@ def checked(part: Any) -> int:
             raise ValueError(f"the column {COLUMN} holds {part[COLUMN]!r}, no text")
         return 1
     if COLUMN in part.column_names and len(part):
+        check_type(part)
         column = part.column(COLUMN)
-        kind = getattr(column.type, "value_type", column.type)  # of a dictionary
-        if str(kind) not in TEXT:
-            raise ValueError(f"the column {COLUMN} holds {column.type}, no text")
         column.validate(full=True)  # Arrow's parsers leave it open whether it is UTF-8
         if column.null_count == len(part):
             raise ValueError(f"no row has a {COLUMN}")
     return len(part)
+
+
+def check_type(table: Any) -> None:
+    """Raises ValueError if the column of texts is of another type."""
+    if COLUMN in table.column_names and len(table):
+        kind = table.column(COLUMN).type
+        if str(getattr(kind, "value_type", kind)) not in TEXT:  # of a dictionary
+            raise ValueError(f"the column {COLUMN} holds {kind}, no text")
 
 
 def may_pass(error: Exception) -> bool:

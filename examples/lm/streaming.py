@@ -23,11 +23,12 @@ import numpy as np
 
 from lm import corpus, tokenization
 from lm.config import DataError, UsageError
-from lm.shards import COLUMN, Shards
+from lm.shards import COLUMN, STRINGS, Shards, may_pass
 from lm.tokenization import Tokenizer
 
 PREFIX = "hf:"
 SHUFFLED = 1024  # windows
+ROWS = 1024  # of a Parquet file that are read at once
 TOGETHER = 16  # documents that are read at once, to encode them on all cores
 
 
@@ -57,15 +58,21 @@ def open_source(data: str, skip_bad_data: int = 0) -> Source:
     shards = Shards(skip_bad_data)
     library = quiet_library()
     name, _, configuration = data.removeprefix(PREFIX).partition(":")
-    if not os.path.isdir(name) and not tokenization.hub_answers():
+    if not name:
+        raise UsageError(f"--data {data} must name a data set, as in hf:allenai/c4:en")
+    if os.path.isdir(name):
+        name = os.path.abspath(name)  # the library wants more than a dot
+    elif not tokenization.hub_answers():
         raise UsageError(
-            f"cannot read the data set {data}: there is no folder {name or '.'}, and"
+            f"cannot read the data set {data}: there is no folder {name}, and"
             f" {tokenization.unreachable()}"
         )
     try:
         builder = library.load_dataset_builder(name, configuration or None)
         shards.guard(builder)
-        splits = builder.as_streaming_dataset()
+        splits = open_splits(builder, shards)
+    except DataError as error:
+        raise DataError(f"cannot use the data set {data}: {error}") from error
     except StopIteration as error:  # from looking for columns
         raise UsageError(f"the data set {data} begins with an empty file") from error
     except Exception as error:  # the library's, its HTTP client's, its file readers'
@@ -84,6 +91,31 @@ def open_source(data: str, skip_bad_data: int = 0) -> Source:
     identity = json.dumps([data_files(builder), *firsts])
     files = describe(builder, name)
     return Source(splits["train"], splits[held_out], identity, shards, files)
+
+
+def open_splits(builder: Any, shards: Shards) -> dict[str, Any]:
+    """The splits, with text for the column of texts.
+
+    The library takes the columns from the first file, which may be broken, or hold
+    something else.
+    """
+    files = next(paths_of(builder), [])
+    if getattr(builder.config, "batch_size", 0) is None:
+        builder.config.batch_size = ROWS  # else as many as its first part has, or none
+    while True:
+        try:
+            splits = builder.as_streaming_dataset()
+            break
+        except Exception as error:  # as in `open_source`
+            if isinstance(error, StopIteration) or not files or may_pass(error):
+                raise
+            shards.leave_out(files[0], 0, error)
+            del files[0]
+    features = builder.info.features or {}
+    if COLUMN not in features or getattr(features[COLUMN], "dtype", 0) in STRINGS:
+        return splits
+    features[COLUMN] = quiet_library().Value("string")
+    return builder.as_streaming_dataset()
 
 
 def quiet_library() -> Any:
@@ -163,9 +195,9 @@ def describe(builder: Any, name: str) -> str:
     return text + (left_out if others else "")
 
 
-def paths_of(builder: Any) -> Iterable[list[str]]:
+def paths_of(builder: Any) -> Iterator[list[str]]:
     """The files of each split."""
-    return (builder.config.data_files or {}).values()
+    yield from (builder.config.data_files or {}).values()
 
 
 def digest(source: Source, tokenizer: Tokenizer) -> str:
@@ -259,7 +291,10 @@ def endless(dataset: Any, state: dict) -> Iterator[tuple[str, dict]]:
             empty = False
             yield text_of(document), dataset.state_dict()
         if empty:
-            raise DataError("the data set has fewer documents than there are hosts")
+            raise DataError(
+                "there is no document for this host: the data set has fewer than there"
+                " are hosts, or all are left out"
+            )
 
 
 class PackedWindows(grain.IterDataset):

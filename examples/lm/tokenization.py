@@ -74,7 +74,8 @@ def load(
     Args:
       name: "bytes", the UTF-8 bytes; "bpe:SIZE", a byte-level BPE of at most SIZE
         tokens, trained on the beginning of the training text; the path of a
-        tokenizer.json; or the name of a tokenizer on the Hugging Face hub.
+        tokenizer.json or of the folder it is in; or the name of a tokenizer on the
+        Hugging Face hub.
       texts: Gives the training text in pieces, the same ones each time.
       cache: Folder that keeps trained tokenizers.
       separator: The token to put between documents. None is the first of `END_TOKENS`
@@ -84,13 +85,15 @@ def load(
     if name == BYTES.name:
         if separator is not None:
             raise UsageError(
-                f"--separator {separator} must be a token, and bytes has no tokens of"
+                f"--separator {separator!r} must be a token, and bytes has no tokens of"
                 " that kind: its documents are separated by the end of a line"
             )
         return BYTES
     if name.startswith("bpe:"):
         path = trained(size_of(name), texts, cache)
-    elif name.endswith(".json") or pathlib.Path(name).is_file():
+    elif name and os.path.isfile(inside := os.path.join(name, "tokenizer.json")):
+        path = pathlib.Path(inside)
+    elif name.endswith(".json") or os.path.isfile(name):
         path = pathlib.Path(name)
     else:
         path = pretrained(name)
@@ -135,6 +138,8 @@ def read(name: str, path: pathlib.Path, separator: str | None = None) -> Tokeniz
     tokenizer.encode_special_tokens = True
     content = json.loads(tokenizer.to_str())
     ids = tokenizer.get_vocab(with_added_tokens=True)
+    if not ids:
+        raise UsageError(f"the tokenizer {path} has no tokens")
     vocabulary = max(ids.values()) + 1
     dtype = np.min_scalar_type(vocabulary - 1)
 
@@ -143,8 +148,13 @@ def read(name: str, path: pathlib.Path, separator: str | None = None) -> Tokeniz
     controls = np.array(list(spelt), dtype)
 
     def encode(text: str) -> np.ndarray:
-        # Unlike `encode`, this lets other threads run.
-        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            # Unlike `encode`, this lets other threads run.
+            (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:  # as above
+            raise UsageError(
+                f"the tokenizer {path} cannot encode the text: {first_line(error)}"
+            ) from error
         tokens = np.array(encoding.ids, dtype)
         if np.isin(tokens, controls).any():
             parts = [spelt.get(token, [token]) for token in encoding.ids]
@@ -162,14 +172,15 @@ def end_token(
     """The token that ends a document; None if there is none that is known."""
     if separator is not None:
         if separator not in ids:
+            some = ", ".join(control_tokens(content)[:5]) or next(iter(ids))
             raise UsageError(
-                f"--separator {separator} must be a token of the tokenizer {path}, such"
-                f" as {', '.join(control_tokens(content)[:5]) or next(iter(ids), '')}"
+                f"--separator {separator!r} must be a token of the tokenizer {path},"
+                f" such as {some}"
             )
         return separator
     declared = declared_end(path), last_of_template(content["post_processor"])
     names = *END_TOKENS, *declared, *OTHER_END_TOKENS
-    return next((token for token in names if token in ids), None)
+    return next((name for name in names if isinstance(name, str) and name in ids), None)
 
 
 def control_tokens(content: dict) -> list[str]:
