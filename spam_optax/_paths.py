@@ -1,8 +1,8 @@
-"""What the path of a tensor tells about it: its name, and what it is for.
+"""Names and roles of tensors, read from their paths.
 
 A part of a path is compared by its words: ``attention_norm``, ``AttentionNorm`` and
-``attention_norm_1`` are the words attention and norm. A name is found in a part if it
-is one of the words, or several in a row: ``embed_out`` is embed, out and embedout.
+``attention_norm_1`` all have the words attention and norm. A part has a name if this is
+one of its words, or several in a row: ``embed_out`` has embed, out and embedout.
 """
 
 import functools
@@ -35,7 +35,7 @@ _FEED_FORWARDS = (
     *("mlp", "ffn", "ffw", "ff", "feed_forward", "moe", "expert", "experts"),
 )
 _PROJECTIONS = ("proj", "projection", "linear", "dense", "einsum", "conv")
-# Of the first of these that the part nearest to the leaf has a name of.
+# The part nearest to the leaf decides; the first role with a name in it is taken.
 _MATRICES = (
     (
         "fused attention",
@@ -63,7 +63,7 @@ _MATRICES = (
     ),
 )
 _ATTENTIONS = ("attention", "attn", "att", "mha", "mqa", "gqa", "mla")
-# Before or behind "head" in the names of attention's heads, not a model's.
+# Words beside "head" in the names of attention's heads, unlike a model's head.
 _OF_ATTENTION = {
     *("multi", "num", "per", "query", "key", "kv", "qk", "qkv", "dim", "size", "width"),
     *_ATTENTIONS,
@@ -78,7 +78,7 @@ class Leaf(NamedTuple):
       path: Its keys, without that of the box around it: an NNX variable, or Linen's
         ``nn.Partitioned``.
       value: The tensor.
-      axis_names: Of its axes, if its box has some.
+      axis_names: The names of its axes, if its box has any.
     """
 
     path: tuple
@@ -124,7 +124,7 @@ def unboxed(tree: Any) -> Any:
 
 
 def _is_box(x: Any) -> bool:
-    """Whether `x` is one of Flax's boxes; by name, for Flax need not be there."""
+    """Whether `x` is one of Flax's boxes, by class name: Flax may be absent."""
     return any(
         c.__name__ in ("Variable", "AxisMetadata") and c.__module__.startswith("flax.")
         for c in type(x).__mro__
@@ -146,7 +146,7 @@ def names(
 ) -> tuple[str, ...]:
     """The name of each tensor: the parts of its path joined by ``/``.
 
-    Raises ValueError if two have the same.
+    Raises ValueError if two tensors have the same name.
     """
     paths: dict[str, tuple] = {}
     for leaf in leaves(tree, is_leaf):
@@ -164,8 +164,8 @@ def names(
 def has_name(path: tuple, names: Collection[str]) -> bool:
     """Whether one of `names` is in a part of a path.
 
-    Vectors and factors are looked for in the last two parts only, and never above a
-    ``kernel``: ``PreNorm_0/Dense_0/kernel`` is a matrix. ``b`` must be the last part.
+    Names of vectors and factors count in the last two parts only, and never above a
+    ``kernel``: ``PreNorm_0/Dense_0/kernel`` is a matrix. ``b`` counts in the last part.
     """
     parts = _parts(path)
     wanted = set(map(joined, names))
@@ -181,7 +181,7 @@ def has_name(path: tuple, names: Collection[str]) -> bool:
 
 
 def role(path: tuple, ndim: int) -> str | None:
-    """What a tensor is for, as far as names tell; None: a matrix nobody knows."""
+    """The role of a tensor by its name and rank; None for an unknown matrix."""
     for kind, kinds_names in (("factor", FACTORS), ("vector", VECTORS)):
         if has_name(path, kinds_names):
             return kind
@@ -193,12 +193,12 @@ def role(path: tuple, ndim: int) -> str | None:
         return "head"
     if has_name(path, EMBEDDINGS):
         return "projection" if _is_projection(path) else "embedding"
-    # Before the rest, for kernels of theirs may be called `out` or `key`.
+    # Before the rest, since their kernels may be called `out` or `key`.
     if has_name(path, _FEED_FORWARDS):
         return "feed-forward"
     for part in reversed(_parts(path)):
         if _is_attention(part):
-            continue  # MultiQueryAttention has no queries only.
+            continue  # MultiQueryAttention has more than queries.
         for kind, kinds_names in _MATRICES:
             if _names_of(part) & set(map(joined, kinds_names)):
                 return kind
@@ -211,22 +211,22 @@ def last_word(path: tuple) -> str:
 
 
 def is_einsum(path: tuple) -> bool:
-    """Whether a matrix is one of an einsum, whose heads come first in Gemma."""
+    """Whether a matrix is an einsum's; in Gemma's the axis of heads comes first."""
     return any("einsum" in part for part in _parts(path))
 
 
 def words(text: str) -> set[str]:
-    """The words of a name: ``q_heads`` is q and heads."""
+    """The words of a name: ``q_heads`` has q and heads."""
     return set(_words(text))
 
 
 def joined(name: str) -> str:
-    """The words of a name in one."""
+    """The words of a name, joined: ``q_proj`` gives qproj."""
     return "".join(_words(name))
 
 
 def _is_projection(path: tuple) -> bool:
-    """Whether a matrix below an embedding multiplies: it is no table to look up in."""
+    """Whether a matrix in an embedding is multiplied by, and is not a lookup table."""
     *_, above, last = ((), (), *_parts(path))
     is_linear = set(_PROJECTIONS) & (_names_of(above) | _names_of(last))
     return last == ("kernel",) or bool(is_linear)
@@ -234,7 +234,7 @@ def _is_projection(path: tuple) -> bool:
 
 @functools.cache
 def _words(text: str) -> tuple[str, ...]:
-    """``LMHead_0`` and ``lm_head`` are both lm and head."""
+    """Both ``LMHead_0`` and ``lm_head`` have the words lm and head."""
     words = []
     for chunk in re.findall(r"[^\W\d_]+", text):
         words += re.findall(r"[A-Z]+(?![a-z])|[A-Z][^A-Z]*|[^A-Z]+", chunk)
@@ -242,7 +242,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _names_of(part: tuple[str, ...]) -> set[str]:
-    """The words of a part, and rows of them in one; a letter only if it is alone."""
+    """The words of a part, and rows of them joined; no letter unless it is alone."""
     rows = {
         "".join(part[start:stop])
         for start in range(len(part))
@@ -252,10 +252,10 @@ def _names_of(part: tuple[str, ...]) -> set[str]:
 
 
 def _parts(path: tuple) -> list[tuple[str, ...]]:
-    """The words of each part of a path; a key may be one: ``a/b``, ``a.b``, ``(a, b)``.
+    """The words of each part of a path; a key may have parts: ``a/b``, ``(a, b)``.
 
-    A ``head`` of attention is none of the model; ``output`` outside the layers is one.
-    What has no words, as numbers have not, is left out, and so is the ``array`` that
+    A ``head`` of attention is not a model's; ``output`` outside the layers is one.
+    Parts without words, such as numbers, are left out, and so is the ``array`` that
     ends the paths of Haliax.
     """
     text = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -282,7 +282,7 @@ def _is_attention(part: tuple[str, ...]) -> bool:
 
 
 def _is_layer(part: tuple[str, ...]) -> bool:
-    """Whether a part is one of a stack of layers, or in one; numbers have no words."""
+    """Whether a part is that of a layer or of a stack of layers, such as a number."""
     return (
         not part
         or part == ("h",)

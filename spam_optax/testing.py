@@ -117,7 +117,7 @@ def _step_test(
         return lambda step: jnp.ones([], bool)
     if callable(steps):
         return steps
-    is_scalar = getattr(steps, "ndim", None) == 0  # An array, so iterable by name.
+    is_scalar = getattr(steps, "ndim", None) == 0  # It has __iter__, which raises.
     if isinstance(steps, str) or is_scalar or not isinstance(steps, Iterable):
         raise TypeError(
             "inject_spikes: steps must be None, a sequence of whole numbers >= 1 or a "
