@@ -149,10 +149,10 @@ MISTAKES = {
         "norm, norm)",
         "test_monitor",
     ),
-    "injected faults differ from run to run of a step": Mistake(
+    "injected faults are the same in every step": Mistake(
         "spam_optax/testing.py",
-        "jax.random.fold_in(jax.random.fold_in(key, step), i)",
-        "jax.random.fold_in(key, i)",
+        "jax.random.fold_in(_validate.make_key(key), step)",
+        "_validate.make_key(key)",
         "test_testing",
     ),
     "embeddings unscaled": Mistake(
