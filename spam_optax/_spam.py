@@ -501,7 +501,7 @@ def spam(
     Statistics are in the state, for example ``optax.tree.get(state, "spike_count")``;
     the others are ``spike_total``, ``nonfinite_count`` and ``nonfinite_total``.
 
-    What becomes of a coordinate of the gradient:
+    What happens to a coordinate of the gradient:
 
     ============================  ====================================================
     NaN                           0, counted as non-finite

@@ -46,7 +46,7 @@ def inject_spikes(
       rate: Probability that a coordinate is hit, in [0, 1].
       scale: The factor of ``"scale"``, or the root mean square of ``"noise"`` in units
         of that of the tensor's gradient.
-      kind: What becomes of the coordinates hit. ``"scale"``: multiplied by `scale`.
+      kind: What happens to the coordinates hit. ``"scale"``: multiplied by `scale`.
         ``"noise"``: normal noise is added. ``"nan"``: NaN. ``"inf"``: infinite, of the
         coordinate's sign, positive for 0.
       steps: Steps in which gradients are corrupted: numbers, from 1, or a function from

@@ -291,26 +291,28 @@ def test_hidden_files_are_left_out_and_links_followed():
     found = [str(path) for path in corpus.find("books")]
     assert found == ["books/a.txt", "books/more/b.txt", "books/z/c.txt"]
     assert whole_text("books").tobytes() == b"aa\nbbb\ncccc"
-    assert corpus.describe("books") == "3 files, 9 bytes; 3 hidden left out"
+    assert corpus.describe("books") == "3 files, 9 bytes; hidden files left out: 3"
     assert len(corpus.find("linked")) == 3
     assert corpus.find("books/**/*.txt") == corpus.find("books")
-    assert corpus.describe("books/*.txt") == "1 file, 2 bytes; 1 hidden left out"
+    assert corpus.describe("books/*.txt") == "1 file, 2 bytes; hidden files left out: 1"
     assert corpus.find("books/.hidden") == [pathlib.Path("books/.hidden/h.txt")]
     assert corpus.find("books/._a.txt") == [pathlib.Path("books/._a.txt")]
     write("secret/.a.txt", "hidden")
-    assert "no .txt file in the folder secret, but 1 hidden" in refused(data="secret")
+    assert "no .txt file in the folder secret; hidden files left out: 1" in refused(
+        data="secret"
+    )
 
 
 def test_files_of_a_streamed_set_are_told():
     source = write_set("set", shards=2)
     told = data.load(one_row(source)).files
     size = sum(path.stat().st_size for path in pathlib.Path("set").iterdir())
-    assert told == f"files: 2 of train, 1 of validation; {size:,} bytes"
+    assert told == f"files in train: 2, files in validation: 1, {size:,} bytes"
     write("set/._train.jsonl", "x")
     write("other/train-7.jsonl", json_lines(["linked"]))
     pathlib.Path("set/more").symlink_to(pathlib.Path("other").absolute())
     told = data.load(one_row(source)).files
-    assert "; 2 more left out: hidden, in linked folders, or of no split" in told
+    assert "; files left out (hidden, linked folders, no split): 2" in told
 
 
 # -------------------------------------------------------------------- broken shards
@@ -1379,7 +1381,7 @@ def test_text_too_short_in_tokens():
         ({"train": ["a"]}, ["no split validation or test", "only train"]),
         ({"validation": ["a"]}, ["no split train", "only validation"]),
         ({"train": ["a"], "validation": ["a"]}, ["validation part", "2 bytes", "17"]),
-        ({"train": [5], "validation": [6]}, ["column text", "no text"]),
+        ({"train": [5], "validation": [6]}, ["column text", "not text"]),
     ],
     ids=str,
 )
