@@ -388,7 +388,7 @@ def test_broken_shards_are_named_or_left_out(monkeypatch, capsys):
             with pytest.raises(DataError) as error:
                 windows_of(opened[0], 200)
             line = str(error.value)
-            assert f"{broken}, after row 0: " in line, line
+            assert f"{broken}, of which 0 rows were read: " in line, line
             assert "--skip-bad-data 1 " in line and "\n" not in line
             assert not opened[0].shards.left_out
             assert capsys.readouterr().err == ""
@@ -422,7 +422,7 @@ def test_what_was_left_out_is_in_the_state(monkeypatch):
 def test_broken_validation_set_is_named():
     source = write_set("set", held_out="test")
     write("set/test.jsonl", LINES[:40] + "\n" + LINES)
-    assert "set/test.jsonl, after row 0: " in refused(data=source)
+    assert "set/test.jsonl, of which 0 rows were read: " in refused(data=source)
     write("set/test-1.jsonl", LINES)
     loaded = data.load(config(data=source, eval_sequences=512), skip_bad_data=1)
     assert len(loaded.left_out) == 1
@@ -471,7 +471,9 @@ def test_lost_connections_are_tried_again(monkeypatch, capsys):
             guard.opened = True
             read = builder._generate_examples(files=["hf://a/b.jsonl"])
             if 5 in failures:
-                with pytest.raises(DataError, match=r"hf://a/b.jsonl, after row 5: "):
+                with pytest.raises(
+                    DataError, match="b.jsonl, of which 5 rows were read: "
+                ):
                     list(read)
             else:
                 assert [number for number, _ in read] == list(range(6))
@@ -479,7 +481,7 @@ def test_lost_connections_are_tried_again(monkeypatch, capsys):
             lines = capsys.readouterr().err.splitlines()
             assert len(lines) == len(delays)
             assert (
-                "hf://a/b.jsonl, after row" in lines[-1]
+                "hf://a/b.jsonl, of which" in lines[-1]
                 and type(error).__name__ in lines[-1]
             )
             assert f"trying again in {delays[-1]} s" in lines[-1]

@@ -146,12 +146,11 @@ def moments(tensors: spam_optax.TensorDescriptions) -> str:
     for (density, has_second, is_shared), group in groups.items():
         roles = ", ".join(dict.fromkeys(tensor.role for tensor in group))
         entries = sum(math.prod(tensor.shape) for tensor in group)
-        text = f"momentum for {density} of the {entries:,} parameters of {roles}"
-        if not has_second:
-            text += " and no second moments"
-        elif is_shared:
+        kinds = "first and second" if has_second and not is_shared else "first"
+        text = f"{kinds} moments for {density} of the {entries:,} parameters of {roles}"
+        if is_shared:
             number = sum(math.prod(tensor.second_moments) for tensor in group)
-            text += f" and {number:,} second moments"
+            text += f", which share {number:,} second moments"
         texts.append(text)
     return "; ".join(texts)
 

@@ -74,7 +74,7 @@ class Shards:
                 return
             except Exception as error:  # of the library, its HTTP clients, its parsers
                 name = name_of(shard)
-                line = f"{name}, after row {rows}: {reason(error)}"
+                line = f"{name}, of which {rows:,} rows were read: {reason(error)}"
                 if attempts == len(DELAYS) or not may_pass(error):
                     self._leave_out(name, line, error)
                     return
