@@ -138,8 +138,9 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         type=command_line.whole(0),
         default=0,
         metavar="N",
-        help="leave out what cannot be read of up to N files of a streamed data set,"
-        " on each host, rather than stop there; may change on --resume (default: 0)",
+        help="if a file of a streamed data set cannot be read, leave out the rest of it"
+        " and go on, for up to N files on each host; may change on --resume"
+        " (default: 0)",
     )
     group.add_argument(
         "--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too"
@@ -221,7 +222,7 @@ def command_to_go_on(folder: RunFolder, skip_bad_data: int) -> str:
 
 
 def left_out_anywhere(loaded: data.Data) -> list[str]:
-    """The shards of which a host left out a part, each once."""
+    """The shards that any host left out in part, each once."""
     told = hosts.gather(json.dumps(sorted(loaded.left_out)))
     return sorted({name for names in told for name in json.loads(names)})
 
@@ -282,7 +283,7 @@ def train_all(
                 except loop.DataLost as error:
                     go_on = command_to_go_on(folder, 0)
                     halted.append(f"{error}. Continue with: {go_on}")
-                    break  # the other optimizers would come to the same place
+                    break  # the other optimizers would meet the same error
     return halted
 
 
@@ -363,7 +364,7 @@ def show_report(
 ) -> bool:
     """Writes and shows what the optimizers did; True if all came to an end.
 
-    `left_out` are the shards of which a part was left out.
+    `left_out` names the shards that were left out in part.
     """
     if not folder.path.is_dir():
         return False

@@ -22,7 +22,7 @@ from spam_optax import _arithmetic, _moments, _paths, _validate, functional
 Partition = Callable[[optax.Params], Any]
 
 _WITH_HEADS = ("query", "key", "value", "attention output")
-# Words of the names of axes.
+# Words in the names of axes.
 _LAYERS = {
     *("layer", "layers", "block", "blocks", "stack", "repeat", "stage", "stages"),
     *("expert", "experts", "exp"),
@@ -130,7 +130,7 @@ def scale_by_adam_mini(
         _validate.check_same_tree(function, updates, state.mu)
         _validate.check_not_complex(function, updates, state.mu)
         step = optax.safe_increment(state.count)
-        # Of the structure of the others: the state's is in no boxes.
+        # The state's second moments are in no boxes: they get the others' structure.
         old_nu = _structured_like(state.mu, state.nu)
         gradients, bad = _moments.screen(updates, old_nu)
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
@@ -189,8 +189,8 @@ def adam_mini(
 
     On a mesh the mean over blocks that are spread over devices takes an all-reduce, of
     one number per output where the blocks are heads. A second moment has the rank of
-    its parameter but fewer entries, so it does not take over the parameter's sharding:
-    its numbers are on every device, except along axes that are not cut.
+    its parameter but fewer entries. It therefore keeps the parameter's sharding only
+    along axes with one block per entry; along the others every device has all of it.
 
     In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
 
@@ -260,9 +260,9 @@ def adam_mini_partition(
     """The blocks of a transformer, by the names and shapes of its parameters.
 
     A partition gives each parameter a tuple: along each of its axes, into how many
-    equal parts it is cut. So it is the shape of the second moment too. Here, for
-    kernels (in, out) as Flax has them, with any axes of stacked layers or experts in
-    front, every layer for itself:
+    equal parts it is cut. This tuple is also the shape of the second moment. The table
+    is for kernels (in, out), as in Flax. Axes of stacked layers or experts come before
+    these, and each layer has blocks of its own:
 
     ==========================================  =======================  ===============
     parameter                                   one block for            tuple
@@ -282,10 +282,10 @@ def adam_mini_partition(
     same way, with a warning that lists such matrices.
 
     Names are compared by words, as for :func:`matrices_only`: queries are ``query``,
-    ``q``, ``q_proj``, ``wq``, ``q_einsum``, and so on. Axes are read from each tensor:
-    an axis as long as there are heads, where heads may be, is one of heads. Names of
-    axes, of ``nnx.Param`` or ``nn.Partitioned``, tell layers, experts and the
-    vocabulary.
+    ``q``, ``q_proj``, ``wq``, ``q_einsum``, and so on. The shape of each tensor shows
+    which of its axes are heads: those in a place where heads may be and as long as
+    there are heads. If ``nnx.Param`` or ``nn.Partitioned`` give names to the axes,
+    these mark layers, experts and the vocabulary.
 
     Args:
       num_heads: Heads of the queries. None: there must be no queries or keys.
@@ -297,17 +297,18 @@ def adam_mini_partition(
         ``gating_einsum`` that would then have more inputs than outputs.
       layer_axis: The axis of layers of tensors that have one; 1 for MaxText. None: the
         first one; a kernel that would then have more layers than inputs is refused.
-      stacked: Names of parts of paths, such as ``("layers",)``: a tensor with one of
-        them in its path has an axis of layers, and no other. None: its rank tells.
+      stacked: Names of parts of paths, such as ``("layers",)``: tensors with one of
+        them in their path have an axis of layers, and no others have. None: the rank
+        of a tensor decides.
 
     Returns:
       A function from parameters to a tree of tuples, for `partition`. Call it to see
       the blocks, or write another one in its place.
 
     Raises:
-      ValueError: If an argument is out of range; by the function, if the number of
-        heads does not divide a kernel's outputs, or is needed and None, or if it cannot
-        tell the axes of a kernel. The message names the argument that would tell.
+      ValueError: If an argument is out of range. The returned function raises it if
+        the number of heads does not divide a kernel's outputs, or is needed and None,
+        or if a kernel's axes are ambiguous. The message names the argument to pass.
       TypeError: If an argument is of the wrong type.
 
     Examples:
@@ -358,7 +359,7 @@ def adam_mini_partition(
         if unknown:
             warnings.warn(
                 f"{function}: no role is known for the matrices {', '.join(unknown)}; "
-                "each of them has a second moment for every output neuron.",
+                "each of them gets one second moment per output neuron.",
                 stacklevel=2,
             )
         absent = [
@@ -388,7 +389,7 @@ class _Layouts(NamedTuple):
     stacked: Collection[str] | None
 
     def heads_of(self, role: str) -> int | None:
-        """Of a kernel; an output matrix has those of the queries."""
+        """The heads of a kernel; attention's output has those of the queries."""
         return self.key_heads if role in ("key", "value") else self.num_heads
 
 
@@ -418,7 +419,7 @@ def _blocks(leaf: _paths.Leaf, layouts: _Layouts) -> tuple[int, ...]:
 def _axes(
     leaf: _paths.Leaf, layers: tuple[int, ...] | None, layouts: _Layouts
 ) -> tuple[str, ...]:
-    """What each axis of a matrix is: layer, in, out, head, or the width of a head."""
+    """The kind of each axis of a matrix: layer, in, out, head, or width of a head."""
     shape, role = jnp.shape(leaf.value), _role(leaf)
     is_first = _is_outputs_first(leaf, layouts.outputs_first)
     flat = ("out", "in") if is_first else ("in", "out")
@@ -437,7 +438,7 @@ def _axes(
             f"{layouts.num_heads} and {layouts.key_heads}."
         )
     elif with_heads is None and layouts.stacked is None and leaf.axis_names is None:
-        # Its rank alone said that there are layers.
+        # Only its rank suggests that there are layers.
         whole = (p for p in patterns if _fits(shape, p, role, layouts))
         if layers and len(shape) == 3 and next(whole, None):
             _refuse(leaf, "stacked", f"axis {layers[0]} is one of layers or of heads")
@@ -457,7 +458,7 @@ def _axes(
 
 
 def _layer_axes(leaf: _paths.Leaf, layouts: _Layouts) -> tuple[int, ...] | None:
-    """The axes of layers and experts; None: those in front, as many as are left."""
+    """The axes of layers and experts; None: all axes before those of the matrix."""
     ndim, axis = jnp.ndim(leaf.value), layouts.layer_axis or 0
     words = [_words_of_axis(name) for name in leaf.axis_names or ()]
     if len(words) == ndim and any(w & (_LAYERS | _HEADS) for w in words):
@@ -477,7 +478,7 @@ def _layer_axes(leaf: _paths.Leaf, layouts: _Layouts) -> tuple[int, ...] | None:
 
 
 def _words_of_axis(name: Any) -> set[str]:
-    """The words of the name of an axis; a tuple, of axes of a mesh, has none."""
+    """The words of an axis's name; a tuple of names of mesh axes has none."""
     return _paths.words(name) if isinstance(name, str) else set()
 
 
@@ -534,7 +535,7 @@ def _fits(
 
 
 def _if_no_layers(leaf: _paths.Leaf, axes: tuple[str, ...]) -> tuple[str, ...] | None:
-    """These axes, unless the first one is of as many layers as there are heads."""
+    """Returns `axes`, or None if the first is one of layers rather than of heads."""
     heads, size, other = jnp.shape(leaf.value)
     if axes[0] != "head" or axes[1] == "in":
         return axes
@@ -583,7 +584,7 @@ def _checked_heads(leaf: _paths.Leaf, layouts: _Layouts, axes: tuple[str, ...]) 
 def _refuse(leaf: _paths.Leaf, argument: str, question: str) -> None:
     raise ValueError(
         f"adam_mini_partition: {argument} must be given for the matrix at "
-        f"{_where(leaf)}, whose shape {jnp.shape(leaf.value)} does not tell whether "
+        f"{_where(leaf)}: its shape {jnp.shape(leaf.value)} does not show whether "
         f"{question}; got None."
     )
 
@@ -604,8 +605,8 @@ def _check_real(path: tuple, p: Any) -> None:
 def _init_nu(params: optax.Params, partition: Partition, dtype: Any) -> optax.Updates:
     """Zeros, one per block, on the devices that the means of the blocks will be on.
 
-    They are in none of Flax's boxes, which say how the axes of a parameter are sharded,
-    for blocks have other axes.
+    They are in none of Flax's boxes. These describe how the axes of a parameter are
+    sharded, and the axes of blocks are others.
     """
     leaves, structure = jax.tree.flatten(params)
     # Optax calls init on a tree without leaves too, which is not the partition's.
@@ -648,7 +649,7 @@ def _mean_square(g: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
     squares = squares.sum(whole, keepdims=True)
     for axis, (size, parts) in enumerate(zip(g.shape, blocks, strict=True)):
         if 1 < parts < size:
-            # A block may be spread over devices: few numbers are left to gather.
+            # A block may be spread over devices. Few numbers are left to gather.
             squares = _reshard(squares, axis, None)
             shape = squares.shape
             cut = (*shape[:axis], parts, size // parts, *shape[axis + 1 :])

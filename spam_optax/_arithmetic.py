@@ -18,7 +18,7 @@ def compute_dtype(x: jax.typing.ArrayLike) -> np.dtype:
 
 
 def promote_types(one: jax.typing.DTypeLike, other: jax.typing.DTypeLike) -> np.dtype:
-    """The dtype that both fit into; JAX's strict promotion would refuse to tell."""
+    """The dtype that both fit into, even where JAX's strict promotion raises."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(one, other)
 
@@ -46,9 +46,9 @@ def norm(x: jax.Array) -> jax.Array:
 
 
 def root(x: jax.Array) -> jax.Array:
-    """Square root of a number >= 0, with a derivative of 0 where that is infinite.
+    """Square root of a number >= 0, its derivative 0 where it would be infinite.
 
-    An infinite derivative makes NaN of every gradient taken through it, even in the
+    An infinite derivative turns every gradient taken through it into NaN, even in the
     branch of a `where` that is not chosen.
     """
     has_derivative = (x > 0) & jnp.isfinite(x)

@@ -1,4 +1,4 @@
-"""What an optimizer does with each tensor, read from its state."""
+"""The role and the moments of each tensor, read from an optimizer's state."""
 
 import math
 from typing import Any, NamedTuple
@@ -14,14 +14,15 @@ class TensorDescription(NamedTuple):
     """How an optimizer treats a tensor.
 
     Attributes:
-      name: The tensor's name, as of :func:`spam_optax.tensor_names`.
+      name: The tensor's name, as in :func:`spam_optax.tensor_names`.
       shape: Its shape.
-      role: What it is taken for, by its name: ``embedding``, ``head``, ``vector``,
-        ``factor``, ``low rank``, ``feed-forward``, ``fused attention``, ``query``,
+      role: Its purpose, judged by its name: ``embedding``, ``head``, ``vector``,
+        ``factor`` (of a WeSaR layer), ``low rank`` (LoRA's), ``feed-forward``,
+        ``fused attention`` (such as queries, keys and values in one), ``query``,
         ``key``, ``value``, ``attention output``, ``projection`` (of embeddings),
         ``other matrix``, or ``unknown``.
       density: The fraction of its entries with a first moment.
-      second_moments: The shape of its second moment; None: it has none.
+      second_moments: The shape of its second moment, or None if it has none.
     """
 
     name: str
@@ -32,7 +33,7 @@ class TensorDescription(NamedTuple):
 
 
 class TensorDescriptions(tuple[TensorDescription, ...]):
-    """A tuple of :class:`TensorDescription`; ``str`` of it is a table."""
+    """A tuple of :class:`TensorDescription` that prints as a table."""
 
     def __str__(self) -> str:
         rows = [("tensor", "shape", "role", "momentum", "second moments")]
@@ -55,24 +56,24 @@ class TensorDescriptions(tuple[TensorDescription, ...]):
 def describe_tensors(
     opt_state: optax.OptState, params: optax.Params
 ) -> TensorDescriptions:
-    """Lists every tensor with what an optimizer takes it for and keeps of it.
+    """Lists the role and the moments of every tensor.
 
-    For a look before a long run: which matrices have sparse momentum, and where
-    Adam-mini has how many second moments.
+    Before a long run, it shows which matrices have sparse momentum, and how many second
+    moments Adam-mini has for each tensor.
 
     Args:
       opt_state: A state with first moments ``mu`` or second moments ``nu``, or one that
-        contains such states: of a chain, of a wrapper. Shapes alone will do:
+        contains such states, like that of a chain or a wrapper. Shapes are enough:
         ``jax.eval_shape(tx.init, params)``.
       params: The parameters, or arrays shaped like them.
 
     Returns:
       A tuple of :class:`TensorDescription`, in the order of
-      :func:`spam_optax.tensor_names`. As a string it is a table.
+      :func:`spam_optax.tensor_names`. It prints as a table.
 
     Raises:
-      ValueError: If there are no moments in `opt_state`, or they are not those of such
-        parameters.
+      ValueError: If there are no moments in `opt_state`, if they do not fit `params`,
+        or if two tensors have the same name.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -121,7 +122,7 @@ def _moments(
 ) -> list[tuple[int, ...] | None] | None:
     """Shapes of the moments called `name`, one per tensor; None if there are none.
 
-    Where a state has none for a tensor, another one's stand.
+    A tensor without one in a state gets that of another state.
     """
     shapes = None
     for _, tree in optax.tree.get_all_with_path(opt_state, name):
@@ -154,5 +155,5 @@ def _shapes(tree: Any, params: optax.Params, name: str) -> list[tuple[int, ...] 
 
 
 def _is_within(moment: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a moment has the axes of its tensor, as long or shorter."""
+    """Whether a moment has as many axes as its tensor, and none is longer."""
     return len(moment) == len(shape) and all(map(int.__le__, moment, shape))

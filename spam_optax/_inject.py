@@ -1,4 +1,4 @@
-"""Hyper-parameters in the state, for factories whose other arguments are known."""
+"""Hyper-parameters in the state, for factories with other arguments too."""
 
 import functools
 import inspect
@@ -12,7 +12,7 @@ import optax
 
 from spam_optax import _validate
 
-# Annotations of what may be traced; everything else is static.
+# Annotations of arguments that may be traced; all others are static.
 _NUMBERS = (
     jax.typing.ArrayLike,
     jax.typing.ArrayLike | None,
@@ -25,24 +25,25 @@ def inject_hyperparams(
     static_args: str | Collection[str] = (),
     hyperparam_dtype: jax.typing.DTypeLike | None = jnp.float32,
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """Puts the numbers a factory was given into the state, where they may change.
+    """Puts the numbers given to a factory into the state, where they can be changed.
 
-    ``optax.inject_hyperparams`` for the factories of this package: it knows which of
-    their arguments are no numbers, such as `mask`, `partition`, `density`, `mu_dtype`
-    and flags. Optax would take a function among them for a schedule, and a mask that
-    was called with the step decays nothing. The numbers are float32, since bfloat16,
-    Optax's choice for bfloat16 parameters, turns ``b2 = 0.999`` into 1.
+    This is ``optax.inject_hyperparams`` for the factories of this package. It knows
+    which arguments must stay out of the state, such as `mask`, `partition`, `density`,
+    `mu_dtype` and flags. Optax would call a function among them as a schedule: a mask
+    called with the step number decays nothing. The numbers are float32. Optax would
+    make them bfloat16 for bfloat16 parameters, which turns ``b2 = 0.999`` into 1.
 
     Args:
-      inner_factory: What makes the transformation, for example ``spam_optax.spam``. For
-        factories from elsewhere only `static_args` are static, as with Optax.
-      static_args: Names of further arguments that stay as they are.
+      inner_factory: The function that makes the transformation, for example
+        ``spam_optax.spam``. For functions from other packages only `static_args` are
+        static, as with Optax.
+      static_args: Names of further arguments to keep out of the state.
       hyperparam_dtype: The dtype of the numbers; whole numbers stay whole. None: that
         of the parameters.
 
     Returns:
-      A function with the arguments of `inner_factory`, numbers of which may be
-      schedules: functions from the step to a number.
+      A function with the arguments of `inner_factory`. Each number may also be a
+      schedule, a function from the step to a number.
 
     Raises:
       ValueError: If `inner_factory` has no argument of a name in `static_args`, or
@@ -84,7 +85,7 @@ def inject_hyperparams(
 
     @functools.wraps(inner_factory)
     def make_with_plain_numbers(*args, **kwargs):
-        # Optax takes a NumPy scalar for no number.
+        # Optax does not recognize NumPy scalars as numbers.
         args = [*map(_validate.to_python, args)]
         kwargs = {name: _validate.to_python(x) for name, x in kwargs.items()}
         if _is_ours(inner_factory):

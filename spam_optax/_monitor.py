@@ -152,11 +152,11 @@ def tensor_names(params: optax.Params) -> tuple[str, ...]:
 
     Returns:
       The path of each tensor, its parts joined by ``/``, without the ``value`` that
-      ends the path of an NNX variable. No two are the same.
+      ends the path of an NNX variable. No two names are equal.
 
     Raises:
-      ValueError: If two tensors have the same path when joined, as ``{"a/b": x}`` and
-      ``{"a": {"b": x}}`` would in one tree.
+      ValueError: If two tensors have the same name, as would those of
+        ``{"a/b": x, "a": {"b": y}}``.
 
     Examples:
       >>> import spam_optax

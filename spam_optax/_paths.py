@@ -1,8 +1,8 @@
-"""What the path of a tensor tells about it: its name, and what it is for.
+"""Names and roles of tensors, read from their paths.
 
 A part of a path is compared by its words: ``attention_norm``, ``AttentionNorm`` and
-``attention_norm_1`` are the words attention and norm. A name is found in a part if it
-is one of the words, or several in a row: ``embed_out`` is embed, out and embedout.
+``attention_norm_1`` all have the words attention and norm. A part has a name if this is
+one of its words, or several in a row: ``embed_out`` has embed, out and embedout.
 """
 
 import functools
@@ -66,7 +66,7 @@ _MATRICES = (
     ),
 )
 _ATTENTIONS = ("attention", "attn", "att", "mha", "mqa", "gqa", "mla")
-# Before or behind "head" in the names of attention's heads, not a model's.
+# Words beside "head" in the names of attention's heads, unlike a model's head.
 _OF_ATTENTION = {
     *("multi", "query", "key", "kv", "qk", "qkv"),
     *_ATTENTIONS,
@@ -81,7 +81,7 @@ class Leaf(NamedTuple):
       path: Its keys, without that of the box around it: an NNX variable, or Linen's
         ``nn.Partitioned``.
       value: The tensor.
-      axis_names: Of its axes, if its box has some.
+      axis_names: The names of its axes, if its box has any.
     """
 
     path: tuple
@@ -127,7 +127,7 @@ def unboxed(tree: Any) -> Any:
 
 
 def _is_box(x: Any) -> bool:
-    """Whether `x` is one of Flax's boxes; by name, for Flax need not be there."""
+    """Whether `x` is one of Flax's boxes, by class name: Flax may be absent."""
     return any(
         c.__name__ in ("Variable", "AxisMetadata") and c.__module__.startswith("flax.")
         for c in type(x).__mro__
@@ -149,7 +149,7 @@ def names(
 ) -> tuple[str, ...]:
     """The name of each tensor: the parts of its path joined by ``/``.
 
-    Raises ValueError if two have the same.
+    Raises ValueError if two tensors have the same name.
     """
     paths: dict[str, tuple] = {}
     for leaf in leaves(tree, is_leaf):
@@ -229,17 +229,17 @@ def last_word(path: tuple) -> str:
 
 
 def is_einsum(path: tuple) -> bool:
-    """Whether a matrix is one of an einsum, whose heads come first in Gemma."""
+    """Whether a matrix is an einsum's; in Gemma's the axis of heads comes first."""
     return any("einsum" in part for part in _parts(path))
 
 
 def words(text: str) -> set[str]:
-    """The words of a name: ``q_heads`` is q and heads."""
+    """The words of a name: ``q_heads`` has q and heads."""
     return set(_words(text))
 
 
 def joined(name: str) -> str:
-    """The words of a name in one."""
+    """The words of a name, joined: ``q_proj`` gives qproj."""
     return "".join(_words(name))
 
 
@@ -252,7 +252,7 @@ def _is_projection(parts: list[tuple[str, ...]]) -> bool:
 
 @functools.cache
 def _words(text: str) -> tuple[str, ...]:
-    """``LMHead_0`` and ``lm_head`` are both lm and head."""
+    """Both ``LMHead_0`` and ``lm_head`` have the words lm and head."""
     words = []
     for chunk in re.findall(r"[^\W\d_]+", text):
         words += re.findall(r"[A-Z]+(?![a-z])|[A-Z][^A-Z]*|[^A-Z]+", chunk)
@@ -260,7 +260,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _names_of(part: tuple[str, ...]) -> set[str]:
-    """The words of a part, and rows of them in one; a letter only if it is alone."""
+    """The words of a part, and rows of them joined; no letter unless it is alone."""
     rows = {
         "".join(part[start:stop])
         for start in range(len(part))
@@ -270,7 +270,7 @@ def _names_of(part: tuple[str, ...]) -> set[str]:
 
 
 def _parts(path: tuple) -> list[tuple[str, ...]]:
-    """The words of each part of a path; a key may be one: ``a/b``, ``a.b``, ``(a, b)``.
+    """The words of each part of a path; a key may have parts: ``a/b``, ``(a, b)``.
 
     A ``head`` of attention is none of the model; ``output`` and ``proj_out`` outside
     the layers are.
@@ -302,7 +302,7 @@ def _is_attention(part: tuple[str, ...]) -> bool:
 
 
 def _is_layer(part: tuple[str, ...]) -> bool:
-    """Whether a part is one of a stack of layers, or in one; numbers have no words."""
+    """Whether a part is that of a layer or of a stack of layers, such as a number."""
     return (
         not part
         or part == ("h",)

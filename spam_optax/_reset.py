@@ -129,13 +129,13 @@ def _initial_state(
 ) -> optax.OptState:
     """The state of `inner` before its first step, in the structure of `inner_state`.
 
-    Made anew, not stored: initial moments are constants to the compiler.
+    It is made anew, not stored: initial moments are constants to the compiler.
     """
     cause = None
     for tree in (updates,) if params is None else _possible_params(updates, params):
         try:
             initial = inner.init(tree)
-        except (TypeError, ValueError) as error:  # For `inner` these are no parameters.
+        except (TypeError, ValueError) as error:  # `inner` refuses this tree.
             cause = error
             continue
         if jax.tree.structure(initial) == jax.tree.structure(inner_state):
@@ -149,10 +149,10 @@ def _initial_state(
 def _possible_params(
     updates: optax.Updates, params: optax.Params
 ) -> Iterator[optax.Params]:
-    """What init may have been called with, if `params` has other things in it too.
+    """The trees that init may have been called with, when `params` holds more.
 
-    A whole model, as Equinox has it, holds functions and numbers that have no update.
-    A parameter may have none either, in a step that it takes no part in.
+    A whole Equinox model holds functions and numbers, which have no updates. A
+    parameter that takes no part in a step has no update either.
     """
 
     def of_kind(kind, leaf):

@@ -12,18 +12,18 @@ _types: dict[str, type] = {}  # By the name they are stored under.
 def register_serialization(opt_state: Any) -> None:
     """Lets ``jax.export`` serialize functions that take or return such a state.
 
-    Optimizer states are named tuples, whose types ``jax.export`` knows only once they
-    are registered: Optax's own, too. Call this before ``Exported.serialize``, and in
-    the program that loads the function before ``jax.export.deserialize``. Types that
-    are registered already stay as they are, so it may be called again.
+    Optimizer states are named tuples, Optax's own included. ``jax.export`` refuses a
+    type of named tuple until it is registered. Call this before ``Exported.serialize``,
+    and before ``jax.export.deserialize`` in the program that loads the function. It may
+    be called again: a type that is registered already stays as it is.
 
     A type is stored as its package and its name, ``spam_optax.ScaleBySpamState``, so
-    that the module it is defined in may change. ``serialize`` itself needs the package
+    that it may move to another module. ``serialize`` itself needs the package
     ``flatbuffers``.
 
-    Checkpoints need none of this, but a template: ``checkpointer.restore(path,
-    jax.eval_shape(tx.init, params))``. Without one Orbax returns dictionaries for the
-    named tuples, and their leaves in another order. Names put them in place::
+    Checkpoints do not need this. They need a template: ``checkpointer.restore(path,
+    jax.eval_shape(tx.init, params))``. Without one, Orbax returns dictionaries in place
+    of the named tuples, with the leaves in another order. This puts them back::
 
       template = jax.eval_shape(tx.init, params)
       name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
@@ -60,7 +60,7 @@ def register_serialization(opt_state: Any) -> None:
                 f"register_serialization: types of a package must have different names,"
                 f" got {name} for both {other.__module__} and {node_type.__module__}."
             )
-        with contextlib.suppress(ValueError):  # Registered before, by whomever.
+        with contextlib.suppress(ValueError):  # It is registered already.
             jax.export.register_namedtuple_serialization(
                 node_type, serialized_name=name
             )

@@ -501,7 +501,7 @@ def spam(
     Statistics are in the state, for example ``optax.tree.get(state, "spike_count")``;
     the others are ``spike_total``, ``nonfinite_count`` and ``nonfinite_total``.
 
-    What becomes of a coordinate of the gradient:
+    What happens to a coordinate of the gradient:
 
     ============================  ====================================================
     NaN                           0, counted as non-finite
@@ -610,14 +610,14 @@ def spam(
 
 
 def _check_clip(function, threshold, b2, reset_interval, grace_steps) -> tuple:
-    """The arguments, checked, in their order."""
+    """Returns the arguments, checked, in the same order."""
     threshold = _validate.check_number(function, "threshold", threshold, above=0)
     b2 = _validate.check_decay(function, "b2", b2)
     return threshold, b2, *_validate.check_reset(function, reset_interval, grace_steps)
 
 
 def _check_adam(function, b1, b2, eps, reset_interval, warmup_steps) -> tuple:
-    """The arguments, checked, in their order."""
+    """Returns the arguments, checked, in the same order."""
     b1 = _validate.check_decay(function, "b1", b1)
     b2 = _validate.check_decay(function, "b2", b2)
     eps = _validate.check_number(function, "eps", eps, above=0)

@@ -169,9 +169,9 @@ def sparse_spam(
         like the parameters or a prefix of them, or a function from parameters to such a
         tree. None: :func:`matrices_only`. Parameters of fewer than 2 dimensions stay
         dense in any case; those of more are stacks of matrices, over the leading ones.
-        So rows are axis -2, whatever it holds: groups of MaxText's stacked kernels are
-        of entries of several layers, of Flax's attention kernels of several heads, and
-        the density is one that this axis allows.
+        Rows are therefore axis -2, whatever it holds: a group has entries of several
+        layers in MaxText's stacked kernels, and of several heads in Flax's attention
+        kernels. The length of this axis limits the densities that are possible.
       key: What the masks are drawn from, a PRNG key or a number to make one from. It is
         not part of the state: pass the same one when a run is resumed.
       selection: Which entry of a group gets momentum at a reset. ``"random"``: any.
@@ -278,10 +278,10 @@ def matrices_only(
     """Chooses the matrices of attention and feed-forward layers for sparse momentum.
 
     A parameter is chosen if it has 2 dimensions or more and no part of its path has an
-    excluded name. A part is compared by its words, as underscores, capitals and numbers
-    separate them: ``norm`` excludes ``attention_norm/weight`` and
-    ``LayerNorm_0/scale``, ``head`` excludes ``lm_head/kernel``. A name may be several
-    words, as ``embed_out`` is. Where a part stands counts too:
+    excluded name. A part is compared by its words, which underscores, capitals and
+    numbers separate: ``norm`` excludes ``attention_norm/weight`` and
+    ``LayerNorm_0/scale``, ``head`` excludes ``lm_head/kernel``. A name may have several
+    words, as ``embed_out`` has. The place of a part counts too:
 
     - A ``head`` of attention is not excluded (``MultiHeadAttention_0``, ``kv_head``).
     - ``output`` outside layers and attention is a ``head``, as in Meta's LLaMA, and
@@ -293,8 +293,8 @@ def matrices_only(
     :func:`spam_optax.describe_tensors` lists what was chosen.
 
     Args:
-      exclude: The names: by default those of embeddings, heads, and of biases, norms
-        and WeSaR's factors, which may have 2 dimensions where layers are stacked.
+      exclude: The excluded names. The default has those of embeddings and heads, and
+        of biases, norms and WeSaR's factors, which have 2 dimensions in stacked layers.
 
     Returns:
       A function from parameters to a tree of booleans, for `sparse_params`.
@@ -479,7 +479,7 @@ def _scale_and_decay(
         place = lambda x, group: group.place(x)  # noqa: E731
         updates = _moments.map_leaves(place, direction, groups)
         if decay is not None:
-            # Of the updates: the parameters may have leaves that are no arrays.
+            # Not with the parameters, which may have leaves that are not arrays.
             updates, _ = decay.update(updates, decay.init(updates), params)
             keep = lambda x, group: jnp.where(group.mask, x, 0)  # noqa: E731
             updates = _moments.map_leaves(keep, updates, groups)

@@ -589,7 +589,7 @@ def stable_spam(
 
 
 def _check_norm(function, gamma1, gamma2, eps=1.0, total_steps=None) -> tuple:
-    """The arguments, checked, in their order."""
+    """Returns the arguments, checked, in the same order."""
     gamma1 = _validate.check_decay(function, "gamma1", gamma1)
     gamma2 = _validate.check_decay(function, "gamma2", gamma2)
     eps = _validate.check_number(function, "eps", eps, above=0)

@@ -39,8 +39,8 @@ def check_number(
       whole: Whether only whole numbers are allowed.
 
     Returns:
-      `value`, a scalar of NumPy or ml_dtypes as a Python number: JAX would round to the
-      dtype of the scalar, or not know how to add it to an array.
+      `value`. A scalar of NumPy or ml_dtypes becomes a Python number, because JAX
+      would round to the scalar's dtype, or could not add the scalar to an array.
 
     Raises:
       TypeError: If `value` is neither a real number nor an array.
@@ -76,7 +76,7 @@ def check_number(
 
 
 def to_python(value: Any) -> Any:
-    """The Python number that a scalar of NumPy or ml_dtypes is; others as they are."""
+    """A NumPy or ml_dtypes scalar as a Python number; all else unchanged."""
     if not isinstance(value, np.generic):
         return value
     for kind, convert in ((jnp.integer, int), (jnp.floating, float)):
@@ -129,10 +129,10 @@ def check_steps(function: str, name: str, value: Any, *, low: int) -> Any:
 
 
 def instead_of_optax(value: Any) -> str:
-    """For a message: what to do if `optax.inject_hyperparams` made `value`.
+    """Advice for a message if `optax.inject_hyperparams` may have made `value`.
 
-    It makes arrays of numbers and calls functions with an array; a function from trees
-    to trees of tuples returns () of it.
+    Optax turns numbers into arrays and calls functions with the step, an array. A
+    function from a tree of arrays to a tree of tuples then returns ().
     """
     if not isinstance(value, (jax.Array, np.ndarray, tuple)):
         return ""
@@ -171,8 +171,8 @@ def check_key(function: str, key: Any) -> None:
 def make_key(key: Any) -> jax.Array:
     """Returns `key`, which :func:`check_key` let pass, as a PRNG key.
 
-    Only ``init`` and ``update`` may call it: a key lives on a device, and after a
-    factory that touched one ``jax.distributed.initialize`` would fail.
+    Only ``init`` and ``update`` may call it. A key lives on a device, and
+    ``jax.distributed.initialize`` fails once a device has been used.
     """
     if _is_key(key):
         return jnp.asarray(key)
@@ -180,7 +180,7 @@ def make_key(key: Any) -> jax.Array:
 
 
 def _is_key(key: Any) -> bool:
-    """Whether `key` is an array other than a number."""
+    """Whether `key` is an array, and not a scalar number."""
     return isinstance(key, (jax.Array, np.ndarray)) and (
         jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 0
     )

@@ -46,7 +46,7 @@ def inject_spikes(
       rate: Probability that a coordinate is hit, in [0, 1].
       scale: The factor of ``"scale"``, or the root mean square of ``"noise"`` in units
         of that of the tensor's gradient.
-      kind: What becomes of the coordinates hit. ``"scale"``: multiplied by `scale`.
+      kind: What happens to the coordinates hit. ``"scale"``: multiplied by `scale`.
         ``"noise"``: normal noise is added. ``"nan"``: NaN. ``"inf"``: infinite, of the
         coordinate's sign, positive for 0.
       steps: Steps in which gradients are corrupted: numbers, from 1, or a function from
@@ -117,7 +117,7 @@ def _step_test(
         return lambda step: jnp.ones([], bool)
     if callable(steps):
         return steps
-    is_scalar = getattr(steps, "ndim", None) == 0  # An array, so iterable by name.
+    is_scalar = getattr(steps, "ndim", None) == 0  # It has __iter__, which raises.
     if isinstance(steps, str) or is_scalar or not isinstance(steps, Iterable):
         raise TypeError(
             "inject_spikes: steps must be None, a sequence of whole numbers >= 1 or a "

@@ -149,7 +149,7 @@ MISTAKES = {
         "norm, norm)",
         "test_monitor",
     ),
-    "injected faults differ from run to run of a step": Mistake(
+    "injected faults are the same in every step": Mistake(
         "spam_optax/testing.py",
         "jax.random.fold_in(step_key, i)",
         "jax.random.fold_in(_validate.make_key(key), i)",

@@ -290,26 +290,28 @@ def test_hidden_files_are_left_out_and_links_followed():
     found = [str(path) for path in corpus.find("books")]
     assert found == ["books/a.txt", "books/more/b.txt", "books/z/c.txt"]
     assert whole_text("books").tobytes() == b"aa\nbbb\ncccc"
-    assert corpus.describe("books") == "3 files, 9 bytes; 3 hidden left out"
+    assert corpus.describe("books") == "3 files, 9 bytes; hidden files left out: 3"
     assert len(corpus.find("linked")) == 3
     assert corpus.find("books/**/*.txt") == corpus.find("books")
-    assert corpus.describe("books/*.txt") == "1 file, 2 bytes; 1 hidden left out"
+    assert corpus.describe("books/*.txt") == "1 file, 2 bytes; hidden files left out: 1"
     assert corpus.find("books/.hidden") == [pathlib.Path("books/.hidden/h.txt")]
     assert corpus.find("books/._a.txt") == [pathlib.Path("books/._a.txt")]
     write("secret/.a.txt", "hidden")
-    assert "no .txt file in the folder secret, but 1 hidden" in refused(data="secret")
+    assert "no .txt file in the folder secret; hidden files left out: 1" in refused(
+        data="secret"
+    )
 
 
 def test_files_of_a_streamed_set_are_told():
     source = write_set("set", shards=2)
     told = data.load(one_row(source)).files
     size = sum(path.stat().st_size for path in pathlib.Path("set").iterdir())
-    assert told == f"files: 2 of train, 1 of validation; {size:,} bytes"
+    assert told == f"files in train: 2, files in validation: 1, {size:,} bytes"
     write("set/._train.jsonl", "x")
     write("other/train-7.jsonl", json_lines(["linked"]))
     pathlib.Path("set/more").symlink_to(pathlib.Path("other").absolute())
     told = data.load(one_row(source)).files
-    assert "; 2 more left out: hidden, in linked folders, or of no split" in told
+    assert "; files left out (hidden, linked folders, no split): 2" in told
 
 
 # -------------------------------------------------------------------- broken shards
@@ -385,7 +387,7 @@ def test_broken_shards_are_named_or_left_out(monkeypatch, capsys):
             with pytest.raises(DataError) as error:
                 windows_of(opened[0], 200)
             line = str(error.value)
-            assert f"{broken}, after row 0: " in line, line
+            assert f"{broken}, of which 0 rows were read: " in line, line
             assert "--skip-bad-data 1 " in line and "\n" not in line
             assert not opened[0].shards.left_out
             assert capsys.readouterr().err == ""
@@ -470,7 +472,7 @@ def test_what_was_left_out_is_in_the_state(monkeypatch):
 def test_broken_validation_set_is_named():
     source = write_set("set", held_out="test")
     write("set/test.jsonl", LINES[:40] + "\n" + LINES)
-    assert "set/test.jsonl, after row 0: " in refused(data=source)
+    assert "set/test.jsonl, of which 0 rows were read: " in refused(data=source)
     write("set/test-1.jsonl", LINES)
     loaded = data.load(config(data=source, eval_sequences=512), skip_bad_data=1)
     assert len(loaded.left_out) == 1
@@ -519,7 +521,9 @@ def test_lost_connections_are_tried_again(monkeypatch, capsys):
             guard.opened = True
             read = builder._generate_examples(files=["hf://a/b.jsonl"])
             if 5 in failures:
-                with pytest.raises(DataError, match=r"hf://a/b.jsonl, after row 5: "):
+                with pytest.raises(
+                    DataError, match="b.jsonl, of which 5 rows were read: "
+                ):
                     list(read)
             else:
                 assert [number for number, _ in read] == list(range(6))
@@ -527,7 +531,7 @@ def test_lost_connections_are_tried_again(monkeypatch, capsys):
             lines = capsys.readouterr().err.splitlines()
             assert len(lines) == len(delays)
             assert (
-                "hf://a/b.jsonl, after row" in lines[-1]
+                "hf://a/b.jsonl, of which" in lines[-1]
                 and type(error).__name__ in lines[-1]
             )
             assert f"trying again in {delays[-1]} s" in lines[-1]
@@ -1460,7 +1464,7 @@ def test_text_too_short_in_tokens():
         ({"train": ["a"]}, ["no split validation or test", "only train"]),
         ({"validation": ["a"]}, ["no split train", "only validation"]),
         ({"train": ["a"], "validation": ["a"]}, ["validation part", "2 bytes", "17"]),
-        ({"train": [5], "validation": [6]}, ["column text", "no text"]),
+        ({"train": [5], "validation": [6]}, ["column text", "not text"]),
     ],
     ids=str,
 )

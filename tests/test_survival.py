@@ -406,7 +406,7 @@ def test_broken_shard_ends_a_run_that_can_go_on(tmp_path, capsys, monkeypatch):
     folder, whole = tmp_path / "run", tmp_path / "whole"
     assert pretrain.main([*flags, "--skip-bad-data=1", f"--output={whole}"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("Data: files: 2 of train, 1 of validation; ")
+    assert captured.out.startswith("Data: files in train: 2, files in validation: 1, ")
     assert "Files whose data was left out in part: 1\n" in captured.out
     assert captured.err.count("\n") == 1 and "leaving out the rest of" in captured.err
     assert {
@@ -422,8 +422,9 @@ def test_broken_shard_ends_a_run_that_can_go_on(tmp_path, capsys, monkeypatch):
         line = capsys.readouterr().err
         found = re.fullmatch(
             r"pretrain.py: adam: no batch for step (\d+), step (\d+) is saved: cannot"
-            r" read \S+/set/train-1.jsonl, after row 0: .* \(--skip-bad-data 1 leaves"
-            r" the rest of this file out\). Continue with: python \S+ --resume"
+            r" read \S+/set/train-1.jsonl, of which 0 rows were read: .*"
+            r" \(--skip-bad-data 1 leaves the rest of this file out\). Continue with:"
+            r" python \S+ --resume"
             rf" --output {folder}\n",
             line,
         )

@@ -20,7 +20,7 @@ What it reads:
 
 - `data`: batches, by host, with a place that can be saved.
 - `corpus`, `streaming`: text files, and Hugging Face data sets.
-- `shards`: their files, tried again, named if broken, or left out.
+- `shards`: reads the latter's files; tries again, and names or leaves out broken ones.
 - `tokenization`: bytes, a BPE of its own, or a pretrained one.
 
 How it runs:

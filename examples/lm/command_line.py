@@ -227,7 +227,8 @@ def add_data_flags(flags: RunFlags) -> None:
     )
     flags.add(
         "separator",
-        "token between documents (default: the tokenizer's end of text, or of a line)",
+        "token between documents (default: the tokenizer's end of text, or else a"
+        " line end)",
         metavar="TOKEN",
     )
     flags.add("batch_size", "sequences a step, on all devices", type=whole(1))

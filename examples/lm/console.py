@@ -115,19 +115,23 @@ def announce(task: Task) -> None:
 
 
 def describe(task: Task) -> None:
-    """Says which tensors each optimizer keeps how many moments of."""
+    """Prints which moments the optimizers keep, in one line for equal ones."""
     params = training.abstract_params(task)
+    names: dict[str, list[str]] = {}
     for name in task.config.optimizers:
         transform = optimizers.make(name, task.config).transform
         state = jax.eval_shape(transform.init, params)
         try:
-            print(moments(name, spam_optax.describe_tensors(state, params)), flush=True)
+            kept = moments(spam_optax.describe_tensors(state, params))
         except ValueError:
-            print(f"{name}: moments of another form than the tensors", flush=True)
+            kept = "moments of other shapes than the parameters"
+        names.setdefault(kept, []).append(name)
+    for kept, alike in names.items():
+        print(f"{', '.join(alike)}: {kept}", flush=True)
 
 
-def moments(name: str, tensors: spam_optax.TensorDescriptions) -> str:
-    """One line for an optimizer; tensors that are treated alike are named by role."""
+def moments(tensors: spam_optax.TensorDescriptions) -> str:
+    """The moments of an optimizer; tensors that are treated alike are named by role."""
     groups: dict[tuple, list[spam_optax.TensorDescription]] = {}
     for tensor in tensors:
         second = tensor.second_moments
@@ -137,19 +141,18 @@ def moments(name: str, tensors: spam_optax.TensorDescriptions) -> str:
         key = f"{tensor.density:.0%}", second is not None, is_shared
         groups.setdefault(key, []).append(tensor)
     if set(groups) == {("100%", True, False)}:
-        return f"{name}: both moments for every entry"
+        return "first and second moments for every parameter"
     texts = []
     for (density, has_second, is_shared), group in groups.items():
         roles = ", ".join(dict.fromkeys(tensor.role for tensor in group))
         entries = sum(math.prod(tensor.shape) for tensor in group)
-        text = f"momentum for {density} of the {entries:,} entries of {roles}"
-        if not has_second:
-            text += " and no second moments"
-        elif is_shared:
+        kinds = "first and second" if has_second and not is_shared else "first"
+        text = f"{kinds} moments for {density} of the {entries:,} parameters of {roles}"
+        if is_shared:
             number = sum(math.prod(tensor.second_moments) for tensor in group)
-            text += f" and {number:,} second moments"
+            text += f", which share {number:,} second moments"
         texts.append(text)
-    return f"{name}: {'; '.join(texts)}"
+    return "; ".join(texts)
 
 
 def work(config: RunConfig) -> str:

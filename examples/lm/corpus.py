@@ -144,7 +144,7 @@ def find(data: str | None) -> list[pathlib.Path]:
 
 
 def look_up(data: str | None) -> tuple[list[pathlib.Path], int]:
-    """The files that `data` names, and how many more there are that are hidden."""
+    """The files that `data` names, and the number of hidden ones left out."""
     if data is None:
         return [SHAKESPEARE], 0
     if not data:
@@ -165,15 +165,15 @@ def look_up(data: str | None) -> tuple[list[pathlib.Path], int]:
     files = each_once(found)
     hidden = len(each_once(below)) - len(files)
     if not files:
-        left_out = f", but {hidden:,} hidden" if hidden else ""
+        left_out = f"; hidden files left out: {hidden:,}" if hidden else ""
         raise UsageError(missing + left_out)
     return files, hidden
 
 
 def matching(pattern: str, hidden: bool) -> Iterator[pathlib.Path]:
-    """What a pattern names, where ** stands for any folders, each of them once.
+    """The paths that a pattern names; ** stands for any folders, each visited once.
 
-    The package glob would follow a link that leads back until the system stops it.
+    The package glob would follow a link to a parent folder round and round.
     """
     parts = pathlib.PurePath(pattern).parts
     if "**" not in parts:
@@ -189,7 +189,7 @@ def matching(pattern: str, hidden: bool) -> Iterator[pathlib.Path]:
 
 
 def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """What is not a folder in `folder` and below."""
+    """The files in `folder` and below."""
     for inner, files in folders_below(folder):
         yield from (inner / file for file in files)
 
@@ -199,7 +199,7 @@ def folders_below(
 ) -> Iterator[tuple[pathlib.Path, list[str]]]:
     """The folder itself and those below, each once, with the names of their files.
 
-    Linked folders come last, so that a file has its own name rather than a link's.
+    Linked folders come last, so that a file is found under its own path first.
     """
     waiting, seen = [folder], set()
     while waiting:
@@ -223,9 +223,9 @@ def is_hidden(path: pathlib.Path) -> bool:
 
 
 def each_once(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-    """The files among `paths`, in order, each under its own name rather than a link's.
+    """The files among `paths`, sorted, each once.
 
-    A link to a file that is not among them stands for it.
+    A link counts only if the file that it leads to is not among them.
     """
     by_file = {}
     for path in sorted(paths, key=lambda path: (path.is_symlink(), path)):
@@ -235,16 +235,16 @@ def each_once(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
 
 
 def describe(data: str | None) -> str:
-    """How many files `data` names, how large they are, and how many are left out."""
+    """The number and size of the files that `data` names, and how many are left out."""
     files, hidden = look_up(data)
     size = sum(span.stop for span in whole(files))
     text = f"{len(files):,} file{'s' * (len(files) > 1)}, {size:,} bytes"
-    return text + (f"; {hidden:,} hidden left out" if hidden else "")
+    return text + (f"; hidden files left out: {hidden:,}" if hidden else "")
 
 
 @contextlib.contextmanager
 def reading(path: pathlib.Path) -> Iterator[None]:
-    """Raises a DataError that names the file for what the system says of it."""
+    """Turns an OSError into a DataError that names the file."""
     try:
         yield
     except OSError as error:
@@ -383,7 +383,7 @@ def cached(
 
 
 def is_array(path: pathlib.Path) -> bool:
-    """Whether the file is there, and as whole as when it was written."""
+    """Whether the file is there and holds a complete array."""
     try:
         np.load(path, mmap_mode="r")
     except (OSError, ValueError):

@@ -31,7 +31,7 @@ class Data(NamedTuple):
     train: grain.IterDataset
     validation: np.ndarray  # (batches, batch_size, sequence_length + 1), on every host
     digest: str  # changes when the text or the tokenizer does
-    files: str  # how many there are, in a line
+    files: str  # their number and size, for people
     left_out: Mapping[str, str] = MappingProxyType({})  # see shards.Shards
 
 
@@ -43,8 +43,8 @@ def load(config: RunConfig, host: Host = ONE_HOST, *, skip_bad_data: int = 0) ->
     ``books/*.txt``: the last tenth is for validation. "hf:NAME:CONFIGURATION", or
     "hf:NAME", is a data set of the Hugging Face hub, or a local folder like one: its
     split "train", and for validation "validation" or else "test", of which the first
-    documents are taken. Of up to `skip_bad_data` of its shards what cannot be read is
-    left out.
+    documents are taken. Up to `skip_bad_data` of its shards may be broken: what cannot
+    be read of them is left out.
     """
     rows = rows_per_host(config, host)
     if config.data is not None and config.data.startswith(streaming.PREFIX):

@@ -59,7 +59,7 @@ def is_main() -> bool:
 
 
 def say(message: str) -> None:
-    """Tells the person at the terminal what happened on this host, in one line."""
+    """Prints one line about this host to the standard error stream."""
     host = f"host {jax.process_index()}: " if jax.process_count() > 1 else ""
     print(f"pretrain.py: {host}{message}", file=sys.stderr, flush=True)
 

@@ -16,7 +16,7 @@ from lm.optimizers import Optimizer
 from lm.records import Row
 from lm.training import Task, TrainState
 
-AHEAD = 4  # batches that each of several hosts takes at a time
+AHEAD = 4  # batches that a host takes at a time, if there are several hosts
 
 
 class Halted(UsageError):
@@ -24,7 +24,7 @@ class Halted(UsageError):
 
 
 class DataLost(DataError):
-    """There is no batch for a step; the state before it is saved."""
+    """No batch could be read for a step; the state before it is saved."""
 
 
 class StepRecorder:
@@ -92,10 +92,10 @@ def flops_of_peak(task: Task) -> Callable[[float], float | None]:
 def fetched(
     batches: grain.DatasetIterator,
 ) -> Iterator[tuple[np.ndarray, Place]]:
-    """This host's batches, each with the place behind it, while every host has one.
+    """Yields this host's batches, each with the place in the data after it.
 
-    Several hosts take a few at a time before they tell each other how many they got:
-    telling waits for the devices.
+    Several hosts take a few batches at a time and then exchange how many they got,
+    since every exchange waits for the devices.
 
     Raises:
       DataError: On every host, at the same batch, if one of them cannot read it.
@@ -109,7 +109,7 @@ def fetched(
                 taken.append((batch, batches.get_state()))
         except UsageError as error:
             problem = str(error)
-        except Exception as error:  # whatever reads and encodes in Grain's thread
+        except Exception as error:  # from reading or encoding in Grain's thread
             problem = f"cannot read the data: {shards.reason(error)}"
         told = map(json.loads, hosts.gather(json.dumps([len(taken), problem])))
         count, problem = min(map(tuple, told))

@@ -1,4 +1,4 @@
-"""The shards of a streamed data set: tried again, named if broken, or left out."""
+"""Reading the shards of a streamed data set, of which some may be broken."""
 
 import itertools
 import time
@@ -15,28 +15,28 @@ CLIENTS = ("aiohttp", "http", "huggingface_hub", "requests", "urllib")  # httpx,
 STRINGS = ("string", "large_string", "string_view")
 TEXT = (*STRINGS, "null")
 
-Reader = Callable[..., Iterator[tuple]]  # of the `datasets` library: one shard's parts
+Reader = Callable[..., Iterator[tuple]]  # the `datasets` library's, of one shard
 
 
 class Shards:
-    """Stands between the readers of the `datasets` library and their files.
+    """Guards the readers of the `datasets` library against broken files.
 
-    An error that may pass, of the network or of a disk, is met by reading the shard
-    again up to the same place. After any other error, or the last attempt, the rest of
-    the shard is left out, or reading ends with a `DataError` that names the file and
-    the row. The library counts what a reader yields, so a place in the data means the
-    same whatever happened before it.
+    After an error that may pass, of the network or of a disk, the shard is read again
+    up to the same place. After any other error, or the last attempt, the rest of the
+    shard is left out if that is allowed. Otherwise reading ends with a `DataError` that
+    names the file and the row. A place in the data counts what the readers yielded, so
+    it means the same whether or not there were errors before it.
 
-    `left_out` has a line for every shard of which a part was left out, by its name.
+    `left_out` maps the name of each shard that was left out in part to a message.
     """
 
     def __init__(self, allowed: int = 0):
         self.allowed = allowed  # shards that may be left out
         self.left_out: dict[str, str] = {}
-        self.opened = False  # until then errors are for the library, which tries things
+        self.opened = False  # before, the library handles errors: it tries the files
 
     def guard(self, builder: Any) -> None:
-        """Takes the place of the readers of `builder`, a dataset builder."""
+        """Replaces the readers of `builder`, a dataset builder, by guarded ones."""
         for name in ("_generate_tables", "_generate_examples"):
             if reader := getattr(builder, name, None):
                 setattr(builder, name, self._guarded(reader))
@@ -44,10 +44,10 @@ class Shards:
             builder._cast_table = self._checked_cast(cast)
 
     def _checked_cast(self, cast: Callable[..., Any]) -> Callable[..., Any]:
-        """`cast`, the library's to common types, of text alone.
+        """Wraps `cast`, the library's to common types; refuses text mixed with others.
 
-        Of JSON lines with text here and numbers there it would make text with quotes,
-        and of files of numbers text.
+        If JSON lines have text in some rows and numbers in others, `cast` makes JSON
+        text of both, with quotation marks; and it makes text of files of numbers.
         """
 
         def checked_cast(table: Any, **options) -> Any:
@@ -75,7 +75,7 @@ class Shards:
                     yield key, part
                     parts, rows, attempts = parts + 1, rows + count, 0
                 return
-            except Exception as error:  # the library's, its HTTP clients', its parsers'
+            except Exception as error:  # of the library, its HTTP clients, its parsers
                 name = name_of(shard)
                 if attempts == len(DELAYS) or not may_pass(error):
                     self.leave_out(name, rows, error)
@@ -88,29 +88,29 @@ class Shards:
                 time.sleep(delay)
 
     def leave_out(self, name: str, rows: int, error: Exception) -> None:
-        """Passes over the rest of a shard, if one more may be left out."""
-        line = f"{name}, after row {rows}: {reason(error)}"
+        """Skips the rest of a shard; raises if no more shards may be left out."""
+        line = f"{name}, of which {rows:,} rows were read: {reason(error)}"
         needed = len({*self.left_out, name})
         if needed > self.allowed:
             raise DataError(
                 f"cannot read {line} (--skip-bad-data {needed} leaves the rest of this"
                 " file out)"
             ) from error
-        if name not in self.left_out:  # in every epoch, but told once
+        if name not in self.left_out:  # it recurs in every epoch
             hosts.say(f"leaving out the rest of {line}")
             self.left_out[name] = line
 
 
 def checked(part: Any) -> int:
-    """How many rows a table has, or 1 for a document, if the column holds text."""
+    """The rows of a table, or 1 for a document; raises if its column is not text."""
     if isinstance(part, dict):
         if not isinstance(part.get(COLUMN), str | None):
-            raise ValueError(f"the column {COLUMN} holds {part[COLUMN]!r}, no text")
+            raise ValueError(f"the column {COLUMN} holds {part[COLUMN]!r}, not text")
         return 1
     if COLUMN in part.column_names and len(part):
         check_type(part)
         column = part.column(COLUMN)
-        column.validate(full=True)  # Arrow's parsers leave it open whether it is UTF-8
+        column.validate(full=True)  # Arrow's parsers do not check for UTF-8
         if column.null_count == len(part):
             raise ValueError(f"no row has a {COLUMN}")
     return len(part)
@@ -121,22 +121,22 @@ def check_type(table: Any) -> None:
     if COLUMN in table.column_names and len(table):
         kind = table.column(COLUMN).type
         if str(getattr(kind, "value_type", kind)) not in TEXT:  # of a dictionary
-            raise ValueError(f"the column {COLUMN} holds {kind}, no text")
+            raise ValueError(f"the column {COLUMN} holds {kind}, not text")
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same may be read without an error a little later."""
+    """Whether reading again a little later may succeed."""
     if isinstance(error, LASTING):
         return False
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if isinstance(error, OSError) and error.errno is not None:
-        return True  # from the operating system; parsers raise OSError without a number
+        return True  # of the operating system; parsers raise OSError without a number
     return type(error).__module__.startswith(CLIENTS)
 
 
 def name_of(shard: dict[str, Any]) -> str:
-    """The file of a shard, as near as the arguments of its reader tell."""
+    """The file of a shard, as far as it can be read from its reader's arguments."""
     lists = [value for value in shard.values() if isinstance(value, list)]
     names = [str(name) for name in itertools.chain(*lists) if isinstance(name, str)]
     return names[0] if names else f"the shard {shard}"[:200]

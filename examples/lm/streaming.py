@@ -45,15 +45,15 @@ class Source(NamedTuple):
     train: Any  # datasets.IterableDataset
     validation: Any
     identity: str  # changes when the text does, as far as that is seen
-    shards: Shards  # what reads both
-    files: str  # how many there are, in a line
+    shards: Shards  # reads both splits
+    files: str  # their number and size, for people
 
 
 def open_source(data: str, skip_bad_data: int = 0) -> Source:
     """Opens "hf:NAME" or "hf:NAME:CONFIGURATION"; NAME may be a local folder.
 
-    Training takes the split "train"; evaluation "validation", else "test". Of up to
-    `skip_bad_data` shards what cannot be read is left out.
+    Training takes the split "train"; evaluation "validation", else "test". Up to
+    `skip_bad_data` shards may be broken: what cannot be read of them is left out.
     """
     shards = Shards(skip_bad_data)
     library = quiet_library()
@@ -180,18 +180,18 @@ def data_files(builder: Any) -> dict[str, list]:
 
 
 def describe(builder: Any, name: str) -> str:
-    """How many files a data set has, and how many like them are not read."""
+    """The number and size of a data set's files, and how many others are not read."""
     files = data_files(builder)
-    counts = [f"{len(paths):,} of {split}" for split, paths in files.items()]
-    text = f"files: {', '.join(counts) or 'not known'}"
+    counts = [f"files in {split}: {len(paths):,}" for split, paths in files.items()]
+    text = ", ".join(counts) or "files: not known"
     if not os.path.isdir(name):
         return text
     used = {os.path.realpath(path) for path in itertools.chain(*paths_of(builder))}
     kinds = tuple({pathlib.Path(path).suffix for path in used})
     below = {os.path.realpath(path) for path in corpus.files_below(pathlib.Path(name))}
     others = sum(path.endswith(kinds) for path in below - used) if kinds else 0
-    text += f"; {sum(map(os.path.getsize, used)):,} bytes"
-    left_out = f"; {others:,} more left out: hidden, in linked folders, or of no split"
+    text += f", {sum(map(os.path.getsize, used)):,} bytes"
+    left_out = f"; files left out (hidden, linked folders, no split): {others:,}"
     return text + (left_out if others else "")
 
 

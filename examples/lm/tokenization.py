@@ -17,12 +17,12 @@ import rich
 from lm.config import UsageError
 
 END = "<|endoftext|>"
-# How pretrained tokenizers call the end of a document. What they declare themselves
-# comes between: for a chat model it may be the end of a turn.
+# What pretrained tokenizers call the end of a document. The token that a tokenizer
+# declares is tried between the two lists: in a chat model it may be the end of a turn.
 END_TOKENS = (END, "<|end_of_text|>", "</s>", "<eos>")
 OTHER_END_TOKENS = ("[EOS]", "[SEP]", "<|eos|>", "<EOS>", "<sep>", "<|im_end|>")
-RULES = "control tokens in a text are text"  # changes when the tokens of a text do
-LONGEST_WORD = 256  # bytes of what a BPE takes for a word: training is quadratic in it
+RULES = "control tokens in a text are text"  # to change when a text gets other tokens
+LONGEST_WORD = 256  # bytes, in a BPE: the time of training is quadratic in it
 LARGEST = 2**20  # tokens of a BPE; for many more its package has no memory
 TRAINING_CHARACTERS = 2**25  # of a text, at most, that a BPE is trained on
 
@@ -48,9 +48,9 @@ class Tokenizer(NamedTuple):
         tokens = self.encode("\n")
         if not len(tokens):
             raise UsageError(
-                f"nothing would stand between two documents: the tokenizer {self.name}"
-                " has no end-of-document token that is known, and drops line ends; name"
-                " one of its tokens with --separator"
+                f"nothing would separate documents: the tokenizer {self.name} has no"
+                " known end-of-document token, and drops line ends; name one of its"
+                " tokens with --separator"
             )
         return tokens
 
@@ -78,9 +78,9 @@ def load(
         Hugging Face hub.
       texts: Gives the training text in pieces, the same ones each time.
       cache: Folder that keeps trained tokenizers.
-      separator: The token to put between documents. None is the first of `END_TOKENS`
-        that it has, else the end that it declares, else one of `OTHER_END_TOKENS`, else
-        the end of a line.
+      separator: The token to put between documents. None: the first of `END_TOKENS`
+        that the tokenizer has, else the end of text that it declares, else the first of
+        `OTHER_END_TOKENS`, else a line end.
     """
     if name == BYTES.name:
         if separator is not None:
@@ -123,8 +123,8 @@ def library() -> Any:
 def read(name: str, path: pathlib.Path, separator: str | None = None) -> Tokenizer:
     """The tokenizer in a tokenizer.json.
 
-    A control token that is spelt in a text is encoded as text: no document can contain
-    the end of a document.
+    A control token that is spelled out in a text is encoded as ordinary text, so no
+    document can contain the token for the end of a document.
     """
     tokenizers = library()
     try:
@@ -169,7 +169,7 @@ def read(name: str, path: pathlib.Path, separator: str | None = None) -> Tokeniz
 def end_token(
     ids: dict[str, int], content: dict, path: pathlib.Path, separator: str | None
 ) -> str | None:
-    """The token that ends a document; None if there is none that is known."""
+    """The token that ends a document, or None if none is known."""
     if separator is not None:
         if separator not in ids:
             some = ", ".join(control_tokens(content)[:5]) or next(iter(ids))
@@ -199,7 +199,7 @@ def declared_end(path: pathlib.Path) -> str | None:
 
 
 def last_of_template(processor: dict | None) -> str | None:
-    """The control token that a tokenizer.json puts behind a text, if it puts one."""
+    """The control token that a tokenizer.json puts after a text, if any."""
     if processor is None:
         return None
     if processor["type"] == "Sequence":
@@ -214,11 +214,11 @@ def last_of_template(processor: dict | None) -> str | None:
 def spellings(
     ids: dict[str, int], content: dict, end: int | None
 ) -> dict[int, list[int]]:
-    """The tokens of the characters of each control token, by the control token's id.
+    """Maps the id of each control token to the tokens of its characters.
 
-    They stand in for what some models find in a text though it is told to be text: a
-    unigram model has its control tokens among its pieces. The token for what is unknown
-    is not among them: it comes of texts.
+    These replace the control tokens that a unigram model finds in a text even when it
+    is told not to, since they are among its pieces. The token for unknown characters is
+    left out, since it stands for parts of a text.
     """
     model = content["model"]
     unknown = {model.get("unk_token"), model.get("unk_id")}
@@ -269,7 +269,8 @@ def trained(
 def train(size: int, texts: Iterable[str]) -> Any:
     """Trains a byte-level BPE, from which every text comes back exactly.
 
-    Words longer than `LONGEST_WORD` bytes are cut: a text without spaces would be one.
+    Words longer than `LONGEST_WORD` bytes are cut, since a text without spaces would be
+    one word.
     """
     tokenizers = library()
     byte_level = tokenizers.pre_tokenizers.ByteLevel
