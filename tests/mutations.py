@@ -32,9 +32,9 @@ class Mistake(NamedTuple):
 
 MISTAKES = {
     "the second moment forgets the gradient": Mistake(
-        "spam_optax/_moments.py",
-        "(decay * moment + (1 - decay) * target)",
-        "(decay * moment + (1 - decay**2) * target)",
+        "spam_optax/_arithmetic.py",
+        "(decay * mean + (1 - decay) * value)",
+        "(decay * mean + (1 - decay**2) * value)",
         "test_spam",
     ),
     "no reset of the moments": Mistake(
