@@ -29,6 +29,9 @@ _LAYERS = {
 }
 _HEADS = {"head", "heads"}
 _VOCABULARY = {"vocab", "vocabulary"}
+# Matrices with more outputs than inputs, which are (out, in) in Hugging Face's Flax
+# GPT-2 and in later Gemmas.
+_WIDENING = ("c_attn", "c_fc", "gating_einsum")
 
 
 class ScaleByAdamMiniState(NamedTuple):
@@ -37,7 +40,7 @@ class ScaleByAdamMiniState(NamedTuple):
     Attributes:
       count: Steps taken.
       mu: First moment, shaped like the parameters.
-      nu: Second moment, one value a block: shaped as `partition` said.
+      nu: Second moment, one value per block: shaped as `partition` said.
       dropped_count: Coordinates of the last gradient that were not finite.
       dropped_total: The same, of all steps.
     """
@@ -58,7 +61,7 @@ def scale_by_adam_mini(
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """Rescales by Adam with one second moment a block.
+    """Rescales by Adam with one second moment per block.
 
     :func:`adam_mini` without learning rate and weight decay; the formulas are there.
 
@@ -163,7 +166,7 @@ def adam_mini(
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam-mini: Adam with one second moment a block, so with half its memory.
+    r"""Adam-mini: Adam with one second moment per block, so with half its memory.
 
     In step :math:`t`, for each block with gradient :math:`g`, learning rate
     :math:`\alpha` and weight decay :math:`\lambda`:
@@ -274,8 +277,9 @@ def adam_mini_partition(
     ==========================================  =======================  ===============
 
     So queries, keys and values fused in one kernel have a block for each output neuron,
-    and LoRA's factors too. A matrix whose name is not known is treated in the same way,
-    with a warning that lists such matrices.
+    and LoRA's factors too. A convolution (window, in, out) has one for each output
+    neuron and place of the window. A matrix whose name is not known is treated in the
+    same way, with a warning that lists such matrices.
 
     Names are compared by words, as for :func:`matrices_only`: queries are ``query``,
     ``q``, ``q_proj``, ``wq``, ``q_einsum``, and so on. Axes are read from each tensor:
@@ -288,8 +292,9 @@ def adam_mini_partition(
       num_kv_heads: Heads of the keys and values. None: as many as of the queries.
       outputs_first: Whether matrices are (out, in), as those of PyTorch, Equinox and
         Levanter are; or names of parts of paths, where they are so. Embeddings are
-        (vocabulary, width) in any case. None: matrices are (in, out), and one called
-        ``weight`` is refused, for that can be either.
+        (vocabulary, width) in any case. None: matrices are (in, out); refused is one
+        called ``weight``, for that can be either, and a ``c_attn``, ``c_fc`` or
+        ``gating_einsum`` that would then have more inputs than outputs.
       layer_axis: The axis of layers of tensors that have one; 1 for MaxText. None: the
         first one; a kernel that would then have more layers than inputs is refused.
       stacked: Names of parts of paths, such as ``("layers",)``: a tensor with one of
@@ -340,18 +345,32 @@ def adam_mini_partition(
     if stacked is not None:
         _validate.check_names(function, "stacked", stacked, "None or ")
     key_heads = num_heads if num_kv_heads is None else num_kv_heads
+    layer_axis = None if layer_axis is None else int(layer_axis)
     layouts = _Layouts(num_heads, key_heads, outputs_first, layer_axis, stacked)
 
+    told = () if isinstance(outputs_first, bool | None) else outputs_first
+
     def partition(params: optax.Params) -> Any:
-        names = _paths.names(function, params)
+        names, leaves = _paths.names(function, params), _paths.leaves(params)
         blocks = _paths.map_leaves(lambda leaf: _blocks(leaf, layouts), params)
-        roles = [_role(leaf) for leaf in _paths.leaves(params)]
-        pairs = zip(names, roles, strict=True)
-        unknown = [name or "the root" for name, role in pairs if role is None]
+        pairs = zip(names, leaves, strict=True)
+        unknown = [name or "the root" for name, leaf in pairs if _role(leaf) is None]
         if unknown:
             warnings.warn(
                 f"{function}: no role is known for the matrices {', '.join(unknown)}; "
                 "each of them has a second moment for every output neuron.",
+                stacklevel=2,
+            )
+        absent = [
+            name
+            for name in (*told, *(stacked or ()))
+            if not any(_paths.has_name(leaf.path, [name]) for leaf in leaves)
+        ]
+        # No error: Optax may show a partition a part of the parameters only.
+        if absent:
+            warnings.warn(
+                f"{function}: names in outputs_first or stacked are in the path of no "
+                f"tensor: {', '.join(absent)}.",
                 stacklevel=2,
             )
         return blocks
@@ -426,8 +445,14 @@ def _axes(
     axes = ["layer"] * (len(rest) - len(core)) + list(core)
     for axis in layers or ():
         axes.insert(axis, "layer")
-    if layouts.layer_axis is None and layers is None:
-        _check_layers(leaf, axes)
+    if layers is None and layouts.layer_axis is None:
+        _check_layers(leaf, axes, "layer_axis")
+    elif layers and layouts.stacked is None and leaf.axis_names is None:
+        _check_layers(leaf, axes, "stacked")
+    if layouts.outputs_first is None and core == flat:
+        sizes = dict(zip(axes, shape, strict=True))
+        if sizes["in"] > sizes["out"] and _paths.has_name(leaf.path, _WIDENING):
+            _refuse(leaf, "outputs_first", "it is (in, out) or (out, in)")
     return tuple(axes)
 
 
@@ -520,15 +545,15 @@ def _if_no_layers(leaf: _paths.Leaf, axes: tuple[str, ...]) -> tuple[str, ...] |
     return axes
 
 
-def _check_layers(leaf: _paths.Leaf, axes: list[str]) -> None:
+def _check_layers(leaf: _paths.Leaf, axes: list[str], argument: str) -> None:
     """Raises if there were more layers than inputs, for then they lie elsewhere."""
-    if _role(leaf) not in (*_WITH_HEADS, "feed-forward") or axes[0] != "layer":
+    if _role(leaf) not in (*_WITH_HEADS, "fused attention", "feed-forward"):
         return
     sizes = list(zip(axes, jnp.shape(leaf.value), strict=True))
-    layers = [size for axis, size in sizes if axis == "layer"][-1]
+    layers = max(((n, i) for i, (x, n) in enumerate(sizes) if x == "layer"), default=())
     inputs = [size for axis, size in sizes if axis == "in"]
-    if inputs and layers > inputs[0]:
-        _refuse(leaf, "layer_axis", "its first axis is one of layers or of inputs")
+    if layers and inputs and layers[0] > inputs[0]:
+        _refuse(leaf, argument, f"axis {layers[1]} is one of layers or of inputs")
 
 
 def _number_of_heads(leaf: _paths.Leaf, layouts: _Layouts) -> int:

@@ -69,7 +69,7 @@ def root(x: jax.Array) -> jax.Array:
 
 
 def stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A vector of one number a tensor; empty if there is no tensor."""
+    """A vector of one number per tensor; empty if there is no tensor."""
     return jnp.stack(scalars).astype(dtype) if scalars else jnp.zeros([0], dtype)
 
 

@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 
 import jax
 
+_NORMS = ("norm", "layernorm", "rmsnorm", "groupnorm", "batchnorm", "ln")
 VECTORS = (
-    *("bias", "b", "scale", "offset", "gain", "gamma", "beta", "decay"),
-    *("norm", "layernorm", "rmsnorm", "groupnorm", "batchnorm", "ln"),
+    *("bias", "b", "scale", "offset", "gain", "gamma", "beta", "decay", "a_log"),
+    *_NORMS,
 )
 EMBEDDINGS = (
     *("embed", "embeds", "embedder", "embedding", "embeddings", "emb", "wte", "wpe"),
-    *("position", "positions", "positional", "posemb"),
+    *("positions", "positional", "position_encoding", "posemb"),
 )
 HEADS = (
-    *("head", "logits", "classifier", "unembed", "unembedding"),
-    *("embed_out", "output_embed", "output_embedding"),
+    *("head", "logits", "logit_dense", "classifier", "unembed", "unembedding"),
+    *("embed_out", "output_embed", "output_embedding", "predictions", "qa_outputs"),
 )
 FACTORS = ("alpha",)  # Of WeSaR's layers.
 DENSE = VECTORS + EMBEDDINGS + HEADS + FACTORS
@@ -34,7 +35,9 @@ _LOW_RANKS = (
 _FEED_FORWARDS = (
     *("mlp", "ffn", "ffw", "ff", "feed_forward", "moe", "expert", "experts"),
 )
-_PROJECTIONS = ("proj", "projection", "linear", "dense", "einsum", "conv")
+_PROJECTIONS = (
+    *("proj", "projection", "linear", "dense", "einsum", "conv", "modulation"),
+)
 # Of the first of these that the part nearest to the leaf has a name of.
 _MATRICES = (
     (
@@ -44,20 +47,20 @@ _MATRICES = (
             *("in_proj", "kv_proj", "qkv_proj"),
         ),
     ),
-    ("query", ("query", "q", "q_proj", "wq", "to_q", "q_lin", "q_einsum")),
-    ("key", ("key", "k", "k_proj", "wk", "to_k", "k_lin", "k_einsum")),
-    ("value", ("value", "v", "v_proj", "wv", "to_v", "v_lin", "v_einsum")),
+    ("query", ("query", "q", "q_proj", "proj_q", "wq", "to_q", "q_lin", "q_einsum")),
+    ("key", ("key", "k", "k_proj", "proj_k", "wk", "to_k", "k_lin", "k_einsum")),
+    ("value", ("value", "v", "v_proj", "proj_v", "wv", "to_v", "v_lin", "v_einsum")),
     (
         "attention output",
         (
             *("out", "o", "o_proj", "wo", "to_out", "output", "out_lin"),
-            *("attn_vec", "o_einsum"),
+            *("attn_vec", "o_einsum", "c_proj"),
         ),
     ),
     (
         "other matrix",
         (
-            *("wi", "fc", "c_fc", "c_proj", "fc_in", "fc_out", "linear_in", "gate"),
+            *("wi", "fc", "c_fc", "fc_in", "fc_out", "linear_in", "gate"),
             *("up", "down", "router", "conv", "convolution", "intermediate"),
         ),
     ),
@@ -65,7 +68,7 @@ _MATRICES = (
 _ATTENTIONS = ("attention", "attn", "att", "mha", "mqa", "gqa", "mla")
 # Before or behind "head" in the names of attention's heads, not a model's.
 _OF_ATTENTION = {
-    *("multi", "num", "per", "query", "key", "kv", "qk", "qkv", "dim", "size", "width"),
+    *("multi", "query", "key", "kv", "qk", "qkv"),
     *_ATTENTIONS,
 }
 _ATTENTION_HEAD = "attentionhead"
@@ -164,42 +167,57 @@ def names(
 def has_name(path: tuple, names: Collection[str]) -> bool:
     """Whether one of `names` is in a part of a path.
 
-    Vectors and factors are looked for in the last two parts only, and never above a
-    ``kernel``: ``PreNorm_0/Dense_0/kernel`` is a matrix. ``b`` must be the last part.
+    Vectors and factors are looked for in the last two parts only, and above a
+    ``kernel`` only norms: ``scale/kernel`` is a matrix, and so is ``norm_proj/w``.
+    ``b`` must be the last part.
+    """
+    return _has_name(_parts(path), names)
+
+
+def role(path: tuple, ndim: int) -> str | None:
+    """What a tensor is for, as far as names tell; None: a matrix nobody knows.
+
+    Names above the innermost attention say nothing: it may be a layer of experts', or a
+    head's.
     """
     parts = _parts(path)
+    inside = max((i + 1 for i, x in enumerate(parts) if _is_attention(x)), default=0)
+    parts = parts[inside:]
+    for kind, kinds_names in (("factor", FACTORS), ("vector", VECTORS)):
+        if _has_name(parts, kinds_names):
+            return kind
+    if ndim < 2:
+        return "vector"
+    if _has_name(parts, _LOW_RANKS):
+        return "low rank"
+    kind = _nearest(parts, (("head", HEADS), ("embedding", EMBEDDINGS)))
+    if kind == "embedding" and _is_projection(parts):
+        return "projection"
+    # Before the rest, for kernels of theirs may be called `out` or `key`.
+    if kind is None and _has_name(parts, _FEED_FORWARDS):
+        return "feed-forward"
+    return kind or _nearest(parts, _MATRICES)
+
+
+def _has_name(parts: list[tuple[str, ...]], names: Collection[str]) -> bool:
     wanted = set(map(joined, names))
     near = wanted & set(map(joined, VECTORS + FACTORS))
     is_kernel = bool(parts) and parts[-1] == ("kernel",)
     for distance, part in enumerate(reversed(parts)):
         found = _names_of(part) & wanted
-        if found - near or (
-            not is_kernel and any(distance < min(len(name), 2) for name in found & near)
-        ):
+        if part[-1] in _PROJECTIONS or (is_kernel and part[-1] not in _NORMS):
+            found -= near
+        if any(name not in near or distance < min(len(name), 2) for name in found):
             return True
     return False
 
 
-def role(path: tuple, ndim: int) -> str | None:
-    """What a tensor is for, as far as names tell; None: a matrix nobody knows."""
-    for kind, kinds_names in (("factor", FACTORS), ("vector", VECTORS)):
-        if has_name(path, kinds_names):
-            return kind
-    if ndim < 2:
-        return "vector"
-    if has_name(path, _LOW_RANKS):
-        return "low rank"
-    if has_name(path, HEADS):
-        return "head"
-    if has_name(path, EMBEDDINGS):
-        return "projection" if _is_projection(path) else "embedding"
-    # Before the rest, for kernels of theirs may be called `out` or `key`.
-    if has_name(path, _FEED_FORWARDS):
-        return "feed-forward"
-    for part in reversed(_parts(path)):
-        if _is_attention(part):
-            continue  # MultiQueryAttention has no queries only.
-        for kind, kinds_names in _MATRICES:
+def _nearest(
+    parts: list[tuple[str, ...]], kinds: tuple[tuple[str, tuple[str, ...]], ...]
+) -> str | None:
+    """The first kind that the part nearest to the leaf has a name of."""
+    for part in reversed(parts):
+        for kind, kinds_names in kinds:
             if _names_of(part) & set(map(joined, kinds_names)):
                 return kind
     return None
@@ -225,9 +243,9 @@ def joined(name: str) -> str:
     return "".join(_words(name))
 
 
-def _is_projection(path: tuple) -> bool:
+def _is_projection(parts: list[tuple[str, ...]]) -> bool:
     """Whether a matrix below an embedding multiplies: it is no table to look up in."""
-    *_, above, last = ((), (), *_parts(path))
+    *_, above, last = ((), (), *parts)
     is_linear = set(_PROJECTIONS) & (_names_of(above) | _names_of(last))
     return last == ("kernel",) or bool(is_linear)
 
@@ -254,7 +272,8 @@ def _names_of(part: tuple[str, ...]) -> set[str]:
 def _parts(path: tuple) -> list[tuple[str, ...]]:
     """The words of each part of a path; a key may be one: ``a/b``, ``a.b``, ``(a, b)``.
 
-    A ``head`` of attention is none of the model; ``output`` outside the layers is one.
+    A ``head`` of attention is none of the model; ``output`` and ``proj_out`` outside
+    the layers are.
     What has no words, as numbers have not, is left out, and so is the ``array`` that
     ends the paths of Haliax.
     """
@@ -269,7 +288,7 @@ def _parts(path: tuple) -> list[tuple[str, ...]]:
         is_layer = in_attention or _is_layer(part)
         if in_attention or set(part) & _OF_ATTENTION:
             part = tuple(_ATTENTION_HEAD if w == "head" else w for w in part)
-        elif "output" in part and not in_layers:
+        elif ("output" in part or part == ("proj", "out")) and not in_layers:
             part = (*part, "head")
         in_layers = in_layers or is_layer
         if part:
@@ -278,7 +297,8 @@ def _parts(path: tuple) -> list[tuple[str, ...]]:
 
 
 def _is_attention(part: tuple[str, ...]) -> bool:
-    return bool(part) and part[-1] in _ATTENTIONS and part != ("c", "attn")
+    """Whether a part is attention; ``c_attn`` and ``kv_a_proj_with_mqa`` are in it."""
+    return bool(part) and part[-1] in _ATTENTIONS and {"c", "proj"}.isdisjoint(part)
 
 
 def _is_layer(part: tuple[str, ...]) -> bool:

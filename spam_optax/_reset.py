@@ -131,17 +131,19 @@ def _initial_state(
 
     Made anew, not stored: initial moments are constants to the compiler.
     """
+    cause = None
     for tree in (updates,) if params is None else _possible_params(updates, params):
         try:
             initial = inner.init(tree)
-        except (TypeError, ValueError):  # For `inner` these are no parameters.
+        except (TypeError, ValueError) as error:  # For `inner` these are no parameters.
+            cause = error
             continue
         if jax.tree.structure(initial) == jax.tree.structure(inner_state):
             return initial
     raise ValueError(
         "reset_moments: params, or updates if these are not passed, must be a tree "
         "like init's parameters, got another structure."
-    )
+    ) from cause
 
 
 def _possible_params(

@@ -176,8 +176,8 @@ def sparse_spam(
         not part of the state: pass the same one when a run is resumed.
       selection: Which entry of a group gets momentum at a reset. ``"random"``: any.
         ``"max_gradient"`` and ``"max_weight"``: the one with the largest gradient or
-        parameter; chosen in the first step too, and stored, a byte a group (two above
-        256 entries a group). Huang et al. found random ones best.
+        parameter; chosen in the first step too, and stored, a byte per group (two above
+        256 entries per group). Huang et al. found random ones best.
       row_blocks: Into how many blocks the rows of a matrix are cut before they are
         grouped. Where rows are sharded, a multiple of the number of shards keeps each
         group on one device. Part of the layout of the state, so fixed for a run; the
@@ -284,9 +284,11 @@ def matrices_only(
     words, as ``embed_out`` is. Where a part stands counts too:
 
     - A ``head`` of attention is not excluded (``MultiHeadAttention_0``, ``kv_head``).
-    - ``output`` outside layers and attention is a ``head``, as in Meta's LLaMA.
+    - ``output`` outside layers and attention is a ``head``, as in Meta's LLaMA, and
+      ``proj_out``.
     - ``norm``, ``bias`` and other names of vectors are looked for in the last two parts
-      only, and not above a ``kernel``: ``PreNorm_0/Dense_0/kernel`` is chosen.
+      only, and above a ``kernel`` only norms: ``PreNorm_0/Dense_0/kernel`` is chosen,
+      and so is ``scale/kernel``.
 
     :func:`spam_optax.describe_tensors` lists what was chosen.
 

@@ -4,8 +4,9 @@ Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
 <https://arxiv.org/abs/2502.17055>`_, 2025; from its third version on the paper is
 `GradientStabilizer`, another transformation.
 
-All statistics are of whole tensors: a vector with one number a tensor, in the order of
-``jax.tree.leaves``. A tensor none of whose coordinates is finite leaves its own alone.
+All statistics are of whole tensors: a vector with one number per tensor, in the order
+of ``jax.tree.leaves``. A tensor none of whose coordinates is finite leaves its own
+alone.
 """
 
 from collections.abc import Callable

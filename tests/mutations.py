@@ -151,8 +151,8 @@ MISTAKES = {
     ),
     "injected faults differ from run to run of a step": Mistake(
         "spam_optax/testing.py",
-        "jax.random.fold_in(jax.random.fold_in(key, step), i)",
-        "jax.random.fold_in(key, i)",
+        "jax.random.fold_in(step_key, i)",
+        "jax.random.fold_in(_validate.make_key(key), i)",
         "test_testing",
     ),
     "embeddings unscaled": Mistake(

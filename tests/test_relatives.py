@@ -577,6 +577,15 @@ def test_blocks_of_names_of_other_trainers():
         "patch_embed/proj/kernel": ((6, 12), (1, 12)),
         "logits_dense/kernel": ((12, 100), (1, 100)),
         "layers/self_attn/query/bias": ((3, 4, 3), (3, 4, 1)),
+        # Names above attention say nothing of it, and the nearest name counts.
+        "moe_layers/self_attention/query/kernel": ((12, 4, 3), (1, 4, 1)),
+        "MAPHead_0/MultiHeadDotProductAttention_0/out/kernel": ((4, 3, 12), (1, 1, 12)),
+        "self_attn/kv_a_proj_with_mqa/kernel": ((12, 8), (1, 8)),
+        "posembed_output/pos_embedding": ((1, 9, 12), (1, 9, 1)),
+        "unembed/embedding": ((100, 12), (100, 1)),
+        "attn/c_proj/kernel": ((4, 3, 12), (1, 1, 12)),
+        "attention_block/proj_q/kernel": ((12, 12), (1, 4)),
+        "mixer/A_log": ((24, 16), (24, 1)),
     }
     blocks = blocks_of({name: shape for name, (shape, _) in cases.items()}, 4)
     assert blocks == {name: expected for name, (_, expected) in cases.items()}
@@ -664,6 +673,17 @@ def test_blocks_of_weights_with_outputs_first():
         ValueError, match="outputs_first must be given for the matrix at"
     ):
         blocks_of(shapes, 4, 2)
+    for name, shape, blocks in (
+        ("attn/c_attn/kernel", (36, 12), (36, 1)),
+        ("mlp/c_fc/kernel", (48, 12), (48, 1)),
+        ("mlp/gating_einsum", (2, 48, 12), (2, 48, 1)),
+    ):
+        with pytest.raises(ValueError, match="outputs_first must be given"):
+            blocks_of({name: shape})
+        assert blocks_of({name: shape}, outputs_first=True) == {name: blocks}
+        *layers, outputs, inputs = shape
+        blocks = blocks_of({name: (*layers, inputs, outputs)})
+        assert blocks == {name: (*layers, 1, outputs)}
     head = {
         "lm_head/weight": linen.Partitioned(jnp.zeros((64, 32)), ("vocab", "embed"))
     }
@@ -692,6 +712,16 @@ def test_shapes_that_do_not_tell_are_refused():
         ValueError, match="num_heads and num_kv_heads must be the length"
     ):
         blocks_of({"query/kernel": (8, 5, 3)}, 4, stacked=[])
+    # Experts that are in no layer, among layers in the second axis.
+    with pytest.raises(ValueError, match="stacked must be .* axis 1 is one of layers"):
+        blocks_of({"mtp/experts/wi": (8, 16, 32)}, layer_axis=1)
+    blocks = blocks_of(
+        {"mtp/experts/wi": (8, 16, 32), "x/mlp": (4, 2, 6)}, layer_axis=1, stacked=["x"]
+    )
+    assert blocks == {"mtp/experts/wi": (8, 1, 32), "x/mlp": (1, 2, 6)}
+    for told in ({"outputs_first": ["lm_haed"]}, {"stacked": ["lm_haed"]}):
+        with pytest.warns(UserWarning, match="path of no tensor: lm_haed"):
+            blocks_of({"lm_head/weight": (64, 32)}, **({"outputs_first": True} | told))
     for argument, value in (
         ("outputs_first", "a"),
         ("outputs_first", 1),

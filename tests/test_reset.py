@@ -356,3 +356,18 @@ def test_adams_step_after_a_reset():
     assert abs(late.mean() - 2.6) < 0.05
     assert abs(late.max() - 6.57) < 0.05
     assert late.argmax() == 11
+
+
+def test_errors_of_init_are_the_cause():
+    """What is wrong with the parameters, `inner` says."""
+
+    def init(params):
+        if params != 1.0:
+            raise ValueError("one is wanted")
+        return optax.TraceState(params)
+
+    inner = optax.GradientTransformation(init, lambda g, state, params: (g, state))
+    tx = spam_optax.reset_moments(inner, 5)
+    with pytest.raises(ValueError, match="got another structure") as error:
+        tx.update(2.0, tx.init(1.0), 2.0)
+    assert str(error.value.__cause__) == "one is wanted"

@@ -393,17 +393,22 @@ def test_matrices_only():
 DENSE = """
 attention_norm/weight ffn_norm/weight layers/q_norm/weight layers/wq/b
 LayerNorm_0/scale layers/0/input_layernorm/weight h/ln_1/bias RMSNorm_1/w conv/offset
+h/scan_decoder/attention_norm/kernel
 act/gamma act/beta mixer/decay experts/alpha output/weight decoder/output/kernel
 params/output_layer/kernel embed_in embed_out/kernel unembed
 decoder/logits_dense/kernel lm_head/weight/array LMHead_0/kernel lm_head_proj/w
-value_head/kernel classifier/kernel tok_embeddings/weight embedder/input_embedding
+decoder/logitdense/kernel cls/predictions/decoder/kernel qa_outputs/kernel
+proj_out/kernel mixer/A_log value_head/kernel classifier/kernel tok_embeddings/weight
+layers/mha/in_proj_bias embedder/input_embedding
 emb/token_emb/weight wte/embedding positions pos_embed
 """
 SPARSE = """
 layers/wq/weight MultiHeadAttention_0/query/kernel multi_head/value/kernel
 attention/kv_head/kernel attention/output/dense/kernel attention/output_proj/weight
 layer/0/output/dense/kernel attention/out/kernel PreNorm_0/Dense_0/kernel wkv_b/kernel
-ScaledDot_0/kernel header/kernel self_attn/q_proj/lora_b num_heads/kernel b/kernel
+blocks_0/proj_out/kernel ScaledDot_0/kernel header/kernel self_attn/q_proj/lora_b
+num_heads/kernel b/kernel norm_proj/w scale/kernel adaLN_modulation/w
+position_wise_ffn/kernel
 """
 
 
