@@ -135,7 +135,7 @@ def scale_by_adam_mini(
         gradients, bad = _moments.screen(updates, old_nu)
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
         nu = _moments.map_moments(
-            lambda v, g: _moments.move(v, _mean_square(g, v.shape), b2),
+            lambda v, g: _arithmetic.ema(v, _mean_square(g, v.shape), b2),
             old_nu,
             gradients,
         )

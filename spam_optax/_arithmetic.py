@@ -29,12 +29,25 @@ def widen(x: jax.typing.ArrayLike) -> jax.Array:
     return x.astype(promote_types(x.dtype, compute_dtype(x)))
 
 
+def ema(mean: jax.Array, value: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
+    """Returns an exponential moving average after `value`, in the wide dtype."""
+    mean = widen(mean)
+    dtype = promote_types(mean.dtype, value.dtype)
+    # Cast: an injected float64 decay must not widen a float32 moment.
+    return (decay * mean + (1 - decay) * value).astype(dtype)
+
+
 def abs_sq(x: jax.Array) -> jax.Array:
     """``|x|**2`` in the real compute dtype, without the square root of `abs`."""
     x = widen(x)
     if jnp.iscomplexobj(x):
         return x.real**2 + x.imag**2
     return x * x
+
+
+def is_nonfinite(x: jax.Array) -> jax.Array:
+    """Returns which coordinates have no finite square."""
+    return ~jnp.isfinite(abs_sq(x))
 
 
 def norm(x: jax.Array) -> jax.Array:

@@ -56,20 +56,10 @@ def init_counters(is_counted: bool, n: int) -> tuple[jax.Array | None, ...]:
 
 
 def zero_at_reset(moments: optax.Updates, position: jax.Array) -> optax.Updates:
-    """The moments, or zeros in a reset step, whose `position` is 0."""
+    """Returns the moments, or zeros in a reset step, whose `position` is 0."""
     return jax.tree.map(
         lambda x: jnp.where(position == 0, jnp.zeros_like(x), x), moments
     )
-
-
-def move(
-    moment: jax.Array, target: jax.Array, decay: jax.typing.ArrayLike
-) -> jax.Array:
-    """Moves a moment towards `target`, in the wide dtype."""
-    moment = _arithmetic.widen(moment)
-    dtype = _arithmetic.promote_types(moment.dtype, target.dtype)
-    # Cast: an injected float64 decay must not widen a float32 moment.
-    return (decay * moment + (1 - decay) * target).astype(dtype)
 
 
 def move_all(
@@ -79,7 +69,33 @@ def move_all(
     power: Callable[[jax.Array], jax.Array],
 ) -> optax.Updates:
     """Moves all moments towards that power of their gradients."""
-    return map_moments(lambda m, g: move(m, power(g), decay), moments, gradients)
+    return map_moments(
+        lambda m, g: _arithmetic.ema(m, power(g), decay), moments, gradients
+    )
+
+
+def map_tensors(
+    f: Callable[..., tuple], updates: optax.Updates, *moments: optax.Updates
+) -> tuple[Any, ...]:
+    """Applies `f` to the gradient and the moments of each tensor.
+
+    Inside a traced update `f` is traced and lowered once for each shape, not for each
+    tensor: models have hundreds of tensors and few shapes.
+
+    Args:
+      f: Takes a gradient, which may be None, and its moments; returns a tuple.
+      updates: The gradients.
+      *moments: Trees of one structure.
+
+    Returns:
+      A list for each element of the tuples, in the order of the moments.
+    """
+    structure = jax.tree.structure(moments[0])
+    columns = [structure.flatten_up_to(tree) for tree in (updates, *moments)]
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(columns)):
+        f = jax.jit(f)
+    results = [f(*tensor) for tensor in zip(*columns, strict=True)]
+    return tuple(map(list, zip(*results, strict=True)))
 
 
 def map_moments(

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _moments, _validate, functional
+from spam_optax import _arithmetic, _moments, _spikes, _validate, functional
+from spam_optax._spikes import SpikeRule
 
 
 class SpamClipState(NamedTuple):
@@ -168,16 +169,24 @@ def spam_clip(
         _validate.check_same_tree("spam_clip", updates, state.clip_nu)
         step = optax.safe_increment(state.clip_step)
         position = functional.reset_position(step, reset_interval)
-        nu = _moments.zero_at_reset(state.clip_nu, position)
-        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, nu)
         rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
-        counters = (None,) * 4
-        if count_spikes:
-            nonfinite = _moments.map_leaves(functional.nonfinite_mask, gradients)
-            nu, counters = _count(gradients, nonfinite, nu, state, rule)
-        clipped, nu = _clip(gradients, nu, b2, rule)
-        nu = _moments.cast_like(nu, state.clip_nu)
-        return _moments.cast_like(clipped, updates), SpamClipState(step, nu, *counters)
+
+        def clip_tensor(g, old_nu):
+            nu = _moments.zero_at_reset(old_nu, position)
+            if g is None:
+                return None, nu, ()
+            narrow, counts = _arithmetic.narrow_like(g, nu), ()
+            if count_spikes:
+                bad = _arithmetic.is_nonfinite(narrow)
+                nu, counts = _spikes.count(narrow, nu, bad, rule)
+            clipped, nu = _spikes.clip_and_update_nu(narrow, nu, b2, rule)
+            clipped = _arithmetic.cast(clipped, jnp.asarray(g).dtype)
+            return clipped, _arithmetic.cast(nu, old_nu.dtype), counts
+
+        clipped, nu, counts = _moments.map_tensors(clip_tensor, updates, state.clip_nu)
+        counters = _add_counts(counts, state) if count_spikes else (None,) * 4
+        unflatten = jax.tree.structure(state.clip_nu).unflatten
+        return unflatten(clipped), SpamClipState(step, unflatten(nu), *counters)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -268,24 +277,34 @@ def scale_by_spam_adam(
         _validate.check_not_complex("scale_by_spam_adam", updates, state.mu)
         step = optax.safe_increment(state.count)
         position = functional.reset_position(step, reset_interval)
-        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, state.nu)
-        finite = _moments.map_leaves(functional.zero_nonfinite, gradients)
+        scale = step_scale(step)
+
+        def step_tensor(g, old_mu, old_nu):
+            mu, nu = _moments.zero_at_reset((old_mu, old_nu), position)
+            if g is None:
+                return None, mu, nu, ()
+            g = _arithmetic.narrow_like(g, nu)
+            bad = _arithmetic.is_nonfinite(g)
+            counts = _arithmetic.totals(bad) if count_dropped else ()
+            g = jnp.where(bad, jnp.zeros_like(g), g)
+            mu = _arithmetic.ema(mu, _arithmetic.widen(g), b1)
+            nu = _arithmetic.ema(nu, _arithmetic.abs_sq(g), b2)
+            direction = _direction(mu, nu, scale, eps)
+            mu = _arithmetic.cast(mu, old_mu.dtype)
+            return direction, mu, _arithmetic.cast(nu, old_nu.dtype), counts
+
+        direction, mu, nu, counts = _moments.map_tensors(
+            step_tensor, updates, state.mu, state.nu
+        )
+        unflatten = jax.tree.structure(state.mu).unflatten
+        direction = _moments.cast_updates(unflatten(direction), updates, params)
         counters = (None, None)
         if count_dropped:
-            nonfinite = _moments.map_leaves(functional.nonfinite_mask, gradients)
-            counters = _moments.count(nonfinite, state.dropped_total)
-        mu = _moments.move_all(
-            _moments.zero_at_reset(state.mu, position), finite, b1, _arithmetic.widen
-        )
-        nu = _moments.move_all(
-            _moments.zero_at_reset(state.nu, position), finite, b2, _arithmetic.abs_sq
-        )
-        direction = _direction(mu, nu, step_scale(step), eps)
-        return _moments.cast_updates(direction, updates, params), ScaleBySpamAdamState(
-            step,
-            _moments.cast_like(mu, state.mu),
-            _moments.cast_like(nu, state.nu),
-            *counters,
+            dropped = _moments.total([n for of_tensor in counts for n in of_tensor])
+            total = _arithmetic.saturating_add(state.dropped_total, dropped)
+            counters = (dropped, total)
+        return direction, ScaleBySpamAdamState(
+            step, unflatten(mu), unflatten(nu), *counters
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -464,9 +483,7 @@ def scale_by_spam(
     ) -> tuple[optax.Updates, ScaleBySpamState]:
         _validate.check_same_tree("scale_by_spam", updates, state.mu)
         _validate.check_not_complex("scale_by_spam", updates, state.mu)
-        gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, state.nu)
-        nonfinite = _moments.map_leaves(functional.nonfinite_mask, gradients)
-        direction, state = spam_step(gradients, nonfinite, state, settings)
+        direction, state = spam_step(updates, state, settings)
         return _moments.cast_updates(direction, updates, params), state
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -673,126 +690,79 @@ def init_spam(
 
 def spam_step(
     gradients: optax.Updates,
-    nonfinite: Any,
     state: ScaleBySpamState,
     settings: SpamSettings,
+    nonfinite: Any = None,
 ) -> tuple[optax.Updates, ScaleBySpamState]:
     """One step of SPAM on trees shaped like the moments.
 
     Args:
       gradients: The gradients.
-      nonfinite: How many non-finite coordinates each moment stands for: booleans, or
-        small whole numbers.
       state: The state before the step.
       settings: The hyper-parameters.
+      nonfinite: Number of non-finite coordinates that each moment stands for, where it
+        stands for several. None: whether the gradient's coordinate is non-finite.
 
     Returns:
       The direction, in the dtype of arithmetic, and the state after the step.
     """
-    b1, b2, eps, threshold, grace_steps, clip_unseen, count_spikes, interval, *_ = (
-        settings
-    )
+    b1, b2 = settings.b1, settings.b2
     step = optax.safe_increment(state.count)
-    position = functional.reset_position(step, interval)
-    mu, nu = (_moments.zero_at_reset(x, position) for x in (state.mu, state.nu))
-    # Widened first: nothing forces a clipped bfloat16 gradient back to bfloat16.
-    gradients = _moments.map_leaves(_arithmetic.widen, gradients)
-    rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
-    counters = (None,) * 4
-    if count_spikes:
-        nu, counters = _count(gradients, nonfinite, nu, state, rule)
-    clipped, nu = _clip(gradients, nu, b2, rule)
-    mu = _moments.move_all(mu, clipped, b1, _arithmetic.widen)
+    position = functional.reset_position(step, settings.reset_interval)
+    is_active = position >= settings.grace_steps
+    rule = SpikeRule(settings.threshold, is_active, settings.clip_unseen)
     scale = _step_scale(
         step,
         b1=b1,
         b2=b2,
-        reset_interval=interval,
+        reset_interval=settings.reset_interval,
         warmup_steps=settings.warmup_steps,
         restart_bias_correction=settings.restart_bias_correction,
     )
-    direction = _direction(mu, nu, scale, eps)
-    mu, nu = _moments.cast_like(mu, state.mu), _moments.cast_like(nu, state.nu)
+
+    def step_tensor(g, old_mu, old_nu, nonfinite):
+        mu, nu = _moments.zero_at_reset((old_mu, old_nu), position)
+        if g is None:
+            return None, mu, nu, ()
+        # Widened: nothing forces a clipped bfloat16 gradient back to bfloat16.
+        g, counts = _arithmetic.widen(_arithmetic.narrow_like(g, nu)), ()
+        if settings.count_spikes:
+            bad = _arithmetic.is_nonfinite(g) if nonfinite is None else nonfinite
+            nu, counts = _spikes.count(g, nu, bad, rule)
+        g, nu = _spikes.clip_and_update_nu(g, nu, b2, rule)
+        mu = _arithmetic.ema(mu, g, b1)
+        direction = _direction(mu, nu, scale, settings.eps)
+        mu = _arithmetic.cast(mu, old_mu.dtype)
+        return direction, mu, _arithmetic.cast(nu, old_nu.dtype), counts
+
+    structure = jax.tree.structure(state.mu)
+    if nonfinite is None:
+        nonfinite = structure.unflatten([None] * structure.num_leaves)
+    direction, mu, nu, counts = _moments.map_tensors(
+        step_tensor, gradients, state.mu, state.nu, nonfinite
+    )
+    direction, mu, nu = map(structure.unflatten, (direction, mu, nu))
+    counters = _add_counts(counts, state) if settings.count_spikes else (None,) * 4
     return direction, ScaleBySpamState(step, mu, nu, *counters)
 
 
-class SpikeRule(NamedTuple):
-    """What a spike is in this step."""
-
-    threshold: jax.typing.ArrayLike
-    is_active: jax.Array
-    clip_unseen: bool
-
-    def arguments(self, **others: Any) -> dict[str, Any]:
-        """Of the functions of :mod:`spam_optax.functional`."""
-        threshold, active, clip_unseen = self
-        rule = dict(threshold=threshold, active=active, clip_unseen=clip_unseen)
-        return rule | others
-
-
-def _clip(
-    gradients: optax.Updates, nu: optax.Updates, b2: jax.Array, rule: SpikeRule
-) -> tuple[optax.Updates, optax.Updates]:
-    r"""Clips spikes and moves the second moment; returns both.
-
-    The moment is moved first, and the limit of the gradient read off the new one, so
-    that the old one can be overwritten in place, as XLA:CPU would not do otherwise. For
-    a spike, :math:`v' = (\beta_2 + (1 - \beta_2) \theta) v`, so its limit is
-
-    .. math::
-      \sqrt{\theta v} = \sqrt{c v'}, \quad
-      c = \frac{\theta}{\beta_2 + (1 - \beta_2) \theta}
-
-    and a gradient within its limit is within this one. Only where there was no history
-    it may not be; there :math:`v'` is exactly what it would be for :math:`v = 0`.
-    """
-
-    def move(v, g):
-        return _moments.move(v, functional.clipped_square(g, v, **rule.arguments()), b2)
-
-    def clip(g, v):
-        seen = v != _moments.move(jnp.zeros_like(v), _arithmetic.abs_sq(g), b2)
-        # The margin is rounding's: what is within the limit must pass bit for bit.
-        margin = 1 + 16 * float(jnp.finfo(v.dtype).eps)
-        threshold = rule.threshold / (b2 + (1 - b2) * rule.threshold) * margin
-        active = rule.is_active & seen
-        return functional.clip_spikes(
-            g, v, **rule.arguments(threshold=threshold, active=active)
-        )
-
-    nu = _moments.map_moments(move, nu, gradients)
-    return _moments.map_leaves(clip, gradients, nu), nu
-
-
-def _count(
-    gradients: optax.Updates,
-    nonfinite: Any,
-    nu: optax.Updates,
-    state: SpamClipState | ScaleBySpamState,
-    rule: SpikeRule,
-) -> tuple[optax.Updates, tuple[jax.Array, ...]]:
-    """Counts; returns the second moment, to be used from here on, and the counters."""
-
-    def of_leaf(g, bad, v):
-        spikes = functional.spike_mask(g, v, **rule.arguments())
-        return _arithmetic.totals(spikes, bad)
-
-    counts = _moments.map_leaves(of_leaf, gradients, nonfinite, nu)
-    nu = _moments.map_moments(lambda v, n: _arithmetic.read_first(v, n[0]), nu, counts)
-    each = jax.tree.leaves(counts)
-    spike_count, nonfinite_count = _moments.total(each[::2]), _moments.total(each[1::2])
-    return nu, (
-        spike_count,
-        _arithmetic.saturating_add(state.spike_total, spike_count),
-        nonfinite_count,
-        _arithmetic.saturating_add(state.nonfinite_total, nonfinite_count),
+def _add_counts(
+    counts: list[tuple[jax.Array, ...]], state: SpamClipState | ScaleBySpamState
+) -> tuple[jax.Array, ...]:
+    """Adds the counts of all tensors; returns the four counters of a state."""
+    spikes, nonfinite = (_moments.total([c[i] for c in counts if c]) for i in (0, 1))
+    return (
+        spikes,
+        _arithmetic.saturating_add(state.spike_total, spikes),
+        nonfinite,
+        _arithmetic.saturating_add(state.nonfinite_total, nonfinite),
     )
 
 
 def _step_scale(
     step: jax.Array, *, b1, b2, reset_interval, warmup_steps, restart_bias_correction
 ) -> jax.Array:
-    """The ramp times the bias corrections: a scalar."""
+    """Returns the ramp times the bias corrections: a scalar."""
     ramp = functional.reset_ramp(step, reset_interval, warmup_steps)
     if restart_bias_correction:
         position = functional.reset_position(step, reset_interval)
@@ -803,8 +773,6 @@ def _step_scale(
 
 
 def _direction(
-    mu: optax.Updates, nu: optax.Updates, scale: jax.Array, eps: jax.typing.ArrayLike
-) -> optax.Updates:
-    return _moments.map_leaves(
-        lambda m, v: (scale * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu
-    )
+    mu: jax.Array, nu: jax.Array, scale: jax.Array, eps: jax.typing.ArrayLike
+) -> jax.Array:
+    return (scale * mu / (jnp.sqrt(nu) + eps)).astype(mu.dtype)

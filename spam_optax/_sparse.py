@@ -474,7 +474,7 @@ def _scale_and_decay(
             gradients,
             groups,
         )
-        direction, moments = _spam.spam_step(picked, nonfinite, moments, settings)
+        direction, moments = _spam.spam_step(picked, moments, settings, nonfinite)
         direction = _moments.cast_updates(direction, updates, params)
         place = lambda x, group: group.place(x)  # noqa: E731
         updates = _moments.map_leaves(place, direction, groups)

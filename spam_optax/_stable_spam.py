@@ -723,7 +723,7 @@ def _measure(
 
 def _average(mean, value, decay, usable) -> jax.Array:
     """The running mean after this step; where not `usable`, as it was."""
-    return jnp.where(usable, _moments.move(mean, value, decay), mean)
+    return jnp.where(usable, _arithmetic.ema(mean, value, decay), mean)
 
 
 def _corrected(mean, decay, steps) -> jax.Array:

@@ -1,8 +1,8 @@
 r"""Pure functions of arrays: spike detection, clipping, the reset clock, the metrics.
 
-Every gradient transformation of this package is built from these functions, so what
-is measured in a notebook is what an optimizer does. Nothing here keeps state. Shapes
-and dtypes are checked by chex while tracing and cost nothing at run time.
+The transformations of this package compute with the same code, so what is measured in a
+notebook is what an optimizer does. Nothing here keeps state. Shapes and dtypes are
+checked by chex while tracing and cost nothing at run time.
 
 Throughout, ``g`` is a gradient, ``v`` its second moment (an exponential moving average
 of ``|g|**2``, not bias corrected) and steps are counted from 1.
@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spam_optax import _arithmetic, _paths, _validate
+from spam_optax import _arithmetic, _paths, _spikes, _validate
 
 __all__ = (
     "attention_jacobian_bound",
     "bias_correction",
     "clip_spikes",
-    "clipped_square",
     "ffn_jacobian_bound",
     "gradient_spike_score",
     "layer_gradient_norms",
@@ -32,7 +31,6 @@ __all__ = (
     "online_spike_score",
     "reset_position",
     "reset_ramp",
-    "spike_limit",
     "spike_mask",
     "spike_score",
     "token_embedding_variability",
@@ -165,7 +163,7 @@ def nonfinite_mask(gradient: jax.typing.ArrayLike) -> jax.Array:
     """
     gradient = jnp.asarray(gradient)
     _check_inexact(gradient)
-    return ~jnp.isfinite(_arithmetic.abs_sq(gradient))
+    return _arithmetic.is_nonfinite(gradient)
 
 
 def zero_nonfinite(gradient: jax.typing.ArrayLike) -> jax.Array:
@@ -188,55 +186,6 @@ def zero_nonfinite(gradient: jax.typing.ArrayLike) -> jax.Array:
     """
     gradient = jnp.asarray(gradient)
     return jnp.where(nonfinite_mask(gradient), jnp.zeros_like(gradient), gradient)
-
-
-def spike_limit(
-    nu: jax.typing.ArrayLike,
-    threshold: jax.typing.ArrayLike = 5000.0,
-    *,
-    active: jax.typing.ArrayLike = True,
-    clip_unseen: bool = False,
-) -> jax.Array:
-    r"""The size above which a gradient is a spike.
-
-    .. math::
-      \sqrt{\theta v_i}, \quad \infty \text{ where } v_i = 0
-
-    with the threshold :math:`\theta`: a coordinate without a history has no limit.
-
-    Args:
-      nu: Second moment before this step, any shape, floating.
-      threshold: Spikes have an :func:`online_spike_score` above this; no unit.
-      active: Booleans, a scalar or shaped like `nu`: where there are limits; ``inf``
-        elsewhere.
-      clip_unseen: Whether the limit is 0 where ``nu`` is 0, as in the reference
-        implementation.
-
-    Returns:
-      The limits, shaped like `nu`, float32 (float64 for float64 input), in units of
-      the gradient.
-
-    Raises:
-      AssertionError: If `nu` is not floating.
-      ValueError: If `threshold` is a number that is not > 0.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from spam_optax import functional
-      >>> print(functional.spike_limit(jnp.array([1.0, 4.0, 0.0]), 2500.0))
-      [ 50. 100.  inf]
-
-    References:
-      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
-    """
-    threshold = _validate.check_number("spike_limit", "threshold", threshold, above=0)
-    nu = jnp.asarray(nu)
-    chex.assert_type(nu, float)
-    nu = _arithmetic.widen(nu)
-    limit = jnp.sqrt(jnp.asarray(threshold, nu.dtype)) * jnp.sqrt(nu)
-    limit = jnp.where(nu > 0, limit, 0)  # Even if an injected threshold is infinite.
-    has_limit = active if clip_unseen else active & (nu > 0)
-    return jnp.where(has_limit, limit, jnp.inf)
 
 
 def spike_mask(
@@ -285,9 +234,8 @@ def spike_mask(
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
     _check_gradient_and_nu(gradient, nu)
     threshold = _validate.check_number("spike_mask", "threshold", threshold, above=0)
-    limit, has_limit = _square_limit(gradient, nu, threshold, active, clip_unseen)
-    is_large = has_limit & (_arithmetic.abs_sq(gradient) > limit)
-    return is_large & ~nonfinite_mask(gradient)
+    rule = _spikes.SpikeRule(threshold, active, clip_unseen)
+    return _spikes.is_spike(gradient, nu, rule)
 
 
 def clip_spikes(
@@ -339,90 +287,8 @@ def clip_spikes(
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
     _check_gradient_and_nu(gradient, nu)
     threshold = _validate.check_number("clip_spikes", "threshold", threshold, above=0)
-    limit, has_limit = _square_limit(gradient, nu, threshold, active, clip_unseen)
-    passes = _passes(gradient, limit, has_limit)
-    is_limited = has_limit & ~jnp.isnan(gradient)
-    limited = _arithmetic.direction(gradient) * jnp.sqrt(limit)
-    limited = jnp.where(is_limited, limited, 0).astype(gradient.dtype)
-    return jnp.where(passes, gradient, limited)
-
-
-def clipped_square(
-    gradient: jax.typing.ArrayLike,
-    nu: jax.typing.ArrayLike,
-    threshold: jax.typing.ArrayLike = 5000.0,
-    *,
-    active: jax.typing.ArrayLike = True,
-    clip_unseen: bool = False,
-) -> jax.Array:
-    r"""The squared size of what :func:`clip_spikes` returns, without a square root.
-
-    .. math::
-      \min(|g_i|^2, \theta v_i)
-
-    What a second moment is fed with.
-
-    Args:
-      gradient: The gradient of one step, any shape, floating or complex.
-      nu: Its second moment before this step, the same shape, floating.
-      threshold: The spike threshold, see :func:`spike_mask`.
-      active: Booleans, a scalar or shaped like `nu`: where false, there is no limit.
-      clip_unseen: Whether coordinates where ``nu`` is 0 are clipped, to 0.
-
-    Returns:
-      The squares, shaped like `gradient`, always finite: float32 (float64 for float64
-      input).
-
-    Raises:
-      AssertionError: If the shapes differ or a dtype is not as said above.
-      ValueError: If `threshold` is a number that is not > 0.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from spam_optax import functional
-      >>> gradient = jnp.array([2.0, -1000.0, jnp.inf, jnp.nan])
-      >>> print(functional.clipped_square(gradient, jnp.ones(4), 2500.0))
-      [   4. 2500. 2500.    0.]
-
-    References:
-      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
-    """
-    gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
-    _check_gradient_and_nu(gradient, nu)
-    threshold = _validate.check_number(
-        "clipped_square", "threshold", threshold, above=0
-    )
-    limit, has_limit = _square_limit(gradient, nu, threshold, active, clip_unseen)
-    passes = _passes(gradient, limit, has_limit)
-    is_limited = has_limit & ~jnp.isnan(gradient)
-    limited = jnp.where(is_limited, limit, 0)
-    return jnp.where(passes, _arithmetic.abs_sq(gradient), limited)
-
-
-def _square_limit(
-    gradient: jax.Array,
-    nu: jax.Array,
-    threshold: jax.typing.ArrayLike,
-    active: jax.typing.ArrayLike,
-    clip_unseen: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """The square above which a gradient is a spike, and where there is such a limit.
-
-    Wide enough for the largest float64 gradient beside a float32 second moment, and
-    small enough for its root to fit the dtype of the gradient.
-    """
-    nu = _arithmetic.widen(nu)
-    limit = jnp.asarray(threshold, nu.dtype) * nu
-    limit = jnp.where(nu > 0, limit, 0)  # Even if an injected threshold is infinite.
-    dtype = _arithmetic.promote_types(nu.dtype, _arithmetic.compute_dtype(gradient))
-    limit = jnp.minimum(limit.astype(dtype), _arithmetic.largest_like(gradient) ** 2)
-    return limit, active if clip_unseen else active & (nu > 0)
-
-
-def _passes(gradient: jax.Array, limit: jax.Array, has_limit: jax.Array) -> jax.Array:
-    """Which coordinates are finite and within their limit."""
-    square = _arithmetic.abs_sq(gradient)
-    return jnp.isfinite(square) & ((square <= limit) | ~jnp.asarray(has_limit))
+    rule = _spikes.SpikeRule(threshold, active, clip_unseen)
+    return _spikes.clip(gradient, nu, rule)
 
 
 def reset_position(

@@ -186,10 +186,8 @@ FUNCTIONS = (
     (initializers.wesar, (), {"target_std": "positive"}),
     (testing.inject_spikes, (), {"key": "key"}),
     (testing.inject_spikes, (0,), {"rate": "share", "scale": "finite"}),
-    (functional.spike_limit, SPIKES[:1], {"threshold": "positive"}),
     (functional.spike_mask, SPIKES, {"threshold": "positive"}),
     (functional.clip_spikes, SPIKES, {"threshold": "positive"}),
-    (functional.clipped_square, SPIKES, {"threshold": "positive"}),
     (functional.reset_position, (1,), {"interval": "interval"}),
     (functional.reset_ramp, (1, 5), {"warmup_steps": "count"}),
     (

@@ -352,20 +352,6 @@ def test_when_not_active_only_nonfinite_coordinates_change(dtype, clip_unseen):
     assert mask.tolist() == [True, clip_unseen, False, False, False, False]
 
 
-@pytest.mark.parametrize("dtype", REAL_DTYPES)
-def test_limit_is_the_root_and_infinite_without_history(dtype):
-    nu = np.array([0, 1, 4e-4, 60000]).astype(jnp.dtype(dtype))
-    with enabled(dtype):
-        limit = functional.spike_limit(jnp.asarray(nu), 5000.0)
-        unseen = functional.spike_limit(jnp.asarray(nu), 5000.0, clip_unseen=True)
-        inactive = functional.spike_limit(jnp.asarray(nu), active=False)
-    want = np.sqrt(5000 * precise(nu))
-    assert limit.dtype == unseen.dtype == wide_dtype(dtype)
-    np.testing.assert_allclose(unseen, want, rtol=WIDE_RTOL.get(dtype, 1e-6))
-    np.testing.assert_allclose(limit[1:], unseen[1:], rtol=0)
-    assert np.isinf(limit[0]) and np.isinf(inactive).all()
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_the_largest_gradients_with_a_finite_square_pass_without_history(dtype):
     """Guards the cap on the limit: it must not cut what is no spike."""
@@ -687,13 +673,8 @@ CALLS = {
     "online_spike_score": (functional.online_spike_score, [GRADIENT, NU]),
     "nonfinite_mask": (functional.nonfinite_mask, [GRADIENT]),
     "zero_nonfinite": (functional.zero_nonfinite, [GRADIENT]),
-    "spike_limit": (lambda v: functional.spike_limit(v, 2.0), [NU]),
     "spike_mask": (lambda g, v: functional.spike_mask(g, v, 2.0), [GRADIENT, NU]),
     "clip_spikes": (lambda g, v: functional.clip_spikes(g, v, 2.0), [GRADIENT, NU]),
-    "clipped_square": (
-        lambda g, v: functional.clipped_square(g, v, 2.0),
-        [GRADIENT, NU],
-    ),
     "clip_spikes complex": (
         lambda g, v: functional.clip_spikes(g, v, 2.0),
         [jax.lax.complex(GRADIENT, GRADIENT[::-1].copy()), NU],
@@ -762,7 +743,6 @@ VECTOR, WHOLE = np.ones(3, np.float32), np.ones(3, np.int32)
                 F.online_spike_score,
                 F.spike_mask,
                 F.clip_spikes,
-                F.clipped_square,
             )
             for arguments in (
                 [VECTOR, VECTOR[:2]],
@@ -774,8 +754,6 @@ VECTOR, WHOLE = np.ones(3, np.float32), np.ones(3, np.int32)
                 [VECTOR, VECTOR.astype(np.complex64)],
             )
         ),
-        (F.spike_limit, [WHOLE]),
-        (F.spike_limit, [VECTOR.astype(np.complex64)]),
         (F.reset_position, [VECTOR, 3]),
         (F.reset_position, [True, 3]),
         (F.reset_ramp, [VECTOR, 3, 2]),

@@ -1,0 +1,104 @@
+"""The rule of SPAM: what a spike is, and how its size and its square are limited.
+
+The arguments are not checked here: :mod:`spam_optax.functional` does that for callers,
+and transformations do it when they are built.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spam_optax import _arithmetic
+
+
+class SpikeRule(NamedTuple):
+    """What a spike is in one step.
+
+    Attributes:
+      threshold: A coordinate with ``g**2 > threshold * v`` is a spike.
+      active: Booleans, a scalar or shaped like the gradient: where there are spikes.
+      clip_unseen: Whether a coordinate without a history, ``v == 0``, can be a spike.
+    """
+
+    threshold: jax.typing.ArrayLike
+    active: jax.typing.ArrayLike
+    clip_unseen: bool
+
+
+def square_limit(
+    g: jax.Array, v: jax.Array, rule: SpikeRule
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the square above which `g` is a spike, and where there is such a limit.
+
+    The limit is wide enough for the largest float64 gradient beside a float32 second
+    moment, and small enough for its root to fit the dtype of the gradient.
+    """
+    v = _arithmetic.widen(v)
+    limit = jnp.asarray(rule.threshold, v.dtype) * v
+    limit = jnp.where(v > 0, limit, 0)  # Even if an injected threshold is infinite.
+    dtype = _arithmetic.promote_types(v.dtype, _arithmetic.compute_dtype(g))
+    limit = jnp.minimum(limit.astype(dtype), _arithmetic.largest_like(g) ** 2)
+    return limit, rule.active if rule.clip_unseen else rule.active & (v > 0)
+
+
+def is_spike(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
+    """Returns which finite coordinates are above their limit."""
+    limit, has_limit = square_limit(g, v, rule)
+    square = _arithmetic.abs_sq(g)
+    return has_limit & (square > limit) & jnp.isfinite(square)
+
+
+def clip(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
+    """Limits the size of spikes and infinities, and sets NaN to 0."""
+    limit, has_limit = square_limit(g, v, rule)
+    limited = _arithmetic.direction(g) * jnp.sqrt(limit)
+    limited = jnp.where(has_limit & ~jnp.isnan(g), limited, 0).astype(g.dtype)
+    return jnp.where(_passes(g, limit, has_limit), g, limited)
+
+
+def clipped_square(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
+    """Returns ``|clip(g)|**2``, without taking a root."""
+    limit, has_limit = square_limit(g, v, rule)
+    limited = jnp.where(has_limit & ~jnp.isnan(g), limit, 0)
+    return jnp.where(_passes(g, limit, has_limit), _arithmetic.abs_sq(g), limited)
+
+
+def _passes(g: jax.Array, limit: jax.Array, has_limit: jax.Array) -> jax.Array:
+    """Returns which coordinates are finite and within their limit."""
+    square = _arithmetic.abs_sq(g)
+    return jnp.isfinite(square) & ((square <= limit) | ~jnp.asarray(has_limit))
+
+
+def clip_and_update_nu(
+    g: jax.Array, v: jax.Array, b2: jax.typing.ArrayLike, rule: SpikeRule
+) -> tuple[jax.Array, jax.Array]:
+    r"""Clips a gradient and updates its second moment; returns both.
+
+    The moment is updated first, and the limit of the gradient read off the new one.
+    XLA:CPU can then overwrite the old moment in place; the other order takes 4 to 8
+    bytes of temporary memory per parameter. For a spike
+    :math:`v' = (\beta_2 + (1 - \beta_2) \theta) v`, so its limit is
+
+    .. math::
+      \sqrt{\theta v} = \sqrt{c v'}, \quad
+      c = \frac{\theta}{\beta_2 + (1 - \beta_2) \theta}
+
+    and a gradient within its limit is within this one too. This does not hold where
+    there was no history; there :math:`v'` is exactly what it would be for
+    :math:`v = 0`.
+    """
+    v = _arithmetic.ema(v, clipped_square(g, v, rule), b2)
+    is_seen = v != _arithmetic.ema(jnp.zeros_like(v), _arithmetic.abs_sq(g), b2)
+    # The margin is for rounding: what is within its limit must pass bit for bit.
+    margin = 1 + 16 * float(jnp.finfo(v.dtype).eps)
+    share = rule.threshold / (b2 + (1 - b2) * rule.threshold) * margin
+    return clip(g, v, SpikeRule(share, rule.active & is_seen, rule.clip_unseen)), v
+
+
+def count(
+    g: jax.Array, v: jax.Array, nonfinite: jax.Array, rule: SpikeRule
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Counts spikes and non-finite coordinates; returns `v` to be used from here on."""
+    counts = _arithmetic.totals(is_spike(g, v, rule), nonfinite)
+    return _arithmetic.read_first(v, counts[0]), counts
