@@ -18,11 +18,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation is most of the suite's time. Programs are therefore compiled with few
-# optimizations, and all workers and later runs share what one of them has compiled.
+# optimizations and kept for later runs. Each worker has a folder of its own, since JAX
+# does not lock entries: another worker could read one that is half written.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
+CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / WORKER
 jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update(
-    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
-)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
