@@ -420,7 +420,7 @@ def test_first_file_may_be_broken_or_of_another_type(capsys):
             (folder / f"{name}.{kind}").write_bytes(shard)
         (folder / f"validation.{kind}").write_bytes(good)
         line = refused(data=f"hf:{folder}")
-        assert f"{folder}/train-0.{kind}, after row 0: " in line, line
+        assert f"{folder}/train-0.{kind}, of which 0 rows were read: " in line, line
         assert "--skip-bad-data 1 " in line
         source = streaming.open_source(f"hf:{folder}", 1)
         assert len(list(streaming.texts(source.train))) == len(DOCUMENTS)
@@ -432,7 +432,8 @@ def test_first_file_may_be_broken_or_of_another_type(capsys):
 def test_numbers_in_a_later_file_are_no_text():
     source = write_set("set")
     write("set/train-1.jsonl", json_lines([1, 2]))
-    with pytest.raises(DataError, match="train-1.jsonl, after row 0: .*int64, no text"):
+    told = "train-1.jsonl, of which 0 rows were read: .*int64, not text"
+    with pytest.raises(DataError, match=told):
         list(streaming.texts(streaming.open_source(source).train))
 
 

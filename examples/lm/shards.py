@@ -82,8 +82,9 @@ class Shards:
                     return
                 delay, attempts = DELAYS[attempts], attempts + 1
                 hosts.say(
-                    f"cannot read {name}, after row {rows}: {reason(error)}; trying"
-                    f" again in {delay} s ({attempts} of {len(DELAYS)})"
+                    f"cannot read {name}, of which {rows:,} rows were read:"
+                    f" {reason(error)}; trying again in {delay} s ({attempts} of"
+                    f" {len(DELAYS)})"
                 )
                 time.sleep(delay)
 
