@@ -521,6 +521,18 @@ def test_a_step_is_made_in_place_on_a_cpu(monkeypatch, count_spikes):
     assert compiled.memory_analysis().temp_size_in_bytes < 4096
 
 
+def test_gradients_within_their_limit_pass_bit_for_bit():
+    """The limit that is read off the new moment is rounded: it must not cut these."""
+    tx = spam_optax.spam_clip(2500.0, grace_steps=1)
+    history = jnp.linspace(1.0, 2.0, 4096)
+    _, state = tx.update(history, tx.init(history))
+    limit = np.sqrt(np.float32(2500) * np.asarray(state.clip_nu))
+    gradient = np.nextafter(limit, 0) * np.float32(1 - 1e-7)
+    clipped, state = jax.jit(tx.update)(gradient, state)
+    assert int(state.spike_count) == 0
+    np.testing.assert_array_equal(clipped, gradient)
+
+
 def test_a_tensor_more_of_a_known_shape_adds_few_operations():
     """Each shape is lowered once; AdamW adds about 50 operations for each tensor."""
 
