@@ -694,5 +694,5 @@ def _reshard(x: jax.Array, axis: int, names: Any) -> jax.Array:
 def _direction(bad, m, v, corrections, eps) -> jax.Array:
     """Adam's, 0 without a finite gradient."""
     first, second = corrections
-    step = m / first / _spread(jnp.sqrt(v / second) + eps, m)
+    step = m / first / _spread(_arithmetic.root(v / second) + eps, m)
     return jnp.where(jnp.all(bad), 0, step).astype(m.dtype)

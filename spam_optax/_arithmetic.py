@@ -58,14 +58,26 @@ def norm(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(total), root(total), root(scaled) / unit)
 
 
+@jax.custom_jvp
 def root(x: jax.Array) -> jax.Array:
     """Square root of a number >= 0, its derivative 0 where it would be infinite.
 
     An infinite derivative turns every gradient taken through it into NaN, even in the
-    branch of a `where` that is not chosen.
+    branch of a `where` that is not chosen. The root itself is the plain one: a guard of
+    its argument would make compilers round what is around it differently.
     """
-    has_derivative = (x > 0) & jnp.isfinite(x)
-    return jnp.where(has_derivative, jnp.sqrt(jnp.where(has_derivative, x, 1)), x)
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _root_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    y = root(x)
+    has_derivative = (y > 0) & jnp.isfinite(y)
+    slope = jnp.where(has_derivative, 0.5 / jnp.where(has_derivative, y, 1), 0)
+    return y, slope * tangent
 
 
 def stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:

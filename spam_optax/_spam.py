@@ -775,4 +775,4 @@ def _step_scale(
 def _direction(
     mu: jax.Array, nu: jax.Array, scale: jax.Array, eps: jax.typing.ArrayLike
 ) -> jax.Array:
-    return (scale * mu / (jnp.sqrt(nu) + eps)).astype(mu.dtype)
+    return (scale * mu / (_arithmetic.root(nu) + eps)).astype(mu.dtype)

@@ -52,7 +52,9 @@ def is_spike(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
 def clip(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
     """Limits the size of spikes and infinities, and sets NaN to 0."""
     limit, has_limit = square_limit(g, v, rule)
-    limited = _arithmetic.direction(g) * jnp.sqrt(limit)
+    direction, size = _arithmetic.direction(g), _arithmetic.root(limit)
+    dtype = _arithmetic.promote_types(direction.dtype, size.dtype)
+    limited = direction.astype(dtype) * size.astype(dtype)
     limited = jnp.where(has_limit & ~jnp.isnan(g), limited, 0).astype(g.dtype)
     return jnp.where(_passes(g, limit, has_limit), g, limited)
 

@@ -227,5 +227,5 @@ def _rms(g: jax.Array, v_hat: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array
 def _direction(bad, m, v, rms, corrections, eps) -> jax.Array:
     """Adam's, divided by the RMS if that is above 1; 0 without a finite gradient."""
     first, second = corrections
-    step = m / first / (jnp.sqrt(v / second) + eps) / jnp.maximum(rms, 1)
+    step = m / first / (_arithmetic.root(v / second) + eps) / jnp.maximum(rms, 1)
     return jnp.where(jnp.all(bad), 0, step).astype(m.dtype)

@@ -706,7 +706,8 @@ def _decay_scale(step, total_steps) -> jax.typing.ArrayLike:
     if total_steps is None:
         return 1.0
     step = jnp.minimum(step, total_steps).astype(float)
-    return 0.5 + 0.25 * (1 + jnp.cos(jnp.pi * step / (total_steps + 1.0)))
+    length = jnp.asarray(total_steps).astype(float) + 1.0
+    return 0.5 + 0.25 * (1 + jnp.cos(jnp.pi * step / length))
 
 
 def _measure(

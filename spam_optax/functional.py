@@ -369,7 +369,8 @@ def reset_ramp(
     )
     position = reset_position(step, interval)
     ramping = (position < warmup_steps) & (position < step)
-    angle = jnp.pi * position.astype(float) / (warmup_steps + 1.0)
+    length = jnp.asarray(warmup_steps).astype(float) + 1.0
+    angle = jnp.pi * position.astype(float) / length
     ramp = 1 - 0.99 * (1 + jnp.cos(angle)) / 2
     return jnp.where(ramping, ramp, 1.0)
 
@@ -595,7 +596,7 @@ def token_embedding_variability(embedding: jax.typing.ArrayLike) -> jax.Array:
     chex.assert_rank(embedding, 2)
     chex.assert_type(embedding, float)
     chex.assert_axis_dimension_gt(embedding, 1, 0)
-    return jnp.std(_arithmetic.widen(embedding), axis=1)
+    return _arithmetic.root(jnp.var(_arithmetic.widen(embedding), axis=1))
 
 
 def ffn_jacobian_bound(

@@ -785,3 +785,10 @@ def test_wrong_shapes_and_dtypes_are_assertion_errors(function, arguments, jitte
 def test_the_axis_must_exist():
     with pytest.raises(AssertionError, match="axis '2'"):
         functional.gradient_spike_score(VECTOR, axis=2)
+
+
+def test_variability_of_a_constant_row_has_a_derivative():
+    """0, not NaN: the deviation is a root, here of 0."""
+    table = jnp.array([[2.0, 2.0], [1.0, 3.0]])
+    slope = jax.grad(lambda x: functional.token_embedding_variability(x).sum())(table)
+    np.testing.assert_allclose(slope, [[0, 0], [-0.5, 0.5]], rtol=1e-6)
