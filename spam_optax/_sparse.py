@@ -968,5 +968,5 @@ def spread_absent(tree: Any, params: optax.Params) -> Any:
         lambda x, part: jax.tree.map(lambda _: x, part) if is_absent(x) else x,
         tree,
         params,
-        is_leaf=is_absent,
+        is_leaf=lambda x: x is None or is_absent(x),  # None: no lanes to choose from.
     )

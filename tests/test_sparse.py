@@ -501,6 +501,14 @@ def test_momentum_mask_finds_states_in_wrappers():
         assert spam_optax.momentum_density(state, params) == {"a": 0.25, "b": 0.0}
 
 
+@pytest.mark.parametrize("selection", ["random", "max_gradient", "max_weight"])
+def test_momentum_mask_of_sparse_and_dense_parameters(selection):
+    params = {"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}
+    state = spam_optax.sparse_spam(selection=selection).init(params)
+    mask = spam_optax.momentum_mask(state, params)
+    assert (mask["kernel"].sum(), mask["bias"].sum()) == (6, 3)
+
+
 # Memory.
 
 
