@@ -6,7 +6,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
-from lm import ahead_of_time, config, hardware, sharding  # noqa: E402
+from trainer import ahead_of_time, config, hardware, sharding  # noqa: E402
 
 # Preset, target and how many devices share the parameters.
 CASES = (

@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
-from lm import config, model, optimizers, sharding, training  # noqa: E402
+from trainer import config, model, optimizers, sharding, training  # noqa: E402
 
 
 def measure(batch: np.ndarray, steps: int) -> dict[str, list[float] | int]:

@@ -1,9 +1,9 @@
 """Time of PyTorch's training steps of a LLaMA of 60M parameters.
 
 A plain training loop, eager and in float32: forward, backward, global-norm clip and
-AdamW. The model is the one of examples/lm/model.py with the shape "60m" and a head of
-its own, matrix for matrix. Runs in a process without JAX, whose threads would be in the
-way, and writes JSON to standard output:
+AdamW. The model is the one of examples/trainer/model.py with the shape "60m" and a
+head of its own, matrix for matrix. Runs in a process without JAX, whose threads would
+be in the way, and writes JSON to standard output:
 
     python -m benchmarks.trainer_torch --batch-size 4 --sequence-length 256 --steps 3
 """

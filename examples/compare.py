@@ -40,10 +40,13 @@ from collections.abc import Sequence
 
 import rich.progress
 
-from lm import command_line, comparison, corpus, experiments, records
-from lm.config import UsageError
-from lm.experiments import EXPERIMENTS, SCENARIOS, Spec
-from lm.model import PRESETS
+from studies.comparison import comparison, experiments
+from studies.comparison.experiments import EXPERIMENTS, SCENARIOS, Spec
+from trainer import command_line
+from trainer.config import UsageError
+from trainer.data import corpus
+from trainer.model import PRESETS
+from trainer.output import records
 
 QUESTIONS = "experiments:\n" + "\n".join(
     f"  {name:15}{experiment.question}" for name, experiment in EXPERIMENTS.items()
@@ -264,7 +267,7 @@ def begin_worker() -> None:
 
 def train(specs: Sequence[Spec], folder: pathlib.Path) -> None:
     """Trains runs of one program; in a process of its own."""
-    from lm import single_run  # here, for it starts JAX
+    from studies.comparison import single_run  # here, for it starts JAX
 
     program = single_run.Program(specs[0])
     for spec in specs:

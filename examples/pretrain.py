@@ -50,26 +50,22 @@ from collections.abc import Sequence
 import grain
 import jax
 
-from lm import (
+from trainer import (
     ahead_of_time,
-    analysis,
     command_line,
-    console,
     data,
     hosts,
     loop,
     model,
     optimizers,
-    picture,
-    records,
-    report,
     run_folder,
     sharding,
     training,
 )
-from lm.checkpoints import Checkpoints
-from lm.config import UsageError
-from lm.run_folder import Run, RunFolder
+from trainer.checkpoints import Checkpoints
+from trainer.config import UsageError
+from trainer.output import analysis, console, picture, records, report
+from trainer.run_folder import Run, RunFolder
 
 EXAMPLES = """\
 examples:

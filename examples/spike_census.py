@@ -47,18 +47,12 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from lm import (
-    census,
-    census_analysis,
-    census_pictures,
-    census_report,
-    command_line,
-    console,
-    records,
-)
-from lm.census import HEAD_WIDTH, MODELS, TEXTS, Setting
-from lm.census_analysis import Record
-from lm.config import UsageError
+from studies.spike_census import census, census_analysis, census_pictures, census_report
+from studies.spike_census.census import HEAD_WIDTH, MODELS, TEXTS, Setting
+from studies.spike_census.census_analysis import Record
+from trainer import command_line
+from trainer.config import UsageError
+from trainer.output import console, records
 
 DEFAULT = Setting()
 BATCH_SIZES = (4, 16)

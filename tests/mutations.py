@@ -158,31 +158,31 @@ MISTAKES = {
         "test_nnx",
     ),
     "a step that is not finite is kept": Mistake(
-        "examples/lm/training.py",
+        "examples/trainer/training.py",
         "going = finite & ~state.halted",
         "going = jnp.isfinite(loss) & ~state.halted",
         "test_examples test_train_step",
     ),
     "checkpoints without a fingerprint": Mistake(
-        "examples/lm/checkpoints.py",
+        "examples/trainer/checkpoints.py",
         "total = total * 31 + bits.sum(dtype=jnp.uint32) + place",
         "total = total * 31 + place",
         "test_examples test_survival",
     ),
     "the data begins anew after a resume": Mistake(
-        "examples/lm/loop.py",
+        "examples/trainer/loop.py",
         "save(state, places[step])",
         "save(state, places[max(places) - 1])",
         "test_examples",
     ),
     "the loss counts the first token": Mistake(
-        "examples/lm/training.py",
+        "examples/trainer/training.py",
         "is_target = tokens[:, 1:, None]",
         "is_target = tokens[:, :-1, None]",
         "test_examples test_train_step",
     ),
     "gradients are summed over accumulated parts": Mistake(
-        "examples/lm/training.py",
+        "examples/trainer/training.py",
         "return jax.tree.map(lambda x: x / len(batch), sums)",
         "return sums",
         "test_examples",
@@ -229,7 +229,8 @@ def first_failure(mistake: Mistake) -> str | None:
                 f"times: {mistake.right!r}"
             )
         path.write_text(text.replace(mistake.right, mistake.wrong), encoding="utf-8")
-        likely = [f"tests/{name}.py" for name in mistake.tests.split()]
+        names = mistake.tests.split()
+        likely = [str(next(copy.glob(f"tests/*/{name}.py"))) for name in names]
         return failure_of(copy, likely) or failure_of(copy, ["-n2"])
 
 

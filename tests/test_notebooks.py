@@ -88,7 +88,7 @@ def test_finds_the_examples_from_the_root(path, kernel):
     last = max(
         i
         for i, cell in enumerate(notebook.cells)
-        if re.search("^from lm", cell.source, re.M)
+        if re.search("^from (trainer|studies)", cell.source, re.M)
     )
     notebook.cells = notebook.cells[: last + 1]
     execute(notebook, ROOT)

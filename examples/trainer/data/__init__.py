@@ -1,0 +1,122 @@
+"""The data of a run: training batches that can be saved and resumed, and validation."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from trainer.config import RunConfig, UsageError
+from trainer.data import corpus, streaming, tokenization
+from trainer.data.streaming import Host
+from trainer.data.tokenization import BYTES, Tokenizer
+
+THREADS = 2  # that make batches of text files
+READY = 4  # batches made ahead of their use
+ONE_HOST = Host()
+
+
+class Data(NamedTuple):
+    """What a run reads.
+
+    `train` is endless. Its elements are this host's part of a batch, integers of shape
+    ``(accumulate, rows, sequence_length + 1)``. The state of its iterator is exact: a
+    restored one gives the same elements. For text files that is the number of elements
+    taken, which means the same for any number of hosts: the hosts' parts make up the
+    same micro-batches. For a streamed data set it depends on the host.
+    """
+
+    tokenizer: Tokenizer
+    train: grain.IterDataset
+    validation: np.ndarray  # (batches, batch_size, sequence_length + 1), on every host
+    digest: str  # changes when the text or the tokenizer does
+    files: str  # their number and size, for people
+    left_out: Mapping[str, str] = MappingProxyType({})  # see shards.Shards
+
+
+def load(config: RunConfig, host: Host = ONE_HOST, *, skip_bad_data: int = 0) -> Data:
+    """Loads what `config.data` names.
+
+    None is the embedded Shakespeare. Otherwise it is a text file, a folder, of which
+    all .txt files in it and below are taken in alphabetical order, or a pattern like
+    ``books/*.txt``: the last tenth is for validation. "hf:NAME:CONFIGURATION", or
+    "hf:NAME", is a data set of the Hugging Face hub, or a local folder like one: its
+    split "train", and for validation "validation" or else "test", of which the first
+    documents are taken. Up to `skip_bad_data` of its shards may be broken: what cannot
+    be read of them is left out.
+    """
+    rows = rows_per_host(config, host)
+    if config.data is not None and config.data.startswith(streaming.PREFIX):
+        return load_stream(config, host, rows, skip_bad_data)
+    return load_files(config, host, rows)
+
+
+def rows_per_host(config: RunConfig, host: Host) -> int:
+    """Sequences in a host's part of a micro-batch."""
+    rows, left = divmod(config.batch_size, config.accumulate * host.count)
+    if left:
+        several = f" on each of {host.count} hosts" if host.count > 1 else ""
+        raise UsageError(
+            f"a batch of {config.batch_size} sequences (--batch-size) cannot be divided"
+            f" into {config.accumulate} equal parts (--accumulate){several}"
+        )
+    return rows
+
+
+def load_files(config: RunConfig, host: Host, rows: int) -> Data:
+    """Text files, of which any batch can be made from its number."""
+    tokenizer, tokens, digest = corpus.load(
+        config.data, config.tokenizer, config.separator
+    )
+    check_length("train", tokens.train, tokenizer, config)
+    windows = corpus.shuffled_windows(tokens.train, config.sequence_length, config.seed)
+    mine = windows[host.index :: host.count]
+    batches = corpus.batched(mine, rows, config.accumulate)
+    train = batches.to_iter_dataset(grain.ReadOptions(THREADS, READY))
+    validation = evaluation_batches(tokens.validation, tokenizer, config)
+    return Data(tokenizer, train, validation, digest, corpus.describe(config.data))
+
+
+def load_stream(config: RunConfig, host: Host, rows: int, skip_bad_data: int) -> Data:
+    """A data set that is read from its beginning on."""
+    source = streaming.open_source(config.data, skip_bad_data)
+    tokenizer = tokenization.load(
+        config.tokenizer,
+        lambda: streaming.texts(source.train),
+        corpus.user_cache(),
+        config.separator,
+    )
+    length = config.sequence_length
+    windows = streaming.windows(source, tokenizer, length, config.seed, host)
+    batches = corpus.batched(windows, rows, config.accumulate)
+    train = streaming.Prefetched(batches, READY)
+    held_out = streaming.first_tokens(
+        source.validation, tokenizer, config.eval_sequences * length + 1
+    )
+    validation = evaluation_batches(held_out, tokenizer, config)
+    digest = streaming.digest(source, tokenizer)
+    left_out = source.shards.left_out
+    return Data(tokenizer, train, validation, digest, source.files, left_out)
+
+
+def evaluation_batches(
+    tokens: np.ndarray, tokenizer: Tokenizer, config: RunConfig
+) -> np.ndarray:
+    check_length("validation", tokens, tokenizer, config)
+    return corpus.evaluation_batches(
+        tokens, config.sequence_length, config.batch_size, config.eval_sequences
+    )
+
+
+def check_length(
+    part: str, tokens: np.ndarray, tokenizer: Tokenizer, config: RunConfig
+) -> None:
+    """Checks that a part of the text holds a sequence."""
+    needed = config.sequence_length + 1
+    unit = "byte" if tokenizer == BYTES else "token"
+    if len(tokens) < needed:
+        raise UsageError(
+            f"the text is too short: its {part} part has {len(tokens)} {unit}s, one"
+            f" sequence of {config.sequence_length} and its next {unit} take {needed}"
+        )

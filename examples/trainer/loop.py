@@ -1,0 +1,238 @@
+"""The loop around the training step, and what it records."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+import numpy as np
+
+from trainer import hardware, hosts, sharding, training
+from trainer.checkpoints import Place
+from trainer.config import DataError, RunConfig, UsageError
+from trainer.data import shards
+from trainer.optimizers import Optimizer
+from trainer.output.records import Row
+from trainer.training import Task, TrainState
+
+AHEAD = 4  # batches that a host takes at a time, if there are several hosts
+
+
+class Halted(UsageError):
+    """A step was not finite; training stopped at the state before it."""
+
+
+class DataLost(DataError):
+    """No batch could be read for a step; the state before it is saved."""
+
+
+class StepRecorder:
+    """Turns device metrics into rows, one step behind the device.
+
+    Fetching a value waits for it. Fetched a step late, it is there already, and the
+    device never stands idle while the host writes.
+    """
+
+    def __init__(self, task: Task, optimizer: Optimizer, record: Callable[[Row], None]):
+        self._config = task.config
+        self._fault_steps = frozenset(task.config.fault_steps)
+        self._optimizer = optimizer
+        self._record = record
+        self._flops_of_peak = flops_of_peak(task)
+        self._pending = None
+        self._last_time = None  # None: the next step's time would not be its own
+        self.halted: Row | None = None  # the row of a step that was not finite
+
+    def push(self, step: int, metrics) -> None:
+        """Takes the metrics of `step` and records those of the step before."""
+        self._record_pending()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Records what is pending; call it before other work than steps."""
+        self._record_pending()
+        self._last_time = None
+
+    def _record_pending(self) -> None:
+        if self._pending is None or self.halted:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        metrics = jax.tree.map(np.ndarray.tolist, jax.device_get(metrics))
+        speed = self._tokens_per_second()
+        row = {
+            "optimizer": self._optimizer.name,
+            "step": step,
+            **metrics,
+            "fault": step in self._fault_steps,
+            "tokens_per_second": speed,
+            "flops_utilization": speed and self._flops_of_peak(speed),
+        }
+        self._record(row)
+        if not all(map(math.isfinite, (row["loss"], row["update_norm"]))):
+            self.halted = row
+
+    def _tokens_per_second(self) -> float | None:
+        now = time.perf_counter()
+        before, self._last_time = self._last_time, now
+        return None if before is None else self._config.tokens_per_step / (now - before)
+
+
+def flops_of_peak(task: Task) -> Callable[[float], float | None]:
+    """From tokens a second to the share of the devices' peak that the model needs."""
+    device = hardware.find(task.mesh.devices.flat[0].device_kind)
+    flops_per_token = task.model.flops_per_token(task.config.sequence_length)
+    if device is None:
+        return lambda tokens_per_second: None
+    peak = device.flops * task.mesh.size
+    return lambda tokens_per_second: tokens_per_second * flops_per_token / peak
+
+
+def fetched(
+    batches: grain.DatasetIterator,
+) -> Iterator[tuple[np.ndarray, Place]]:
+    """Yields this host's batches, each with the place in the data after it.
+
+    Several hosts take a few batches at a time and then exchange how many they got,
+    since every exchange waits for the devices.
+
+    Raises:
+      DataError: On every host, at the same batch, if one of them cannot read it.
+    """
+    together = AHEAD if jax.process_count() > 1 else 1
+    while True:
+        taken, problem = [], ""
+        try:
+            while len(taken) < together:
+                batch = next(batches)
+                taken.append((batch, batches.get_state()))
+        except UsageError as error:
+            problem = str(error)
+        except Exception as error:  # from reading or encoding in Grain's thread
+            problem = f"cannot read the data: {shards.reason(error)}"
+        told = map(json.loads, hosts.gather(json.dumps([len(taken), problem])))
+        count, problem = min(map(tuple, told))
+        yield from taken[:count]
+        if problem:
+            raise DataError(problem)
+
+
+def train(
+    state: TrainState,
+    task: Task,
+    optimizer: Optimizer,
+    batches: grain.DatasetIterator,
+    *,
+    record: Callable[[Row], None],
+    save: Callable[[TrainState, Place], None],
+    stop: Callable[[int], bool],
+) -> TrainState:
+    """Trains from `state` to the last step of the run, or until `stop`.
+
+    Args:
+      state: Where to start: a first state, or a restored checkpoint.
+      task: Model, data and faults.
+      optimizer: What turns gradients into updates.
+      batches: This host's batches, from the one after `state`'s on.
+      record: Called with one row a step and one an evaluation, in order.
+      save: Called with the state, and the place of `batches` that goes with it, at
+        every checkpoint, at the last step, when stopped or halted; all rows up to that
+        step have been recorded by then.
+      stop: Asked after every step, with its number.
+
+    Returns:
+      The last state.
+
+    Raises:
+      Halted: If a loss or an update was not finite.
+      DataLost: If a host could not read its part of a batch.
+    """
+    config = task.config
+    recorder = StepRecorder(task, optimizer, record)
+    first = int(state.step) + 1
+    places = {first - 1: batches.get_state()}
+    fetching = fetched(batches)
+    for step in range(first, config.steps + 1):
+        try:
+            batch, places[step] = next(fetching)
+        except DataError as error:
+            recorder.flush()
+            save(state, places[int(state.step)])
+            if recorder.halted:
+                raise Halted(explain(recorder.halted, task, optimizer)) from error
+            kept = f"step {step - 1} is saved" if step > 1 else "nothing is saved yet"
+            raise DataLost(
+                f"{optimizer.name}: no batch for step {step}, {kept}: {error}"
+            ) from error
+        batch = sharding.put_batch(batch, task.mesh)
+        state, metrics = training.train_step(
+            state,
+            batch,
+            graphdef=task.graphdef,
+            faults=task.faults,
+            optimizer=optimizer,
+            z_loss=config.z_loss,
+        )
+        recorder.push(step, metrics)
+        places.pop(step - 3, None)  # a halt is seen one step late, and goes back one
+
+        last, stopped = step == config.steps, stop(step)
+        due = {
+            "evaluation": config.evaluates_at(step),
+            "checkpoint": last or stopped or step % config.checkpoint_every == 0,
+        }
+        if any(due.values()):
+            recorder.flush()
+        if recorder.halted:
+            save(state, places[int(state.step)])
+            raise Halted(explain(recorder.halted, task, optimizer))
+        if due["evaluation"]:
+            record(evaluation(state, step, task, optimizer))
+        if due["checkpoint"]:
+            save(state, places[step])
+        if stopped:
+            break
+    return state
+
+
+def evaluation(state: TrainState, step: int, task: Task, optimizer: Optimizer) -> Row:
+    loss = training.evaluate(
+        state.params, task.validation, graphdef=task.graphdef
+    ).item()
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    return {
+        "optimizer": optimizer.name,
+        "step": step,
+        "eval_loss": loss,
+        "eval_perplexity": perplexity,
+    }
+
+
+def explain(row: Row, task: Task, optimizer: Optimizer) -> str:
+    """Which step failed, the tensor with the worst gradient, and what to try."""
+    what = "update" if math.isfinite(row["loss"]) else "loss"
+    scores = np.array(row["tensors"]["spike_score"])  # infinite if not finite
+    worst = int(np.argmax(np.nan_to_num(scores, nan=np.inf)))
+    norm = row["tensors"]["grad_norm"][worst]
+    size = (
+        f"norm {norm:.3g}, {scores[worst]:.3g} x its running mean"
+        if math.isfinite(norm)
+        else "not finite"
+    )
+    help_from = ", or ".join(remedies(task.config, optimizer))
+    return (
+        f"{optimizer.name}: the {what} of step {row['step']} is not finite; worst"
+        f" gradient: {training.tensor_names(task)[worst]} ({size}). The state of"
+        f" step {row['step'] - 1} is kept. Try {help_from}"
+    )
+
+
+def remedies(config: RunConfig, optimizer: Optimizer) -> Iterator[str]:
+    """What may help and is not in use; flags of the command line."""
+    yield "a lower --learning-rate"
+    if optimizer.name != "clip_spam":
+        yield "--optimizer clip_spam"
+    if config.initialization == "standard" and config.norm != "scaled":
+        yield "--initialization stable --embedding scaled"

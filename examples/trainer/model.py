@@ -1,0 +1,358 @@
+"""A LLaMA-style decoder: RMSNorm, SwiGLU, rotary positions, causal attention.
+
+Options against instability: the embeddings and initializers of Spike No More, WeSaR,
+LayerNorm Scaling (arXiv 2502.05795), Mix-LN (2412.13795), gated attention (2505.06708).
+
+Letters in shape comments: B sequences, T tokens, D width, H heads, K head width,
+V vocabulary.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import spam_optax.nnx
+from spam_optax import initializers
+from trainer import sharding
+from trainer.config import DEPTH_SCALED, RunConfig
+
+EMBEDDINGS = {
+    "plain": nnx.Embed,
+    "scaled": spam_optax.nnx.ScaledEmbed,
+    "normed": spam_optax.nnx.NormedEmbed,
+}
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder, and how it computes."""
+
+    layers: int  # residual blocks, N
+    width: int  # of the residual stream, D; divisible by twice the heads
+    heads: int  # attention heads, H
+    ffn_width: int  # inner width of the gated feed-forward layer
+    vocabulary: int = 32_000  # tokens, V
+    rotary_base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi times this
+    positions: int = 1024  # of `architectures.GPT2`: the longest sequence
+    embedding: str = "plain"  # a key of EMBEDDINGS
+    initialization: str = "standard"  # or stable: Spike No More; or wesar: WeSaR
+    norm: str = "pre"  # or scaled: LayerNorm Scaling; or mixed: Mix-LN
+    gated_attention: bool = False  # a sigmoid gate on what the heads put out
+    untied_head: bool = False  # the head is not the embedding, transposed
+    compute_dtype: str = "float32"  # of activations; parameters are float32
+    remat: str = "none"  # or a key of REMAT_POLICIES
+    scan_unroll: int = 1  # layers per scan iteration: faster on CPU, slower to compile
+    attention: str = "xla"  # implementation of jax.nn.dot_product_attention
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Parameters that a token is multiplied with: all but norms and the lookup."""
+        attention = (4 + self.gated_attention) * self.width**2
+        block = attention + 3 * self.width * self.ffn_width
+        return self.layers * block + self.vocabulary * self.width
+
+    def flops_per_token(self, tokens: int) -> int:
+        """Of one training step, for sequences of so many tokens.
+
+        Twice the matrix parameters forward, twice that backward, and attention's two
+        products over the whole sequence, masked half included: the convention of PaLM,
+        appendix B. What rematerialization computes again does not count.
+        """
+        return 6 * self.matrix_parameters + 12 * self.layers * self.width * tokens
+
+
+PRESETS = {
+    "nano": ModelConfig(layers=2, width=32, heads=2, ffn_width=64, vocabulary=256),
+    "tiny": ModelConfig(
+        layers=3, width=96, heads=3, ffn_width=256, vocabulary=256, scan_unroll=3
+    ),
+    # The LLaMA shapes of GaLore, SPAM and their relatives.
+    "9m": ModelConfig(layers=4, width=128, heads=4, ffn_width=352),
+    "60m": ModelConfig(layers=8, width=512, heads=8, ffn_width=1376),
+    "130m": ModelConfig(layers=12, width=768, heads=12, ffn_width=2048),
+    "350m": ModelConfig(layers=24, width=1024, heads=16, ffn_width=2736),
+    "1b": ModelConfig(layers=24, width=2048, heads=32, ffn_width=5461),
+}
+
+
+def configure(config: RunConfig, vocabulary: int, platform: str) -> ModelConfig:
+    """The model of a run, for a tokenizer's vocabulary and a kind of device."""
+    fused = platform == "gpu" and has_fused_attention(config.compute_dtype)
+    return dataclasses.replace(
+        PRESETS[config.preset],
+        vocabulary=vocabulary,
+        embedding=config.embedding,
+        initialization=config.initialization,
+        norm=config.norm,
+        gated_attention=config.gated_attention,
+        untied_head=config.untied_head,
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        attention="cudnn" if fused else "xla",
+    )
+
+
+def has_fused_attention(dtype: str) -> bool:
+    """Whether cuDNN is here, with a kernel for this dtype: half precision only."""
+    x = jax.ShapeDtypeStruct((1, 64, 1, 64), dtype)
+    attend = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+    )
+    try:
+        jax.eval_shape(attend, x, x, x)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
+def make_initializers(config: ModelConfig) -> initializers.StableInitializers:
+    """For kernels, those that write to the residual stream, and the embedding.
+
+    The standard one is a normal distribution for all: GPT-2's deviation of 0.02 at
+    width 625, more in a narrower model. WeSaR's kernels have initializers of their own.
+    """
+    if config.initialization in DEPTH_SCALED:
+        return initializers.stable(config.width, config.layers)
+    normal = nnx.initializers.normal(0.5 / config.width**0.5)
+    return initializers.StableInitializers(normal, normal, normal)
+
+
+def flat_dot_general(x, kernel, dimension_numbers, **kwargs):
+    """`lax.dot_general` of a matrix and activations with any leading axes.
+
+    The leading axes are merged first because XLA's CPU backend takes about 1.3 times
+    as long for the gradient of a 3-D product.
+    """
+    ((contracted, (axis,)), batch) = dimension_numbers
+    if contracted != (x.ndim - 1,) or batch != ((), ()):
+        raise ValueError(f"Not a product over the last axis: {dimension_numbers}.")
+    rows = x.reshape(-1, x.shape[-1])
+    product = jax.lax.dot_general(rows, kernel, (((1,), (axis,)), batch), **kwargs)
+    return product.reshape(*x.shape[:-1], product.shape[-1])
+
+
+def linear(
+    config: ModelConfig,
+    inputs: int,
+    outputs: int,
+    rngs: nnx.Rngs,
+    *,
+    residual: bool = False,
+    use_bias: bool = False,
+) -> nnx.Linear:
+    """A matrix; `residual` if its output is added to the stream."""
+    if config.initialization == "wesar":
+        std = (2 / (5 * config.width)) ** 0.5  # Spike No More's
+        target_std = std / (2 * config.layers) ** 0.5 if residual else std
+        layer = functools.partial(spam_optax.nnx.WesarLinear, target_std=target_std)
+    else:
+        init = make_initializers(config)
+        kernel_init = init.residual if residual else init.kernel
+        layer = functools.partial(nnx.Linear, kernel_init=kernel_init)
+    return layer(
+        inputs,
+        outputs,
+        use_bias=use_bias,
+        dtype=config.compute_dtype,
+        dot_general=flat_dot_general,
+        rngs=rngs,
+    )
+
+
+def norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(config.width, dtype=config.compute_dtype, rngs=rngs)
+
+
+def rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
+    """Rotary positions: turns pairs of features by an angle that grows with position.
+
+    The product of a rotated query and a rotated key depends on their contents and on
+    the distance between them only.
+    """
+    tokens, half = x_BTHK.shape[1], x_BTHK.shape[3] // 2
+    frequency = base ** (-jnp.arange(half) / half)
+    angle = jnp.arange(tokens)[:, None] * frequency[None, :]
+    cos, sin = jnp.cos(angle)[None, :, None, :], jnp.sin(angle)[None, :, None, :]
+    a, b = jnp.split(x_BTHK, 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return turned.astype(x_BTHK.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions.
+
+    The gate, if there is one, is that of Qiu et al. (2025): a sigmoid for each feature
+    of each head, of a linear function of the block's input, before the last matrix.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        project = functools.partial(linear, config, config.width, config.width, rngs)
+        self.query = project()
+        self.key = project()
+        self.value = project()
+        self.out = project(residual=True)
+        if config.gated_attention:
+            self.gate = project()
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        B, T, D = x_BTD.shape
+        H = self.config.heads
+        query, key, value = (
+            project(x_BTD).reshape(B, T, H, D // H)
+            for project in (self.query, self.key, self.value)
+        )
+        attended_BTHK = jax.nn.dot_product_attention(
+            rotate(query, self.config.rotary_base),
+            rotate(key, self.config.rotary_base),
+            value,
+            is_causal=True,
+            implementation=self.config.attention,
+        )
+        attended_BTD = attended_BTHK.reshape(B, T, D)
+        if self.config.gated_attention:
+            attended_BTD = attended_BTD * nnx.sigmoid(self.gate(x_BTD))
+        return self.out(attended_BTD)
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU: a gated feed-forward layer."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.gate = linear(config, config.width, config.ffn_width, rngs)
+        self.up = linear(config, config.width, config.ffn_width, rngs)
+        self.down = linear(config, config.ffn_width, config.width, rngs, residual=True)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down(nnx.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nnx.Module):
+    """One residual block: attention, then the feed-forward layer."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = norm(config, rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.ffn_norm = norm(config, rngs)
+        self.ffn = FeedForward(config, rngs=rngs)
+
+    def pre_norm(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+    def scaled_norm(self, x_BTD: jax.Array, factor: jax.Array) -> jax.Array:
+        """LayerNorm Scaling: pre-norm, times 1 over the root of the block's number."""
+        x_BTD = x_BTD + self.attention(factor * self.attention_norm(x_BTD))
+        return x_BTD + self.ffn(factor * self.ffn_norm(x_BTD))
+
+    def post_norm(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD))
+        return self.ffn_norm(x_BTD + self.ffn(x_BTD))
+
+
+class Decoder(nnx.Module):
+    """Tokens in, float32 logits of the next token out.
+
+    The blocks are one module whose parameters have a leading axis of layers, so a deep
+    model compiles as fast as a shallow one. Other architectures have other blocks.
+    """
+
+    block = Block
+    make_norm = staticmethod(norm)
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = EMBEDDINGS[config.embedding](
+            config.vocabulary,
+            config.width,
+            dtype=config.compute_dtype,
+            promote_dtype=cast_table,
+            embedding_init=make_initializers(config).embedding,
+            rngs=rngs,
+        )
+        self.blocks = stack_blocks(self.block, config, rngs)
+        self.norm = self.make_norm(config, rngs)
+        if config.untied_head:
+            self.head = linear(config, config.width, config.vocabulary, rngs)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        x_BTD = sharding.constrain_batch(self.look_up(tokens_BT))
+        x_BTD = self.norm(through_blocks(self.config, x_BTD, self.blocks))
+        if self.config.untied_head:
+            return self.head(x_BTD).astype(jnp.float32)
+        (embedding_VD,) = cast_table((self.embed.embedding[...],), dtype=x_BTD.dtype)
+        logits_BTV = flat_dot_general(x_BTD, embedding_VD, (((2,), (1,)), ((), ())))
+        return logits_BTV.astype(jnp.float32)
+
+    def look_up(self, tokens_BT: jax.Array) -> jax.Array:
+        """What the tokens enter the residual stream as."""
+        return self.embed(tokens_BT)
+
+
+def through_blocks(
+    config: ModelConfig, x_BTD: jax.Array, blocks: nnx.Module
+) -> jax.Array:
+    """Applies the stacked blocks in turn."""
+    scan = functools.partial(scan_blocks, config)
+    if config.norm == "scaled":
+        factors = 1 / jnp.sqrt(jnp.arange(1, config.layers + 1))
+        factors = factors.astype(config.compute_dtype)
+        return scan("scaled_norm", x_BTD, blocks, factors)
+    if config.norm == "mixed":
+        early = max(1, config.layers // 4)
+        first, rest = (
+            jax.tree.map(lambda x, part=part: x[part], blocks)
+            for part in (slice(early), slice(early, None))
+        )
+        return scan("pre_norm", scan("post_norm", x_BTD, first), rest)
+    return scan("pre_norm", x_BTD, blocks)
+
+
+def scan_blocks(
+    config: ModelConfig, method: str, x_BTD: jax.Array, *stacked: Any
+) -> jax.Array:
+    """Applies a method of each block to the stream and the block's part of the rest."""
+
+    def apply(x_BTD, block, *rest):
+        return sharding.constrain_batch(getattr(block, method)(x_BTD, *rest))
+
+    if config.remat != "none":
+        apply = nnx.remat(apply, prevent_cse=False, policy=REMAT_POLICIES[config.remat])
+    scan = nnx.scan(
+        apply,
+        in_axes=(nnx.Carry, *(0 for _ in stacked)),
+        out_axes=nnx.Carry,
+        unroll=config.scan_unroll,
+    )
+    return scan(x_BTD, *stacked)
+
+
+def cast_table(arrays: tuple[jax.Array, ...], *, dtype: str, **options):
+    """An embedding's `promote_dtype` that makes its table whole for the lookup.
+
+    It is the table that devices exchange, then, rather than what they looked up.
+    """
+    del options  # Flax's, for inputs that are not floats yet
+    cast = (x.astype(dtype) for x in arrays)
+    return tuple(sharding.gather_columns(x) if x.ndim == 2 else x for x in cast)
+
+
+def stack_blocks(
+    block: type[nnx.Module], config: ModelConfig, rngs: nnx.Rngs
+) -> nnx.Module:
+    """All blocks as one, with independently drawn parameters."""
+
+    @nnx.split_rngs(splits=config.layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs):
+        return block(config, rngs=rngs)
+
+    return create(rngs)

@@ -1,0 +1,289 @@
+"""The optimizers by name; all share one learning-rate schedule. A row adds one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import spam_optax
+from trainer import model
+from trainer.config import RunConfig, UsageError
+
+B1 = 0.9
+B2 = 0.999
+LION_B2 = 0.99
+
+
+class Optimizer(NamedTuple):
+    """A transformation, and what a trainer must know to read its state."""
+
+    name: str
+    transform: optax.GradientTransformation  # in a spam_optax.track_spikes
+    schedule: optax.Schedule
+    momentum_decay: float | None  # of `mu` in its state; None: there is none
+    reset_interval: int | None  # steps after which the moments are zeroed; None: never
+
+
+class Row(NamedTuple):
+    """What makes an optimizer of a run and its schedule."""
+
+    make: Callable[[RunConfig, optax.Schedule], optax.GradientTransformation]
+    momentum_decay: float | None = B1
+    resets: bool = False
+
+
+def schedule(config: RunConfig) -> optax.Schedule:
+    """Linear warm-up, then a cosine to a tenth of the peak."""
+    warmup_steps = config.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = max(1, config.steps // 10)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=warmup_steps,
+        decay_steps=max(config.steps, warmup_steps + 1),
+        end_value=0.1 * config.learning_rate,
+    )
+
+
+def decay(config: RunConfig, default: float = 0.0) -> float:
+    return default if config.weight_decay is None else config.weight_decay
+
+
+def adam(config, learning_rate):
+    return optax.adam(learning_rate, b1=B1, b2=B2)
+
+
+def adamw(config, learning_rate):
+    return optax.adamw(learning_rate, b1=B1, b2=B2, weight_decay=decay(config, 0.1))
+
+
+def adafactor(config, learning_rate):
+    # Its other defaults are those of its paper; the rate is not relative to a tensor's
+    # scale here, so that all optimizers are swept over the same rates.
+    return optax.adafactor(
+        learning_rate,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=config.weight_decay or None,
+    )
+
+
+def lion(config, learning_rate):
+    return optax.lion(learning_rate, B1, LION_B2, weight_decay=decay(config, 0.1))
+
+
+def spam(config, learning_rate, make=spam_optax.spam, **kwargs):
+    settings = {
+        "b1": B1,
+        "b2": B2,
+        "threshold": config.threshold,
+        "weight_decay": decay(config),
+        **config.spam_intervals,
+    }
+    return make(learning_rate, **(settings | kwargs))
+
+
+def spam_chain(config, learning_rate):
+    intervals = config.spam_intervals
+    clip = spam_optax.spam_clip(
+        config.threshold,
+        b2=B2,
+        reset_interval=intervals["reset_interval"],
+        grace_steps=intervals["grace_steps"],
+    )
+    adam = spam_optax.spam_adam(
+        learning_rate,
+        b1=B1,
+        b2=B2,
+        weight_decay=decay(config),
+        reset_interval=intervals["reset_interval"],
+        warmup_steps=intervals["warmup_steps"],
+        count_dropped=False,  # spam_clip counts
+    )
+    return optax.chain(clip, adam)
+
+
+def sparse_spam(config, learning_rate):
+    """Momentum for a fraction of the attention and feed-forward matrices."""
+    return spam(
+        config,
+        learning_rate,
+        spam_optax.sparse_spam,
+        density=config.density,
+        row_blocks=config.row_blocks,
+        key=config.seed,
+    )
+
+
+def stable_spam(config, learning_rate):
+    return spam_optax.stable_spam(
+        learning_rate,
+        b1=B1,
+        b2=B2,
+        reset_interval=config.spam_intervals["reset_interval"],
+        weight_decay=decay(config),
+    )
+
+
+def stabilizer_adam(config, learning_rate):
+    return optax.chain(spam_optax.gradient_stabilizer(), adam(config, learning_rate))
+
+
+def clipped(make):
+    """The same optimizer behind a limit on the global norm of the gradient."""
+
+    def make_clipped(config, learning_rate):
+        clip = optax.clip_by_global_norm(config.clip_norm)
+        return optax.chain(clip, make(config, learning_rate))
+
+    return make_clipped
+
+
+def adam_mini(config, learning_rate):
+    return spam_optax.adam_mini(
+        learning_rate,
+        b1=B1,
+        b2=B2,
+        partition=spam_optax.adam_mini_partition(model.PRESETS[config.preset].heads),
+        weight_decay=decay(config),
+    )
+
+
+def stable_adamw(config, learning_rate):
+    return spam_optax.stable_adamw(
+        learning_rate, b1=B1, b2=B2, weight_decay=decay(config)
+    )
+
+
+def zclip_adam(config, learning_rate):
+    """Warm-ups of 25 steps, and for AdaGC 100, or what fits a short run."""
+    clip = spam_optax.zclip(
+        max_norm=config.clip_norm, warmup_steps=min(25, max(2, config.steps // 4))
+    )
+    return optax.chain(clip, adam(config, learning_rate))
+
+
+def adagc_adam(config, learning_rate):
+    clip = spam_optax.adagc(
+        max_norm=config.clip_norm, warmup_steps=min(100, config.steps // 4)
+    )
+    return optax.chain(clip, adam(config, learning_rate))
+
+
+def galore(config, learning_rate):
+    """Adam in a subspace of the attention and feed-forward matrices.
+
+    Its rank is a quarter of the width, as in the paper's larger models; the subspace is
+    chosen anew every 200 steps, or ten times in a short run.
+    """
+    projected = optax.contrib.scale_by_galore(
+        rank=max(1, model.PRESETS[config.preset].width // 4),
+        update_proj_gap=min(200, max(1, config.steps // 10)),
+        scale=0.25,
+        base_optimizer=optax.scale_by_adam(B1, B2),
+    )
+    labels = label_matrices("galore", "adam")
+    scale = {"galore": for_each_layer(projected), "adam": optax.scale_by_adam(B1, B2)}
+    return optax.chain(
+        optax.partition(scale, labels),
+        optax.add_decayed_weights(decay(config)),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def muon(config, learning_rate):
+    """Muon for the attention and feed-forward matrices, Adam for the rest.
+
+    Its updates are scaled to the size of Adam's, so that all optimizers are swept over
+    the same rates.
+    """
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return optax.contrib.muon(
+        learning_rate,
+        weight_decay=decay(config),
+        adam_b1=B1,
+        adam_b2=B2,
+        adam_weight_decay=decay(config),
+        muon_weight_dimension_numbers=label_matrices(matrix, None),
+        consistent_rms=0.2,
+    )
+
+
+def label_matrices(matrix: Any, other: Any) -> Callable[[optax.Params], Any]:
+    """Labels the attention and feed-forward matrices, and the rest."""
+
+    def label(params):
+        is_matrix = spam_optax.matrices_only()(params)
+        return jax.tree.map(lambda x: matrix if x else other, is_matrix)
+
+    return label
+
+
+def for_each_layer(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """`inner` for matrices, applied to stacks of them: a matrix is a tensor to it.
+
+    What its state has for a step and not for a tensor, scalars, the layers share, so
+    that a `lax.cond` on the step remains one.
+    """
+
+    def axes(state):
+        return jax.tree.map(lambda x: 0 if jnp.ndim(x) else None, state)
+
+    def init(params):
+        first = jax.tree.map(lambda x: x[0], params)
+        of_layer = axes(jax.eval_shape(inner.init, first))
+        return jax.vmap(inner.init, out_axes=of_layer)(params)
+
+    def update(updates, state, params=None):
+        del params
+        return jax.vmap(
+            inner.update, in_axes=(0, axes(state)), out_axes=(0, axes(state))
+        )(updates, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+TABLE = {
+    "adam": Row(adam),
+    "adam_clip": Row(clipped(adam)),
+    "adamw": Row(adamw),
+    "adamw_clip": Row(clipped(adamw)),
+    "adafactor": Row(adafactor, momentum_decay=None),
+    "lion": Row(lion, momentum_decay=LION_B2),
+    "spam": Row(spam, resets=True),
+    "clip_spam": Row(clipped(spam), resets=True),
+    "spam_chain": Row(spam_chain, resets=True),
+    "sparse_spam": Row(sparse_spam, resets=True),
+    "stable_spam": Row(stable_spam, resets=True),
+    "stabilizer_adam": Row(stabilizer_adam),
+    "adam_mini": Row(adam_mini),
+    "stable_adamw": Row(stable_adamw),
+    "zclip_adam": Row(zclip_adam),
+    "adagc_adam": Row(adagc_adam),
+    "galore": Row(galore, momentum_decay=None),  # of projected gradients
+    "muon": Row(muon, momentum_decay=None),  # two, Muon's and Adam's
+}
+
+
+def make(name: str, config: RunConfig) -> Optimizer:
+    """The optimizer called `name`, a key of TABLE, with spike statistics in its state.
+
+    Raises UsageError if a setting does not suit it.
+    """
+    row = TABLE[name]
+    learning_rate = schedule(config)
+    try:
+        transform = row.make(config, learning_rate)
+    except ValueError as error:
+        raise UsageError(f"optimizer {name}: {error}") from error
+    return Optimizer(
+        name,
+        spam_optax.track_spikes(transform),
+        learning_rate,
+        row.momentum_decay,
+        config.spam_intervals["reset_interval"] if row.resets else None,
+    )

@@ -1,0 +1,266 @@
+"""Records of a run: metrics.jsonl, TensorBoard events and, if asked for, wandb.
+
+metrics.jsonl has one JSON object a line: a step,
+
+    optimizer, step            from 1
+    loss                       of this step's batch, before its update; nats per token
+    learning_rate
+    grad_norm                  global norm of the gradient, fault included
+    clipped_grad_norm          of what entered the first moment, after all clipping
+    update_norm, param_norm    of the update, and of the parameters after it
+    spikes_clipped             coordinates clipped by SPAM in this step
+    tensors                    the same norms of every tensor, its spike score (norm
+                               over running mean) and the steps so far in which it
+                               exceeded 10; tensors.json has the names
+    fault                      whether this step's gradient was corrupted
+    tokens_per_second          null where compilation or other work came between
+    flops_utilization          of the devices' bfloat16 peak, by the model; null for a
+                               device that trainer.hardware does not know
+
+or an evaluation: `optimizer`, `step`, `eval_loss` and `eval_perplexity`. JSON knows no
+NaN or infinity: a number that is not finite is null.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
+
+from trainer import hosts, training
+from trainer.config import RunConfig, UsageError
+from trainer.data import tokenization
+
+Row = dict[str, Any]
+
+TENSORS_EVERY = 10  # steps between the norms of single tensors in TensorBoard, wandb
+FLUSH_EVERY = 10  # seconds between what TensorBoard gets to see
+
+
+def finite(value: Any) -> Any:
+    """`value`, with None in place of every NaN or infinity in it."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {key: finite(part) for key, part in value.items()}
+        case list():
+            return [finite(part) for part in value]
+    return value
+
+
+def scalars(row: Row, tensor_names: Iterable[str]) -> dict[str, float]:
+    """The numbers of a row under one name each; single tensors' every few steps."""
+    row = finite(row)
+    others = ("optimizer", "step", "fault", "tensors")
+    numbers = {name: value for name, value in row.items() if name not in others}
+    if "tensors" in row and row["step"] % TENSORS_EVERY == 0:
+        for kind, values in row["tensors"].items():
+            for name, value in zip(tensor_names, values, strict=True):
+                numbers[f"{kind}/{name}"] = value
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+class Metrics:
+    """Writes rows, each on disk before the next step begins."""
+
+    def __init__(self, path: pathlib.Path):
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # 1: line by line
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+    def __call__(self, row: Row) -> None:
+        self._file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+
+    def sync(self) -> None:
+        """Waits until what was written would survive a loss of power."""
+        os.fsync(self._file.fileno())
+
+
+class TensorBoard:
+    """Writes the numbers of one optimizer's rows as TensorBoard scalars.
+
+    Not by a SummaryWriter of tensorboardX, whose thread dies when the disk is full and
+    lets the program wait for it for ever.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, first_step: int, tensor_names: Iterable[str]
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tensor_names = tensor_names
+        file_name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._file = RecordWriter(str(folder / file_name))
+        self._next_flush = 0.0
+        self._add(0, file_version="brain.Event:2")
+        # Hides what was written after the checkpoint from which a run goes on.
+        self._add(first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+    def __call__(self, row: Row) -> None:
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in scalars(row, self._tensor_names).items()
+        ]
+        self._add(row["step"], summary=Summary(value=values))
+
+    def _add(self, step: int, **content) -> None:
+        now = time.time()
+        event = Event(wall_time=now, step=step, **content)
+        self._file.write(event.SerializeToString())
+        if now > self._next_flush:
+            self._file.flush()
+            self._next_flush = now + FLUSH_EVERY
+
+
+class Wandb:
+    """Sends the numbers of one optimizer's rows to Weights & Biases.
+
+    The run's id is that of its folder and optimizer: a resumed run goes on there.
+    """
+
+    def __init__(
+        self,
+        project: str,
+        run_id: str,
+        config: dict[str, Any],
+        tensor_names: Iterable[str],
+    ):
+        wandb = import_wandb()
+        self._tensor_names = tensor_names
+        self._run = wandb.init(
+            project=project, id=run_id, name=run_id, config=config, resume="allow"
+        )
+
+    def __enter__(self) -> "Wandb":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._run.finish()
+
+    def __call__(self, row: Row) -> None:
+        self._run.log(scalars(row, self._tensor_names), step=row["step"])
+
+
+def import_wandb():
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError(
+            "--wandb needs the package wandb: pip install wandb"
+        ) from error
+    return wandb
+
+
+class Writers:
+    """Everything that takes the rows of one optimizer; on host 0 alone."""
+
+    def __init__(
+        self, folder, task, optimizer: str, step: int, progress, wandb_project
+    ):
+        self._open = contextlib.ExitStack()
+        self._writers = []
+        self._metrics = None
+        if not hosts.is_main():
+            return
+        names = training.tensor_names(task)
+        self._metrics = Metrics(folder.metrics)
+        tensorboard = TensorBoard(folder.tensorboard / optimizer, step + 1, names)
+        writers = [self._metrics, tensorboard]
+        if wandb_project:
+            run_id = f"{folder.path.name}-{optimizer}"
+            settings = dataclasses.asdict(task.config)
+            writers.append(Wandb(wandb_project, run_id, settings, names))
+        self._writers = [self._open.enter_context(writer) for writer in writers]
+        self._writers.append(progress)
+
+    def __enter__(self) -> "Writers":
+        return self
+
+    def __exit__(self, kind, *exception) -> None:
+        # After an error, a full disk fails again when files are closed.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self._open.close()
+
+    def write(self, row: Row) -> None:
+        for writer in self._writers:
+            writer(row)
+
+    def sync(self) -> None:
+        """Waits until all rows so far would survive a loss of power."""
+        if self._metrics:
+            self._metrics.sync()
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            row["optimizer"], row["step"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path}, line {number}, is damaged: {error}") from error
+        rows.append(row)
+    return rows
+
+
+def recorded(path: pathlib.Path, optimizer: str, config: RunConfig) -> int:
+    """The last step up to which an optimizer's rows are all there."""
+    rows = read(path)
+    steps = {row["step"] for row in steps_of(rows, optimizer)}
+    evaluations = {row["step"] for row in evaluations_of(rows, optimizer)}
+    step = 0
+    while step + 1 in steps and (
+        step + 1 in evaluations or not config.evaluates_at(step + 1)
+    ):
+        step += 1
+    return step
+
+
+def cut(path: pathlib.Path, optimizer: str, step: int) -> None:
+    """Leaves of an optimizer's rows those up to its checkpoint."""
+    rows = (
+        row
+        for row in read(path)
+        if row["optimizer"] != optimizer or row["step"] <= step
+    )
+    replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or, if the program is killed, not at all."""
+    with tokenization.replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def steps_of(rows: Iterable[Row], optimizer: str) -> list[Row]:
+    """The training steps of one optimizer, in order."""
+    return [row for row in rows if row["optimizer"] == optimizer and "loss" in row]
+
+
+def evaluations_of(rows: Iterable[Row], optimizer: str) -> list[Row]:
+    """The evaluations of one optimizer, in order."""
+    return [row for row in rows if row["optimizer"] == optimizer and "eval_loss" in row]

@@ -1,0 +1,189 @@
+"""The trainer's step, compiled for TPUs and GPUs that are not here."""
+
+import importlib.util
+import re
+from collections import Counter
+
+import jax
+import optax
+import pytest
+
+import pretrain
+from trainer import ahead_of_time, config, hardware, optimizers, sharding
+
+# A program for a device that is not here is stored in the suite's cache of compiled
+# programs, cannot be loaded from it, and is then compiled again.
+pytestmark = [
+    pytest.mark.usefixtures("full_compilation"),
+    pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache"),
+]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is in the libtpu wheel, which is not installed",
+)
+needs_cuda = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)),
+    reason="the GPU compiler is in JAX's CUDA plugin, which is not installed",
+)
+V5E = hardware.DEVICES["TPU v5e"]
+
+
+def compile_for(target, optimizer, parallelism, **given):
+    settings = config.complete(given)
+    devices = ahead_of_time.find_devices(target)
+    rows = settings.batch_size // settings.accumulate
+    mesh = sharding.make_mesh(parallelism, rows, devices)
+    return ahead_of_time.measure(optimizer, settings, mesh)
+
+
+def state_bytes(preset, bytes_per_parameter, devices):
+    """Of parameters and moments, sharded evenly; the rest is small."""
+    parameters = {"60m": 58_073_600, "1b": 1_339_082_752}[preset]
+    return parameters * bytes_per_parameter / devices
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@needs_libtpu
+def test_60m_on_four_chips():
+    measured = compile_for("tpu:v5e:2x2", "spam", sharding.Parallelism(), preset="60m")
+    assert measured.state == pytest.approx(state_bytes("60m", 12, 1), rel=0.01)
+    assert measured.total < V5E.memory
+    assert set(measured.collectives) == {"all-reduce"}  # of gradients: data parallel
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@needs_libtpu
+def test_1b_fits_sixteen_chips_and_sparse_momentum_saves_memory():
+    fsdp = sharding.Parallelism(fsdp=16)
+    dense, sparse = (
+        compile_for("tpu:v5e:4x4", name, fsdp, preset="1b")
+        for name in ("spam", "sparse_spam")
+    )
+    assert dense.state == pytest.approx(state_bytes("1b", 12, 16), rel=0.02)
+    assert dense.total < V5E.memory
+    assert sparse.total < dense.total
+    # Most of its matrices have moments for a quarter: 4 bytes a parameter less.
+    assert dense.state - sparse.state > state_bytes("1b", 4, 16)
+
+
+def large_results(compiled, tensors):
+    """Collectives by kind and shape, but for those of a number or so a tensor."""
+    found = Counter()
+    for result, kind, _ in ahead_of_time.COLLECTIVE.findall(compiled.as_text()):
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            size = 1
+            for axis in filter(None, shape.split(",")):
+                size *= int(axis)
+            if size > tensors:
+                found[kind, dtype, shape] += 1
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@needs_libtpu
+def test_optimizer_adds_only_scalar_collectives(monkeypatch):
+    """On a mesh with all three axes: SPAM's step sends what plain SGD's does."""
+    sgd = optimizers.Row(lambda _, rate: optax.sgd(rate), momentum_decay=None)
+    monkeypatch.setitem(optimizers.TABLE, "sgd", sgd)
+    settings = config.complete({"preset": "9m", "batch_size": 16, "remat": "none"})
+    devices = ahead_of_time.find_devices("tpu:v5e:2x4")
+    parallelism = sharding.Parallelism(data=2, fsdp=2, tensor=2)
+    mesh = sharding.make_mesh(parallelism, 16, devices)
+    plain, spam, sparse = (
+        large_results(ahead_of_time.compile_step(name, settings, mesh), tensors=12)
+        for name in ("sgd", "spam", "sparse_spam")
+    )
+    assert plain
+    assert spam == plain
+    assert sparse == plain
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@needs_libtpu
+def test_command_says_whether_it_fits(capsys):
+    flags = ["--compile-only", "--target=tpu:v5e:2x2", "--preset=nano"]
+    flags += ["--optimizer=adam", "--no-spikes"]
+    assert pretrain.main(flags) == 0
+    output = capsys.readouterr().out
+    for words in ("4 x TPU v5 lite", "data 4", "GiB: fits", "FLOPs", "all-reduce"):
+        assert words in output
+    flags += ["--batch-size=65536", "--sequence-length=1024"]
+    assert pretrain.main(flags) == 1
+    assert "not fit" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.tpu
+@needs_libtpu
+def test_unknown_topology_is_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        pretrain.main(["--compile-only", "--target=tpu:v5e:nowhere"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "tpu:v5e:nowhere" in error and error.count("\n") == 1
+
+
+def test_without_any_plugin_of_jax_the_compiler_for_gpus_is_named(monkeypatch):
+    """As in an installation for CPUs, which does not even have their package."""
+
+    def find_spec(name):
+        if name.startswith("jax_plugins."):
+            raise ModuleNotFoundError("No module named 'jax_plugins'")
+        return None
+
+    monkeypatch.setattr(ahead_of_time.importlib.util, "find_spec", find_spec)
+    with pytest.raises(config.UsageError, match="pip install jax-cuda13-plugin"):
+        ahead_of_time.find_devices("gpu:h100:8")
+
+
+@pytest.mark.slow
+@needs_cuda
+def test_60m_on_one_h100():
+    measured = compile_for("gpu:h100:1", "spam", sharding.Parallelism(), preset="60m")
+    assert measured.state == pytest.approx(state_bytes("60m", 12, 1), rel=0.01)
+    assert measured.total < hardware.find("NVIDIA H100 80GB HBM3").memory
+
+
+@pytest.mark.slow
+def test_flops_are_those_of_the_model_asked_for(capsys):
+    """Not the preset's: with gates, and with another vocabulary."""
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    measured = ahead_of_time.Measurement("adam", 0, 0, 0, None, None, {}, 0.0)
+
+    def teraflops(**given):
+        settings = config.complete({"preset": "60m", **given})
+        ahead_of_time.show(measured, None, settings, mesh)
+        output = capsys.readouterr().out
+        return float(re.search(r"FLOPs of the model\s+([\d.]+) T", output)[1])
+
+    tokens, plain = 512 * 256, teraflops()
+    gates, words = 8 * 512**2, 32_000 * 512
+    for added, given in (
+        (gates, {"gated_attention": True}),
+        (words, {"tokenizer": "bpe:64000"}),
+    ):
+        more = 6 * added * tokens / 1e12
+        assert teraflops(**given) - plain == pytest.approx(more, abs=0.02)
+
+
+def test_collectives_are_counted_with_their_bytes():
+    text = """
+  %a = f32[4,8]{1,0} all-gather(%x), dimensions={0}
+  %b = (f32[], bf16[16]{0}) all-reduce(%y, %z), to_apply=%add
+  %c = (bf16[2]{0}, bf16[8]{0}) all-gather-start(%w)
+  %d = f32[4] add(%a, %b)
+"""
+    assert ahead_of_time.collectives(text) == {
+        "all-gather": (2, 4 * 8 * 4 + 16),
+        "all-reduce": (1, 4 + 32),
+    }
+
+
+def test_devices_are_known_by_the_names_jax_gives_them():
+    assert hardware.find("TPU v5 lite") == hardware.find("TPU v5e") == V5E
+    assert hardware.find("TPU v5p").flops > hardware.find("TPU v4").flops
+    assert hardware.find("NVIDIA H100 80GB HBM3").memory == 80 << 30
+    assert hardware.find(jax.devices()[0].device_kind) is None

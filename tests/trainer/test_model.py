@@ -1,0 +1,307 @@
+"""The model's options against instability, against a forward pass written out.
+
+What the model does without them is tested in test_examples.py and test_train_step.py.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import pretrain
+from spam_optax.nnx import fold_wesar
+from trainer import command_line, config, model, run_folder, sharding, training
+from trainer.config import RunConfig, UsageError
+
+# Whole forward and backward passes, each compiled and run once or twice.
+
+LAYERS, WIDTH, HEADS, TOKENS = 8, 32, 2, 12
+SHAPE = model.ModelConfig(LAYERS, WIDTH, HEADS, ffn_width=64, vocabulary=256)
+MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
+IDS = jax.random.randint(jax.random.key(0), (2, TOKENS), 0, 256)
+
+
+def outline(shape):
+    """The structure of a model, and its parameters without numbers."""
+    decoder = nnx.eval_shape(lambda: model.Decoder(shape, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(decoder)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def build(**options):
+    """The structure of a model, and parameters whose norms have scales of their own."""
+    shape = dataclasses.replace(SHAPE, **options)
+    graphdef, _ = outline(shape)
+    # Drawn once for all that does not change them, since drawing is compiled.
+    parameters = ("gated_attention", "initialization", "untied_head")
+    drawn = {name: getattr(shape, name) for name in parameters}
+    return graphdef, dict(draw(dataclasses.replace(SHAPE, **drawn)))
+
+
+@functools.cache
+def draw(shape):
+    params = training.initial_params(RunConfig(), shape)
+    for number, name in enumerate(("attention_norm", "ffn_norm")):
+        norm = params["blocks"][name]
+        noise = np.random.default_rng(number).normal(size=norm["scale"].shape)
+        norm["scale"] = norm["scale"] + np.float32(0.3 * noise)
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(graphdef, params):
+    return nnx.merge(graphdef, params)(IDS)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(graphdef, params):
+    return jax.grad(training.loss_fn)(params, IDS, graphdef)
+
+
+# ------------------------------------------------------------ written out, in NumPy
+
+
+def normed(x, scale):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def attention(p, x):
+    heads = (*x.shape[:2], HEADS, WIDTH // HEADS)
+    query, key, value = (
+        (x @ p[name]["kernel"]).reshape(heads) for name in ("query", "key", "value")
+    )
+    query, key = (
+        np.float64(model.rotate(jnp.asarray(y), SHAPE.rotary_base))
+        for y in (query, key)
+    )
+    scores = np.einsum("bqhk,bthk->bhqt", query, key) / math.sqrt(WIDTH // HEADS)
+    seen = np.exp(scores) * np.tri(TOKENS)
+    seen /= seen.sum(axis=-1, keepdims=True)
+    out = np.einsum("bhqt,bthk->bqhk", seen, value)
+    if "gate" in p:
+        out *= sigmoid(x @ p["gate"]["kernel"]).reshape(heads)
+    return out.reshape(x.shape) @ p["out"]["kernel"]
+
+
+def feed_forward(p, x):
+    gate = x @ p["gate"]["kernel"]
+    return (gate * sigmoid(gate) * (x @ p["up"]["kernel"])) @ p["down"]["kernel"]
+
+
+def written_out(params, norm, post_layers):
+    """The whole forward pass, one layer after the other, in float64."""
+    params = jax.tree.map(np.float64, params)
+    table = params["embed"]["embedding"]
+    x = table[np.asarray(IDS)]
+    for number in range(1, len(params["blocks"]["ffn_norm"]["scale"]) + 1):
+        p = jax.tree.map(lambda leaf, n=number: leaf[n - 1], params["blocks"])
+        factor = 1 / math.sqrt(number) if norm == "scaled" else 1
+        for part, apply in (("attention", attention), ("ffn", feed_forward)):
+            scale = p[f"{part}_norm"]["scale"]
+            if norm == "mixed" and number <= post_layers:
+                x = normed(x + apply(p[part], x), scale)
+            else:
+                x = x + apply(p[part], factor * normed(x, scale))
+    return normed(x, params["norm"]["scale"]) @ table.T
+
+
+@pytest.mark.parametrize(
+    ("norm", "gated"),
+    [("pre", True), ("scaled", False), ("mixed", False), ("mixed", True)],
+)
+def test_forward_pass_is_the_one_written_out(norm, gated):
+    """A quarter of eight layers is two."""
+    graphdef, params = build(norm=norm, gated_attention=gated)
+    want = written_out(params, norm, post_layers=2)
+    got = logits_of(graphdef, params)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-4)
+    assert want.std() > 0.1
+
+
+@pytest.mark.parametrize(("layers", "post_layers"), [(2, 1), (7, 1)])
+def test_a_quarter_of_the_layers_is_rounded_down_to_at_least_one(layers, post_layers):
+    graphdef, params = build(norm="mixed", layers=layers, scan_unroll=2)
+    params["blocks"] = jax.tree.map(lambda leaf: leaf[:layers], params["blocks"])
+    want = written_out(params, "mixed", post_layers)
+    np.testing.assert_allclose(logits_of(graphdef, params), want, rtol=1e-3, atol=2e-4)
+
+
+def test_layernorm_scaling_is_a_smaller_scale_in_each_layers_norms():
+    """The same numbers as pre-norm, with scales divided by the roots of 1 to 8."""
+    graphdef, params = build(norm="scaled")
+    plain, _ = build(norm="pre")
+    roots = np.sqrt(np.arange(1, LAYERS + 1, dtype=np.float32))[:, None]
+    smaller = {
+        name: {"scale": params["blocks"][name]["scale"] / roots}
+        for name in ("attention_norm", "ffn_norm")
+    }
+    same = params | {"blocks": params["blocks"] | smaller}
+    np.testing.assert_allclose(
+        logits_of(graphdef, params), logits_of(plain, same), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_gate_of_zeros_halves_what_attention_adds():
+    graphdef, params = build(gated_attention=True)
+    plain, _ = build()
+
+    def with_attention(**parts):
+        attention = {**params["blocks"]["attention"], **parts}
+        attention = {name: part for name, part in attention.items() if part}
+        return params | {"blocks": params["blocks"] | {"attention": attention}}
+
+    attention = params["blocks"]["attention"]
+    closed = with_attention(
+        gate={"kernel": jnp.zeros_like(attention["gate"]["kernel"])}
+    )
+    half = with_attention(gate=None, out={"kernel": attention["out"]["kernel"] / 2})
+    np.testing.assert_allclose(
+        logits_of(graphdef, closed), logits_of(plain, half), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_rematerialization_changes_no_gradient():
+    """Of LayerNorm Scaling, whose factors are scanned beside the layers."""
+    want, got = (
+        gradient(*build(norm="scaled", gated_attention=True, remat=remat))
+        for remat in ("none", "full")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), got, want
+    )
+
+
+def test_every_parameter_of_every_layer_has_a_gradient():
+    """Of Mix-LN, which cuts the stack of layers in two."""
+    graphdef, params = build(norm="mixed", gated_attention=True, remat="full")
+    for leaf in jax.tree.leaves(gradient(graphdef, params)["blocks"]):
+        assert (np.abs(leaf).reshape(LAYERS, -1).max(axis=1) > 0).all()
+
+
+def test_half_precision_is_close():
+    options = {"norm": "scaled", "gated_attention": True}
+    exact = logits_of(*build(**options))
+    got = logits_of(*build(**options, compute_dtype="bfloat16"))
+    difference = np.abs(got - exact).max() / np.abs(exact).max()
+    assert 0.001 < difference < 0.1
+
+
+# ------------------------------------------------------------------------------ WeSaR
+
+
+def test_wesar_draws_matrices_alike_and_scales_them_as_spike_no_more_does():
+    _, params = build(initialization="wesar", gated_attention=True, untied_head=True)
+    std = math.sqrt(2 / (5 * WIDTH))
+    small = {"out", "down"}
+    blocks = params["blocks"]
+    layers = blocks["attention"] | blocks["ffn"] | {"head": params["head"]}
+    assert layers.keys() == {*MATRICES, "head"}
+    for name, layer in layers.items():
+        kernel, alpha = layer["kernel"], layer["alpha"]
+        assert kernel.std() == pytest.approx(math.sqrt(4e-5), rel=0.03), name
+        target = std / math.sqrt(2 * LAYERS) if name in small else std
+        assert alpha.shape == kernel.shape[:-2]
+        np.testing.assert_allclose(alpha * math.sqrt(4e-5), target, rtol=1e-6)
+    assert params["embed"]["embedding"].std() == pytest.approx(std, rel=0.03)
+
+
+def test_wesar_folds_into_a_standard_model():
+    options = {"gated_attention": True, "untied_head": True}
+    graphdef, params = build(initialization="wesar", **options)
+    plain, like = outline(dataclasses.replace(SHAPE, **options))
+    folded = fold_wesar(params)
+    assert jax.tree.structure(folded) == jax.tree.structure(like)
+    want = logits_of(plain, folded)
+    np.testing.assert_allclose(logits_of(graphdef, params), want, atol=1e-6)
+    assert want.std() > 0.1
+
+
+# -------------------------------------------------------------- sizes, sharding, flags
+
+
+@pytest.mark.parametrize("preset", model.PRESETS)
+@pytest.mark.parametrize("initialization", ["standard", "wesar"])
+def test_matrix_parameters_count_the_gate_and_no_scale(preset, initialization):
+    """By the tree: all kernels and the head's, which is here the embedding."""
+    shape = dataclasses.replace(
+        model.PRESETS[preset], gated_attention=True, initialization=initialization
+    )
+    state = nnx.eval_shape(lambda: nnx.state(model.Decoder(shape, rngs=nnx.Rngs(0))))
+    sizes = {
+        "/".join(map(str, path)): variable.get_value().size
+        for path, variable in nnx.to_flat_state(state)
+    }
+    matrices = sum(size for name, size in sizes.items() if "kernel" in name)
+    assert shape.matrix_parameters == matrices + sizes["embed/embedding"]
+    without = dataclasses.replace(shape, gated_attention=False).matrix_parameters
+    assert shape.matrix_parameters - without == shape.layers * shape.width**2
+
+
+def test_every_matrix_is_split_on_a_mesh():
+    mesh = sharding.make_mesh(sharding.Parallelism(data=2, fsdp=2, tensor=2), 4)
+    _, params = build(initialization="wesar", gated_attention=True, untied_head=True)
+    abstract = sharding.abstract(params, mesh)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        axes = set(leaf.sharding.spec) - {None}
+        is_matrix = path[-1].key in ("kernel", "embedding")
+        assert axes == ({"fsdp", "tensor"} if is_matrix else set()), path
+    attention = abstract["blocks"]["attention"]
+    assert attention["gate"]["kernel"].sharding == attention["query"]["kernel"].sharding
+
+
+def test_loss_on_a_mesh_is_that_of_one_device():
+    """Of Mix-LN, which cuts the stack of split layers in two."""
+    graphdef, params = build(
+        norm="mixed", gated_attention=True, untied_head=True, initialization="wesar"
+    )
+    windows = jax.random.randint(jax.random.key(2), (4, TOKENS + 1), 0, 256)
+    loss = jax.jit(training.loss_fn, static_argnums=2)
+    want = loss(params, windows, graphdef)
+    mesh = sharding.make_mesh(sharding.Parallelism(data=2, fsdp=2, tensor=2), 4)
+    with jax.set_mesh(mesh):
+        shardings = jax.tree.map(
+            lambda leaf: leaf.sharding, sharding.abstract(params, mesh)
+        )
+        placed = jax.device_put(jax.device_get(params), shardings)
+        batch = sharding.put_batch(np.asarray(windows)[None], mesh)[0]
+        assert loss(placed, batch, graphdef) == pytest.approx(float(want), rel=1e-5)
+
+
+@pytest.mark.parametrize("initialization", ["stable", "wesar"])
+def test_two_ways_to_scale_with_depth_are_refused(initialization, capsys):
+    flags = ["--norm", "scaled", "--initialization", initialization]
+    with pytest.raises(SystemExit) as exit_:
+        pretrain.main(flags)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"pretrain.py: error: --norm scaled and --initialization {initialization}"
+    )
+    with pytest.raises(UsageError):
+        config.complete({"norm": "scaled", "initialization": initialization})
+    for norm in ("pre", "mixed"):
+        config.complete({"norm": norm, "initialization": initialization})
+
+
+def test_flags_reach_the_model_and_the_folder_of_a_run():
+    flags = ["--norm=mixed", "--gated-attention", "--initialization=wesar"]
+    _, options = pretrain.parse(flags)
+    given = command_line.run_settings(options)
+    run = run_folder.Run(config.complete(given), None)
+    assert run_folder.Run.from_json(run.to_json()) == run
+    shape = model.configure(run.config, 256, "cpu")
+    got = shape.norm, shape.gated_attention, shape.initialization
+    assert got == ("mixed", True, "wesar")
+    usual = model.configure(RunConfig(), 256, "cpu")
+    assert (usual.norm, usual.gated_attention) == ("pre", False)
+    with pytest.raises(ValueError, match="invalid choice: 'post'"):
+        run_folder.Run.from_json(run.to_json().replace('"mixed"', '"post"'))
