@@ -1,4 +1,4 @@
-"""The results as a page of Markdown tables, each with how to read it."""
+"""Writes the results as a page of Markdown tables, and explains each table."""
 
 import statistics
 
@@ -8,15 +8,17 @@ _GIB = 2**30
 
 
 def render(results):
-    """The page; sections that were not measured are left out."""
+    """Returns the page, without the sections that were not measured."""
     parts = [
         "# Benchmarks",
-        "Written by `python -m benchmarks`; `results.json` has the same numbers, "
-        "unrounded. Ratios are medians over rounds in which the optimizers take turns, "
-        "so that a drift of the machine's speed cancels. Without further arguments "
-        "weight decay is 0, except for AdamW, and the learning rate is a constant. "
-        "`spam_clip, adam` is `optax.chain(spam_clip(), optax.adam(1e-3))`, and so on. "
-        '"No counts" is `count_spikes=False`.',
+        "`python -m benchmarks` writes this page. `results.json` has the same numbers "
+        "without rounding. The optimizers take turns in rounds, and a ratio is the "
+        "median over the rounds, so slow changes of the machine's speed cancel. The "
+        "learning rate is constant, and weight decay is 0 except in AdamW. "
+        "`spam_clip, adam` means `optax.chain(spam_clip(), optax.adam(1e-3))`, and so "
+        'on. An optimizer with "no counts" does not count clipped and non-finite '
+        "coordinates (`count=False`). The same optimizer without this remark does "
+        "(`count=True`).",
     ]
     for name, write in _SECTIONS.items():
         if name in results:
@@ -38,7 +40,7 @@ _MISSING = {
 def _environment(section):
     about = section["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
-    quick = "A quick run, whose times mean nothing. " if section["quick"] else ""
+    quick = "A quick run: its times mean nothing. " if section["quick"] else ""
     return (
         f"_{quick}{about['date']}, {about['machine']}, {about['cores']} cores, "
         f"{about['memory_gib']:.0f} GiB, {about['system']}, {about['device']}, load at "
@@ -56,11 +58,12 @@ def _step(data):
     matrices, leaves = data["matrices"], data["leaves"]
     return [
         "## Time and memory of a step",
-        "One step is `update` and `apply_updates` in one jitted function with the "
-        "buffers of parameters and state donated. Bytes are per parameter: the "
-        "optimizer's state, and what the compiled step allocates on top of its "
-        "arguments. The ratio is to `optax.adamw` in the same order of arguments, "
-        "with the quartiles over the rounds in brackets.",
+        "One step is `update` and `apply_updates` in one jitted function. The buffers "
+        "of parameters and state are donated. The state and the temporaries are in "
+        "bytes per parameter. Temporaries are what the compiled step allocates in "
+        "addition to its arguments. The ratio compares with `optax.adamw` in the same "
+        "order of arguments. The numbers in brackets are the quartiles over the "
+        "rounds.",
         f"### {_parameters(matrices)} in {matrices['leaves']} equal matrices",
         "`step(params, state, gradients)`:",
         _step_table(matrices, steps.PARAMS_FIRST),
@@ -69,9 +72,9 @@ def _step(data):
         _order_reading(matrices),
         *_torch(matrices),
         f"### {_parameters(leaves)} in {leaves['leaves']} arrays of a LLaMA",
-        "Embedding, head and norms are dense for `sparse_spam` and GaLore, so they "
-        "save less than on matrices alone. GaLore (rank 128) decomposes its "
-        "gradients every 200 steps, which no timed step does. "
+        "`sparse_spam` and GaLore have dense moments for embedding, head and norms, so "
+        "they save less here than for matrices alone. GaLore (rank 128) decomposes its "
+        "gradients every 200 steps. No timed step is one of these. "
         "`step(params, state, gradients)`:",
         _step_table(leaves, steps.PARAMS_FIRST),
         "`step(gradients, state, params)`:",
@@ -119,13 +122,14 @@ def _order_reading(group):
     )
     return (
         "The order of the arguments matters on a CPU. JAX gives each result the first "
-        "donated buffer of its shape. Since the results are parameters, then state, "
-        "`step(params, state, gradients)` writes everything where it was read; "
-        "`step(gradients, state, params)` would write the parameters over a moment "
-        f"that is still needed, and copies. AdamW takes {first['milliseconds']:.0f} ms "
-        f"and {first['temporary_bytes']:.1f} bytes of temporaries per parameter one "
-        f"way, {last['milliseconds']:.0f} ms and {last['temporary_bytes']:.1f} bytes "
-        "the other. So put the parameters first, in the arguments as in the results."
+        "donated buffer of its shape, and the results are the parameters and then the "
+        "state. `step(params, state, gradients)` therefore writes every result where "
+        "it was read. `step(gradients, state, params)` would write the parameters over "
+        "a moment that is still needed, so it copies. AdamW takes "
+        f"{first['milliseconds']:.0f} ms and {first['temporary_bytes']:.1f} bytes of "
+        "temporaries per parameter with the first order, and "
+        f"{last['milliseconds']:.0f} ms and {last['temporary_bytes']:.1f} bytes with "
+        "the second. Put the parameters first, in the arguments and in the results."
     )
 
 
@@ -138,11 +142,11 @@ def _torch(group):
         if row["optimizer"] == "optax.adamw" and row["order"] == steps.PARAMS_FIRST
     )
     return [
-        "PyTorch on the same shapes, eager, in a process of its own with as many "
-        "threads. The ratio to `optax.adamw` compares medians of the two processes, "
-        "which did not take turns; `density=0.25` of its SPAM holds for every matrix, "
-        "embedding and head included, and its state has a mask of one byte per "
-        "parameter at any density.",
+        "The next table is PyTorch on the same shapes, eager, in a separate process "
+        "with the same number of threads. The two processes did not take turns, so the "
+        "ratio to `optax.adamw` compares their medians. In PyTorch's SPAM, "
+        "`density=0.25` applies to every matrix, including embedding and head. Its "
+        "state has a mask of one byte per parameter at any density.",
         _table(
             [
                 *("optimizer", "ms", "ratio to torch's fused AdamW"),
@@ -166,11 +170,12 @@ def _torch(group):
 def _compiled(data):
     return [
         "## Compiled for TPU",
-        "One float32 matrix of 8192 x 8192 on one chip, in bytes per parameter. "
-        '"Moved" is what the compiler\'s cost analysis says the step reads and writes; '
-        "the floor is to read the gradient once and to read and write parameter and "
-        "state once; temporaries are memory allocated on top. These are the "
-        "compiler's figures, not times.",
+        "The table is for one float32 matrix of 8192 x 8192 on one chip. All numbers "
+        'are bytes per parameter. "Moved" is the compiler\'s estimate of what the step '
+        "reads and writes. The floor is what it must at least move: it reads the "
+        "gradient once, and reads and writes parameter and state once. Temporaries are "
+        "allocated in addition. The compiler computes these numbers; nothing was timed "
+        "on a TPU.",
         _table(
             ["optimizer", "chip", "moved", "floor", "moved / floor", "temporaries"],
             [
@@ -185,10 +190,10 @@ def _compiled(data):
                 for row in data["rows"]
             ],
         ),
-        "What a step sends between four v5e chips, 2 x 2, by how the matrix is "
-        "sharded: over two chips by rows or by columns, or over all four. In "
-        "brackets, how many numbers the largest such operation returns: 1 is a "
-        "scalar, a counter.",
+        "The next table lists what a step sends between four v5e chips, 2 x 2. The "
+        "matrix is sharded by rows over two chips, by columns over two chips, or by "
+        "both over all four. The number in brackets is how many numbers the largest "
+        "operation of this kind returns. A 1 is a scalar, which is a counter.",
         _table(
             ["optimizer", "rows", "columns", "both"],
             [
@@ -214,13 +219,13 @@ def _state(data):
     totals = data[models[0]]["bfloat16_bytes"]
     return [
         "## State of the models",
-        "Bytes of optimizer state per parameter, of LLaMA models with float32 "
-        "parameters, embedding and untied head (vocabulary 32000) included. Sparse "
-        "momentum and GaLore act on the matrices of attention and feed-forward layers; "
-        "embedding, head and norms are dense, so small models gain less. The paper's "
-        "density is "
+        "The table lists bytes of optimizer state per parameter for LLaMA models with "
+        "float32 parameters. Embedding and untied head (vocabulary 32000) are "
+        "included. Sparse momentum and GaLore act on the matrices of attention and "
+        "feed-forward layers. Embedding, head and norms are dense, so small models "
+        "gain less. The paper's density is "
         + ", ".join(f"{state.PAPER_DENSITY[x]} ({x})" for x in models)
-        + "; GaLore's rank "
+        + ". GaLore's rank is "
         + ", ".join(f"{state.GALORE_RANK[x]}" for x in models)
         + ".",
         _table(
@@ -236,14 +241,14 @@ def _state(data):
                 for row in rows
             ],
         ),
-        "Weights and optimizer state together, all in bfloat16, in GiB. The rows "
-        '"printed" are quoted: estimates of parameters and optimizer states in '
-        "bfloat16 as GaLore (arXiv 2403.03507) and SPAM (arXiv 2501.06842), with a "
-        "density chosen to match GaLore's memory, print them; they say G, without "
-        "saying whether of 2^30 or 10^9 bytes. Ours are the bytes of the arrays that "
-        "`tx.init` makes; no gradients or activations in either. The printed figures "
-        "for SPAM leave out the mask, a byte per parameter in the authors' code; ours "
-        "needs no memory.",
+        "The next table lists weights and optimizer state together, all in bfloat16, "
+        'in GiB. The rows "printed" quote the papers of GaLore (arXiv 2403.03507) and '
+        "SPAM (arXiv 2501.06842). SPAM's density is chosen there to match GaLore's "
+        "memory. The papers print G and do not define whether it means 2^30 or 10^9 "
+        "bytes. The other rows are the bytes of the arrays that `tx.init` makes. "
+        "Gradients and activations are not included. The printed numbers for SPAM "
+        "leave out the mask, which takes one byte per parameter in the authors' code. "
+        "The masks of this library take no memory.",
         _table(
             ["", *_titles(data)],
             [
@@ -276,13 +281,14 @@ def _titles(data):
 def _scaling(data):
     return [
         "## Scaling",
-        "Milliseconds of a step, and in brackets the ratio to `optax.adamw`, "
-        "`step(params, state, gradients)`. By the number of parameters, in matrices "
-        "of 1024 x 1024:",
+        "The tables list the milliseconds of `step(params, state, gradients)`. The "
+        "ratio to `optax.adamw` is in brackets. The first is by the number of "
+        "parameters, in matrices of 1024 x 1024:",
         _scaling_table(data["parameters"], "parameters", _timed),
-        "By the number of equal matrices that 16.8M parameters are divided into:",
+        "The second is by the number of equal matrices that hold 16.8M parameters:",
         _scaling_table(data["leaves"], "leaves", _timed),
-        "Seconds to trace and to compile these steps, once in a run:",
+        "The third lists the seconds that tracing and compiling these steps takes, "
+        "once per run:",
         _scaling_table(
             data["leaves"], "leaves", lambda row: f"{row['compile_seconds']:.1f}"
         ),
@@ -310,19 +316,19 @@ def _count(n):
 def _presets(data):
     return [
         "## Memory of the trainer",
-        "The very step of `examples/pretrain.py`, compiled for devices that were not "
-        "at hand (`--compile-only`), with each preset's published settings: 512 "
-        "sequences of 256 tokens a step, bfloat16 compute, full rematerialization, "
-        "float32 parameters and moments, sharded over all devices (`--fsdp`). GiB for "
-        "each device: parameters and optimizer state; what is allocated beside them; "
-        "together, and of how much. Attention on the GPU is XLA's own here, for want "
-        "of cuDNN, which takes more than the fused kernel.",
+        "This is the training step of `examples/pretrain.py`, compiled without the "
+        "devices (`--compile-only`). Each preset has its published settings: 512 "
+        "sequences of 256 tokens per step, bfloat16 compute, full rematerialization, "
+        "and float32 parameters and moments, sharded over all devices (`--fsdp`). The "
+        "numbers are GiB per device. The state is parameters and optimizer state. The "
+        "last column is the memory of the device. Attention on the GPU is XLA's own "
+        "here, because cuDNN was missing. It takes more memory than the fused kernel.",
         preset_table(data),
     ]
 
 
 def preset_table(data):
-    """The table that the READMEs of the launch scripts show too."""
+    """Returns the table, which the READMEs of the launch scripts have too."""
     return _table(
         ["preset", "devices", "optimizer", "state", "temporaries", "together", "of"],
         [
@@ -354,12 +360,13 @@ def _trainer(data):
     parameters = data["trainer_jax"]["parameters"] / 1e6
     return [
         "## The trainer beside PyTorch",
-        f"One training step of the 60M shape ({parameters:.1f}M parameters) on "
-        f"{data['tokens']} tokens, float32, AdamW behind a limit on the global norm, "
-        "on this CPU. The trainer's step measures the norms of every tensor and its "
-        "spike scores besides; PyTorch's is a plain eager loop with its fused AdamW. "
-        f"Processes that take turns, {len(data['trainer_jax']['seconds'])} each. "
-        f"PyTorch's time over the trainer's, median: **{data['ratio']:.2f}**.",
+        f"This is one training step of the 60M shape ({parameters:.1f}M parameters) on "
+        f"{data['tokens']} tokens on this CPU, in float32, with AdamW behind a clip of "
+        "the global norm. The trainer's step also measures norms and spike scores of "
+        "every tensor. PyTorch runs a plain eager loop with its fused AdamW. The two "
+        f"programs take turns, with {len(data['trainer_jax']['seconds'])} processes "
+        "each. The median ratio of PyTorch's time to the trainer's is "
+        f"**{data['ratio']:.2f}**.",
         _table(["loop", "least s", "median s", "tokens/s"], rows),
     ]
 
