@@ -55,6 +55,72 @@ def measure(batch: np.ndarray, steps: int) -> dict[str, list[float] | int]:
     return {"seconds": seconds[1:], "losses": losses[1:], "parameters": parameters}
 
 
+def measure_on_device(preset, name, batch, remat, steps, hardware):
+    """Returns speed and memory of one optimizer's step, with bfloat16 activations."""
+    settings = config.RunConfig(
+        preset=preset,
+        optimizers=(name,),
+        untied_head=True,
+        steps=1000,
+        batch_size=batch,
+        sequence_length=256,
+        compute_dtype="bfloat16",
+        remat=remat,
+        bursts=0,
+    )
+    device = jax.devices()[0]
+    mesh = sharding.make_mesh(sharding.Parallelism(data=1), batch, [device])
+    shape = model.configure(settings, model.PRESETS[preset].vocabulary, device.platform)
+    optimizer = optimizers.make(name, settings)
+    tokens = np.random.default_rng(0).integers(0, 32_000, (1, batch, 257), np.uint16)
+    with jax.set_mesh(mesh):
+        task = training.make_task(settings, shape, mesh, None, tokens)
+        state = training.initial_state(settings, shape, optimizer, task.faults)
+        on_device = sharding.put_batch(tokens, mesh)
+        began = time.perf_counter()
+        step = training.train_step.lower(
+            state,
+            on_device,
+            graphdef=task.graphdef,
+            faults=task.faults,
+            optimizer=optimizer,
+        ).compile()
+        compile_seconds = time.perf_counter() - began
+        memory = step.memory_analysis()
+        for _ in range(3):
+            state, metrics = step(state, on_device)
+        first = float(metrics["loss"])
+        began = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = step(state, on_device)
+        last = float(metrics["loss"])  # Waits for the last step.
+        seconds = (time.perf_counter() - began) / steps
+    speed = batch * 256 / seconds
+    found = hardware.find(device.device_kind)
+    return {
+        "preset": preset,
+        "optimizer": name,
+        "device": device.device_kind,
+        "batch": batch,
+        "remat": remat,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "milliseconds": 1e3 * seconds,
+        "tokens_per_second": speed,
+        "flops_utilization": speed * shape.flops_per_token(256) / found.flops
+        if found
+        else None,
+        "compile_seconds": compile_seconds,
+        "arguments_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "total_bytes": memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes,
+        "measured_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+        "losses": [first, last],
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trainer_jax")
     parser.add_argument("--batch-size", type=int, default=4)

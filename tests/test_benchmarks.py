@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import report
+from benchmarks import gpu, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,6 +41,26 @@ def test_a_section_by_itself(tmp_path):
 def test_the_report_shows_the_results():
     results = json.loads((RESULTS / "results.json").read_text())
     assert (RESULTS / "results.md").read_text() == report.render(results)
+
+
+def test_the_page_of_the_gpu_shows_its_results():
+    results = json.loads((RESULTS / "gpu.json").read_text())
+    assert (RESULTS / "gpu.md").read_text() == gpu.render(results)
+
+
+def test_the_table_of_costs_on_a_gpu_is_that_measured():
+    results = json.loads((RESULTS / "gpu.json").read_text())
+    matrices, llama = (
+        {row["optimizer"]: row["ratio"] for row in results[title]["rows"]}
+        for title in ("matrices", "60M")
+    )
+    page = (ROOT / "docs" / "cost.md").read_text()
+    table = page.partition("## On a GPU")[2].partition("\n\n- ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 7
+    for row in rows:
+        name = row.split(" | ")[0].removeprefix("| ")
+        assert row == f"| {name} | {matrices[name]:.2f} | {llama[name]:.2f} |"
 
 
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
