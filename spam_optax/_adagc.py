@@ -99,13 +99,13 @@ def adagc(
 
     .. seealso:: :func:`spam_optax.zclip` for a limit on the norm of all tensors.
     """
-    threshold = _validate.check_number("adagc", "threshold", threshold, above=1)
-    decay = _validate.check_decay("adagc", "decay", decay)
-    max_norm = _validate.check_number("adagc", "max_norm", max_norm, above=0)
-    warmup_steps = _validate.check_steps("adagc", "warmup_steps", warmup_steps, low=0)
+    threshold = _validate.check_number("threshold", threshold, above=1)
+    decay = _validate.check_decay("decay", decay)
+    max_norm = _validate.check_number("max_norm", max_norm, above=0)
+    warmup_steps = _validate.check_steps("warmup_steps", warmup_steps, low=0)
 
     def init_fn(params: optax.Params) -> AdaGCState:
-        _norms.check_params("adagc", params)
+        _norms.check_params(params)
         tensors = len(jax.tree.leaves(params))
         return AdaGCState(
             adagc_steps=jnp.zeros([tensors], jnp.int32),
@@ -121,10 +121,8 @@ def adagc(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, AdaGCState]:
         del params
-        _validate.check_tensors("adagc", updates, state.adagc_steps.shape[0])
-        gradients, counters = _norms.finite(
-            "adagc", updates, state.adagc_nonfinite_total
-        )
+        _validate.check_tensors(updates, state.adagc_steps.shape[0])
+        gradients, counters = _norms.finite(updates, state.adagc_nonfinite_total)
         norm, history = _norms.of_tensors(gradients), state.adagc_norm
         is_warm = state.adagc_steps >= warmup_steps
         limit = jnp.where(history > 0, threshold * history, norm)

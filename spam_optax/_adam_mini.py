@@ -99,15 +99,15 @@ def scale_by_adam_mini(
       [[1. 0. 1.]
        [1. 0. 1.]]
     """
-    function = "scale_by_adam_mini"
-    b1 = _validate.check_decay(function, "b1", b1)
-    b2 = _validate.check_decay(function, "b2", b2)
-    eps = _validate.check_number(function, "eps", eps, above=0)
-    mu_dtype = _validate.check_moment_dtype(function, "mu_dtype", mu_dtype)
-    nu_dtype = _validate.check_moment_dtype(function, "nu_dtype", nu_dtype)
+    b1 = _validate.check_decay("b1", b1)
+    b2 = _validate.check_decay("b2", b2)
+    eps = _validate.check_number("eps", eps, above=0)
+    mu_dtype = _validate.check_moment_dtype("mu_dtype", mu_dtype)
+    nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
     if not (partition is None or callable(partition)):
         raise TypeError(
-            f"{function}: partition must be None or a function from parameters to a "
+            f"{_validate.caller()}: "
+            "partition must be None or a function from parameters to a "
             "tree of numbers of blocks"
             f"{_validate.instead_of_optax(partition)}, got {partition!r}."
         )
@@ -117,7 +117,7 @@ def scale_by_adam_mini(
         jax.tree_util.tree_map_with_path(_check_real, params)
         return ScaleByAdamMiniState(
             jnp.zeros([], jnp.int32),
-            _moments.init_mu(function, params, mu_dtype),
+            _moments.init_mu(params, mu_dtype),
             _init_nu(params, partition, nu_dtype),
             *_moments.init_counters(True, 2),
         )
@@ -127,8 +127,8 @@ def scale_by_adam_mini(
         state: ScaleByAdamMiniState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleByAdamMiniState]:
-        _validate.check_same_tree(function, updates, state.mu)
-        _validate.check_not_complex(function, updates, state.mu)
+        _validate.check_same_tree(updates, state.mu)
+        _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
         # The state's second moments are in no boxes: they get the others' structure.
         old_nu = _structured_like(state.mu, state.nu)
@@ -239,7 +239,6 @@ def adam_mini(
       <https://arxiv.org/abs/2406.16793>`_, 2024.
     """
     return _moments.optimizer(
-        "adam_mini",
         scale_by_adam_mini(
             b1, b2, eps, partition=partition, mu_dtype=mu_dtype, nu_dtype=nu_dtype
         ),
@@ -331,20 +330,19 @@ def adam_mini_partition(
       Zhang et al., `Adam-mini: Use Fewer Learning Rates To Gain More
       <https://arxiv.org/abs/2406.16793>`_, 2024, section 2.3.
     """
-    function = "adam_mini_partition"
     for name, value, low in (
         ("num_heads", num_heads, 1),
         ("num_kv_heads", num_kv_heads, 1),
         ("layer_axis", layer_axis, 0),
     ):
         if value is not None:
-            _validate.check_static(function, name, value)
-            _validate.check_whole(function, name, value, low=low)
+            _validate.check_static(name, value)
+            _validate.check_whole(name, value, low=low)
     if not isinstance(outputs_first, bool | None):
         others = "True, False, None or "
-        _validate.check_names(function, "outputs_first", outputs_first, others)
+        _validate.check_names("outputs_first", outputs_first, others)
     if stacked is not None:
-        _validate.check_names(function, "stacked", stacked, "None or ")
+        _validate.check_names("stacked", stacked, "None or ")
     key_heads = num_heads if num_kv_heads is None else num_kv_heads
     layer_axis = None if layer_axis is None else int(layer_axis)
     layouts = _Layouts(num_heads, key_heads, outputs_first, layer_axis, stacked)
@@ -352,13 +350,14 @@ def adam_mini_partition(
     told = () if isinstance(outputs_first, bool | None) else outputs_first
 
     def partition(params: optax.Params) -> Any:
-        names, leaves = _paths.names(function, params), _paths.leaves(params)
+        names, leaves = _paths.names(params), _paths.leaves(params)
         blocks = _paths.map_leaves(lambda leaf: _blocks(leaf, layouts), params)
         pairs = zip(names, leaves, strict=True)
         unknown = [name or "the root" for name, leaf in pairs if _role(leaf) is None]
         if unknown:
             warnings.warn(
-                f"{function}: no role is known for the matrices {', '.join(unknown)}; "
+                f"{_validate.caller()}: "
+                f"no role is known for the matrices {', '.join(unknown)}; "
                 "each of them gets one second moment per output neuron.",
                 stacklevel=2,
             )
@@ -370,7 +369,8 @@ def adam_mini_partition(
         # No error: Optax may show a partition a part of the parameters only.
         if absent:
             warnings.warn(
-                f"{function}: names in outputs_first or stacked are in the path of no "
+                f"{_validate.caller()}: "
+                "names in outputs_first or stacked are in the path of no "
                 f"tensor: {', '.join(absent)}.",
                 stacklevel=2,
             )

@@ -108,7 +108,7 @@ def describe_tensors(
             nu,
         )
         for name, leaf, mu, nu in zip(
-            _paths.names("describe_tensors", params),
+            _paths.names(params),
             tensors,
             first or none,
             second or none,

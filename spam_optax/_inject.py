@@ -64,22 +64,22 @@ def inject_hyperparams(
       >>> print(updates["kernel"][0, 0], state.hyperparams["b2"])
       -0.000499725 0.5
     """
-    function = "inject_hyperparams"
     if not callable(inner_factory):
         raise TypeError(
-            f"{function}: inner_factory must be a function that makes a "
+            f"{_validate.caller()}: inner_factory must be a function that makes a "
             f"transformation, such as spam_optax.spam, got {inner_factory!r}."
         )
     given = {static_args} if isinstance(static_args, str) else static_args
-    _validate.check_names(function, "static_args", given, kind="arguments")
+    _validate.check_names("static_args", given, kind="arguments")
     parameters = inspect.signature(inner_factory).parameters
     if unknown := sorted(set(given) - set(parameters)):
         raise ValueError(
-            f"{function}: static_args must be names of arguments of inner_factory, "
+            f"{_validate.caller()}: "
+            "static_args must be names of arguments of inner_factory, "
             f"which are {', '.join(parameters)}; got {', '.join(unknown)}."
         )
     if hyperparam_dtype is not None:
-        _validate.check_moment_dtype(function, "hyperparam_dtype", hyperparam_dtype)
+        _validate.check_moment_dtype("hyperparam_dtype", hyperparam_dtype)
     static = {*given, *_static_arguments(inner_factory)}
     make = optax.inject_hyperparams(inner_factory, static, hyperparam_dtype)
 
@@ -107,9 +107,7 @@ def _check_arguments(
         if name not in static and callable(value):
             bound.arguments[name] = np.ones(())
     made = factory(*bound.args, **bound.kwargs)
-    _validate.check_transformation(
-        "inject_hyperparams", made, name="what inner_factory makes"
-    )
+    _validate.check_transformation(made, name="what inner_factory makes")
 
 
 def _is_ours(factory: Callable) -> bool:

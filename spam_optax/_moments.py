@@ -1,7 +1,7 @@
 """What all optimizers with moments share: their state, one step of it, casts, decay.
 
 A moment is an exponential moving average of a power of the gradient, stored in a dtype
-of its own. ``function`` is the name of the transformation, for messages.
+of its own.
 """
 
 import functools
@@ -18,33 +18,29 @@ from spam_optax import _arithmetic, _validate, functional
 Mask = optax.Params | Callable[[optax.Params], Any]
 
 
-def check_optimizer(
-    function: str, learning_rate: Any, weight_decay: Any
-) -> tuple[Any, Any]:
+def check_optimizer(learning_rate: Any, weight_decay: Any) -> tuple[Any, Any]:
     """The learning rate and the weight decay; raises if one is out of range."""
-    learning_rate = _validate.check_learning_rate(function, learning_rate)
-    weight_decay = _validate.check_number(
-        function, "weight_decay", weight_decay, at_least=0
-    )
+    learning_rate = _validate.check_learning_rate(learning_rate)
+    weight_decay = _validate.check_number("weight_decay", weight_decay, at_least=0)
     return learning_rate, weight_decay
 
 
-def init_mu(function: str, params: optax.Params, dtype: Any) -> optax.Updates:
+def init_mu(params: optax.Params, dtype: Any) -> optax.Updates:
     """First moments: in `dtype`, or wide; complex ones stay complex."""
 
     def zeros(path, p):
-        wide = _validate.check_inexact(function, path, p)
+        wide = _validate.check_inexact(path, p)
         narrow = dtype is not None and not jnp.iscomplexobj(p)
         return jnp.zeros_like(p, dtype=dtype if narrow else wide)
 
     return jax.tree_util.tree_map_with_path(zeros, params)
 
 
-def init_nu(function: str, params: optax.Params, dtype: Any) -> optax.Updates:
+def init_nu(params: optax.Params, dtype: Any) -> optax.Updates:
     """Second moments, always real."""
 
     def zeros(path, p):
-        wide = _validate.check_inexact(function, path, p)
+        wide = _validate.check_inexact(path, p)
         return jnp.zeros_like(p, dtype=dtype or jnp.finfo(wide).dtype)
 
     return jax.tree_util.tree_map_with_path(zeros, params)
@@ -201,14 +197,13 @@ def decay_weights(
 
 
 def optimizer(
-    function: str,
     scale: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: jax.typing.ArrayLike,
     mask: Mask | None,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale` with decoupled weight decay and a learning rate."""
-    learning_rate, weight_decay = check_optimizer(function, learning_rate, weight_decay)
+    learning_rate, weight_decay = check_optimizer(learning_rate, weight_decay)
     return optax.chain(
         scale,
         decay_weights(weight_decay, mask) or optax.identity(),

@@ -90,9 +90,9 @@ def track_spikes(
 
     .. seealso:: ``optax.monitor`` for other measurements.
     """
-    threshold = _validate.check_number("track_spikes", "threshold", threshold, above=1)
-    decay = _validate.check_decay("track_spikes", "decay", decay)
-    _validate.check_transformation("track_spikes", inner)
+    threshold = _validate.check_number("threshold", threshold, above=1)
+    decay = _validate.check_decay("decay", decay)
+    _validate.check_transformation(inner)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> TrackSpikesState:
@@ -108,7 +108,7 @@ def track_spikes(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackSpikesState]:
         gradients = jax.tree.leaves(updates)
-        _validate.check_tensors("track_spikes", gradients, state.tensor_steps.shape[0])
+        _validate.check_tensors(gradients, state.tensor_steps.shape[0])
         new_updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
@@ -163,4 +163,4 @@ def tensor_names(params: optax.Params) -> tuple[str, ...]:
       >>> spam_optax.tensor_names({"layer": {"kernel": 1.0, "bias": 0.0}})
       ('layer/bias', 'layer/kernel')
     """
-    return _paths.names("tensor_names", params)
+    return _paths.names(params)

@@ -9,16 +9,16 @@ import optax
 from spam_optax import _arithmetic, _moments, _validate, functional
 
 
-def check_params(function: str, params: optax.Params) -> None:
+def check_params(params: optax.Params) -> None:
     """Raises unless every parameter has a floating or complex dtype."""
     for path, p in jax.tree_util.tree_leaves_with_path(params):
-        _validate.check_inexact(function, path, p)
+        _validate.check_inexact(path, p)
 
 
-def check_updates(function: str, updates: optax.Updates) -> None:
+def check_updates(updates: optax.Updates) -> None:
     """Raises unless every update has a floating or complex dtype."""
     for path, g in jax.tree_util.tree_leaves_with_path(updates):
-        _validate.check_inexact(function, path, g, "update")
+        _validate.check_inexact(path, g, "update")
 
 
 def screen(updates: optax.Updates) -> tuple[optax.Updates, optax.Updates]:
@@ -39,10 +39,10 @@ def screen(updates: optax.Updates) -> tuple[optax.Updates, optax.Updates]:
 
 
 def finite(
-    function: str, updates: optax.Updates, total: jax.Array
+    updates: optax.Updates, total: jax.Array
 ) -> tuple[optax.Updates, tuple[jax.Array, jax.Array]]:
     """The gradients of :func:`screen`; how many were not finite, and the new total."""
-    check_updates(function, updates)
+    check_updates(updates)
     gradients, bad = screen(updates)
     return gradients, _moments.count(bad, total)
 

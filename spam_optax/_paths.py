@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from spam_optax import _validate
+
 _NORMS = ("norm", "layernorm", "rmsnorm", "groupnorm", "batchnorm", "ln")
 VECTORS = (
     *("bias", "b", "scale", "offset", "gain", "gamma", "beta", "decay", "a_log"),
@@ -144,9 +146,7 @@ def _axis_names(box: Any) -> tuple | None:
     return None
 
 
-def names(
-    function: str, tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[str, ...]:
+def names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[str, ...]:
     """The name of each tensor: the parts of its path joined by ``/``.
 
     Raises ValueError if two tensors have the same name.
@@ -157,7 +157,8 @@ def names(
         if name in paths:
             keys = " and ".join(map(jax.tree_util.keystr, (paths[name], leaf.path)))
             raise ValueError(
-                f"{function}: the tensors of a tree must have different names, got "
+                f"{_validate.caller()}: "
+                "the tensors of a tree must have different names, got "
                 f"{name!r} for both {keys}; rename one."
             )
         paths[name] = leaf.path

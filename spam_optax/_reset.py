@@ -80,8 +80,8 @@ def reset_moments(
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
     if interval is not None:
-        interval = _validate.check_steps("reset_moments", "interval", interval, low=1)
-    _validate.check_transformation("reset_moments", inner)
+        interval = _validate.check_steps("interval", interval, low=1)
+    _validate.check_transformation(inner)
     _check_fields(fields)
     inner = optax.with_extra_args_support(inner)
 

@@ -146,17 +146,15 @@ def spam_clip(
       <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
     threshold, b2, reset_interval, grace_steps = _check_clip(
-        "spam_clip", threshold, b2, reset_interval, grace_steps
+        threshold, b2, reset_interval, grace_steps
     )
-    _validate.check_flags(
-        "spam_clip", clip_unseen=clip_unseen, count_spikes=count_spikes
-    )
-    nu_dtype = _validate.check_moment_dtype("spam_clip", "nu_dtype", nu_dtype)
+    _validate.check_flags(clip_unseen=clip_unseen, count_spikes=count_spikes)
+    nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
 
     def init_fn(params: optax.Params) -> SpamClipState:
         return SpamClipState(
             jnp.zeros([], jnp.int32),
-            _moments.init_nu("spam_clip", params, nu_dtype),
+            _moments.init_nu(params, nu_dtype),
             *_moments.init_counters(count_spikes, 4),
         )
 
@@ -166,7 +164,7 @@ def spam_clip(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, SpamClipState]:
         del params
-        _validate.check_same_tree("spam_clip", updates, state.clip_nu)
+        _validate.check_same_tree(updates, state.clip_nu)
         step = optax.safe_increment(state.clip_step)
         position = functional.reset_position(step, reset_interval)
         rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
@@ -242,15 +240,14 @@ def scale_by_spam_adam(
       [ 1. -1.]
     """
     b1, b2, eps, reset_interval, warmup_steps = _check_adam(
-        "scale_by_spam_adam", b1, b2, eps, reset_interval, warmup_steps
+        b1, b2, eps, reset_interval, warmup_steps
     )
     _validate.check_flags(
-        "scale_by_spam_adam",
         restart_bias_correction=restart_bias_correction,
         count_dropped=count_dropped,
     )
-    mu_dtype = _validate.check_moment_dtype("scale_by_spam_adam", "mu_dtype", mu_dtype)
-    nu_dtype = _validate.check_moment_dtype("scale_by_spam_adam", "nu_dtype", nu_dtype)
+    mu_dtype = _validate.check_moment_dtype("mu_dtype", mu_dtype)
+    nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
     step_scale = functools.partial(
         _step_scale,
         b1=b1,
@@ -263,8 +260,8 @@ def scale_by_spam_adam(
     def init_fn(params: optax.Params) -> ScaleBySpamAdamState:
         return ScaleBySpamAdamState(
             jnp.zeros([], jnp.int32),
-            _moments.init_mu("scale_by_spam_adam", params, mu_dtype),
-            _moments.init_nu("scale_by_spam_adam", params, nu_dtype),
+            _moments.init_mu(params, mu_dtype),
+            _moments.init_nu(params, nu_dtype),
             *_moments.init_counters(count_dropped, 2),
         )
 
@@ -273,8 +270,8 @@ def scale_by_spam_adam(
         state: ScaleBySpamAdamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySpamAdamState]:
-        _validate.check_same_tree("scale_by_spam_adam", updates, state.mu)
-        _validate.check_not_complex("scale_by_spam_adam", updates, state.mu)
+        _validate.check_same_tree(updates, state.mu)
+        _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
         position = functional.reset_position(step, reset_interval)
         scale = step_scale(step)
@@ -408,7 +405,6 @@ def spam_adam(
     .. seealso:: :func:`spam`, :func:`reset_moments`
     """
     return _moments.optimizer(
-        "spam_adam",
         scale_by_spam_adam(
             b1,
             b2,
@@ -471,18 +467,18 @@ def scale_by_spam(
         restart_bias_correction=restart_bias_correction,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
-    ).checked("scale_by_spam")
+    ).checked()
 
     def init_fn(params: optax.Params) -> ScaleBySpamState:
-        return init_spam("scale_by_spam", params, settings)
+        return init_spam(params, settings)
 
     def update_fn(
         updates: optax.Updates,
         state: ScaleBySpamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySpamState]:
-        _validate.check_same_tree("scale_by_spam", updates, state.mu)
-        _validate.check_not_complex("scale_by_spam", updates, state.mu)
+        _validate.check_same_tree(updates, state.mu)
+        _validate.check_not_complex(updates, state.mu)
         direction, state = spam_step(updates, state, settings)
         return _moments.cast_updates(direction, updates, params), state
 
@@ -602,7 +598,6 @@ def spam(
     .. seealso:: :func:`spam_clip`, :func:`spam_adam`
     """
     return _moments.optimizer(
-        "spam",
         scale_by_spam(
             b1,
             b2,
@@ -626,20 +621,20 @@ def spam(
 # What the transformations above share: checks, initial state, one step.
 
 
-def _check_clip(function, threshold, b2, reset_interval, grace_steps) -> tuple:
+def _check_clip(threshold, b2, reset_interval, grace_steps) -> tuple:
     """Returns the arguments, checked, in the same order."""
-    threshold = _validate.check_number(function, "threshold", threshold, above=0)
-    b2 = _validate.check_decay(function, "b2", b2)
-    return threshold, b2, *_validate.check_reset(function, reset_interval, grace_steps)
+    threshold = _validate.check_number("threshold", threshold, above=0)
+    b2 = _validate.check_decay("b2", b2)
+    return threshold, b2, *_validate.check_reset(reset_interval, grace_steps)
 
 
-def _check_adam(function, b1, b2, eps, reset_interval, warmup_steps) -> tuple:
+def _check_adam(b1, b2, eps, reset_interval, warmup_steps) -> tuple:
     """Returns the arguments, checked, in the same order."""
-    b1 = _validate.check_decay(function, "b1", b1)
-    b2 = _validate.check_decay(function, "b2", b2)
-    eps = _validate.check_number(function, "eps", eps, above=0)
-    reset_interval, _ = _validate.check_reset(function, reset_interval)
-    warmup_steps = _validate.check_steps(function, "warmup_steps", warmup_steps, low=0)
+    b1 = _validate.check_decay("b1", b1)
+    b2 = _validate.check_decay("b2", b2)
+    eps = _validate.check_number("eps", eps, above=0)
+    reset_interval, _ = _validate.check_reset(reset_interval)
+    warmup_steps = _validate.check_steps("warmup_steps", warmup_steps, low=0)
     return b1, b2, eps, reset_interval, warmup_steps
 
 
@@ -659,31 +654,29 @@ class SpamSettings(NamedTuple):
     mu_dtype: jax.typing.DTypeLike | None
     nu_dtype: jax.typing.DTypeLike | None
 
-    def checked(self, function: str) -> "SpamSettings":
+    def checked(self) -> "SpamSettings":
         """These, with plain numbers and dtypes; raises if one is out of range."""
         clip = ("threshold", "b2", "reset_interval", "grace_steps")
         adam = ("b1", "b2", "eps", "reset_interval", "warmup_steps")
         numbers = {}
         for check, names in ((_check_clip, clip), (_check_adam, adam)):
-            values = check(function, *(getattr(self, name) for name in names))
+            values = check(*(getattr(self, name) for name in names))
             numbers |= zip(names, values, strict=True)
         flags = ("clip_unseen", "count_spikes", "restart_bias_correction")
-        _validate.check_flags(function, **{name: getattr(self, name) for name in flags})
+        _validate.check_flags(**{name: getattr(self, name) for name in flags})
         dtypes = {
-            name: _validate.check_moment_dtype(function, name, getattr(self, name))
+            name: _validate.check_moment_dtype(name, getattr(self, name))
             for name in ("mu_dtype", "nu_dtype")
         }
         return self._replace(**numbers, **dtypes)
 
 
-def init_spam(
-    function: str, params: optax.Params, settings: SpamSettings
-) -> ScaleBySpamState:
+def init_spam(params: optax.Params, settings: SpamSettings) -> ScaleBySpamState:
     """The state of :func:`scale_by_spam` for moments shaped like `params`."""
     return ScaleBySpamState(
         jnp.zeros([], jnp.int32),
-        _moments.init_mu(function, params, settings.mu_dtype),
-        _moments.init_nu(function, params, settings.nu_dtype),
+        _moments.init_mu(params, settings.mu_dtype),
+        _moments.init_nu(params, settings.nu_dtype),
         *_moments.init_counters(settings.count_spikes, 4),
     )
 

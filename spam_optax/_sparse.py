@@ -93,7 +93,6 @@ def scale_by_sparse_spam(
       4.0
     """
     return _scale_and_decay(
-        "scale_by_sparse_spam",
         _spam.SpamSettings(
             b1=b1,
             b2=b2,
@@ -244,12 +243,9 @@ def sparse_spam(
 
     .. seealso:: :func:`spam_optax.spam`, :func:`matrices_only`, :func:`momentum_mask`
     """
-    learning_rate, weight_decay = _moments.check_optimizer(
-        "sparse_spam", learning_rate, weight_decay
-    )
+    learning_rate, weight_decay = _moments.check_optimizer(learning_rate, weight_decay)
     return optax.chain(
         _scale_and_decay(
-            "sparse_spam",
             _spam.SpamSettings(
                 b1=b1,
                 b2=b2,
@@ -309,7 +305,7 @@ def matrices_only(
       >>> print(spam_optax.matrices_only()(params))
       {'embed': False, 'mlp': {'kernel': True}}
     """
-    _validate.check_names("matrices_only", "exclude", exclude)
+    _validate.check_names("exclude", exclude)
 
     def is_matrix(leaf: _paths.Leaf) -> bool:
         return jnp.ndim(leaf.value) >= 2 and not _paths.has_name(leaf.path, exclude)
@@ -344,8 +340,8 @@ def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
       12 6
     """
     masks = []
-    for state in _sparse_states("momentum_mask", opt_state):
-        mu = _moments_for("momentum_mask", state, params)
+    for state in _sparse_states(opt_state):
+        mu = _moments_for(state, params)
         lanes = state.mask_lanes
         if lanes is not None:
             lanes = spread_absent(lanes, params)
@@ -386,8 +382,8 @@ def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
         return 1.0 if p.shape == moment.shape else moment.shape[-2] / p.shape[-2]
 
     densities = []
-    for state in _sparse_states("momentum_density", opt_state):
-        mu = _moments_for("momentum_density", state, params)
+    for state in _sparse_states(opt_state):
+        mu = _moments_for(state, params)
         densities.append(jax.tree.map(density, params, mu))
     return functools.reduce(functools.partial(jax.tree.map, max), densities)
 
@@ -401,16 +397,14 @@ class _MaskSettings(NamedTuple):
     selection: str
     row_blocks: int
 
-    def checked(self, function: str) -> "_MaskSettings":
+    def checked(self) -> "_MaskSettings":
         """These, with a choice of parameters; raises if one is bad."""
         for name in ("density", "row_blocks"):
-            _validate.check_static(function, name, getattr(self, name))
-        _validate.check_number(function, "density", self.density, above=0, at_most=1)
-        _validate.check_whole(
-            function, "row_blocks", self.row_blocks, low=1, high=_MOST_BLOCKS
-        )
-        _validate.check_choice(function, "selection", self.selection, _SELECTIONS)
-        _validate.check_key(function, self.key)
+            _validate.check_static(name, getattr(self, name))
+        _validate.check_number("density", self.density, above=0, at_most=1)
+        _validate.check_whole("row_blocks", self.row_blocks, low=1, high=_MOST_BLOCKS)
+        _validate.check_choice("selection", self.selection, _SELECTIONS)
+        _validate.check_key(self.key)
         chosen = matrices_only() if self.sparse_params is None else self.sparse_params
         return self._replace(
             density=float(self.density),
@@ -435,16 +429,15 @@ class _MaskSettings(NamedTuple):
 
 
 def _scale_and_decay(
-    function: str,
     settings: _spam.SpamSettings,
     masks: _MaskSettings,
     decay: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
     """SPAM on the entries with momentum, and on these `decay`, a stateless one."""
-    settings, masks = settings.checked(function), masks.checked(function)
+    settings, masks = settings.checked(), masks.checked()
 
     def init_fn(params: optax.Params) -> ScaleBySparseSpamState:
-        compact = _compact(function, params, masks)
+        compact = _compact(params, masks)
         if decay is not None:
             decay.init(params)  # Raises if its mask does not fit.
         lanes = None
@@ -452,7 +445,7 @@ def _scale_and_decay(
             lanes = jax.tree.map(
                 lambda p, moment: _init_lanes(p, moment, masks), params, compact
             )
-        inner_state = _spam.init_spam(function, compact, settings)
+        inner_state = _spam.init_spam(compact, settings)
         return ScaleBySparseSpamState(masks.seeds(0), lanes, inner_state)
 
     def update_fn(
@@ -460,11 +453,13 @@ def _scale_and_decay(
         state: ScaleBySparseSpamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySparseSpamState]:
-        _check_update(function, updates, state, params, masks)
+        _check_update(updates, state, params, masks)
         updates = _moments.map_leaves(jnp.asarray, updates)
         if params is None and decay is not None:
-            raise ValueError(f"{function}: weight_decay needs params, got None.")
-        seeds, lanes = _draw(function, updates, state, params, settings, masks)
+            raise ValueError(
+                f"{_validate.caller()}: weight_decay needs params, got None."
+            )
+        seeds, lanes = _draw(updates, state, params, settings, masks)
         moments = state.inner_state
         groups = _groups(seeds, lanes, moments.mu, updates)
         gradients = _moments.map_leaves(_arithmetic.narrow_like, updates, moments.nu)
@@ -713,14 +708,15 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _chosen(function: str, params: optax.Params, sparse_params: SparseParams) -> Any:
+def _chosen(params: optax.Params, sparse_params: SparseParams) -> Any:
     """Whether each parameter is to have sparse momentum."""
     # A tree may be callable too, as a module of booleans is.
     is_function = all(map(callable, jax.tree.leaves(sparse_params)))
     is_function = is_function and callable(sparse_params)
     tree = sparse_params(params) if is_function else sparse_params
     allowed = (
-        f"{function}: sparse_params must be a tree of booleans shaped like the "
+        f"{_validate.caller()}: "
+        "sparse_params must be a tree of booleans shaped like the "
         "parameters or a prefix of them"
     )
     for leaf in jax.tree.leaves(tree):
@@ -738,7 +734,7 @@ def _chosen(function: str, params: optax.Params, sparse_params: SparseParams) ->
         raise ValueError(f"{allowed}, got {jax.tree.structure(tree)}.") from error
 
 
-def _compact(function: str, params: optax.Params, masks: _MaskSettings) -> optax.Params:
+def _compact(params: optax.Params, masks: _MaskSettings) -> optax.Params:
     """The parameters, but for the sparse ones the shape of their moments."""
     # Optax looks for parameter-shaped parts with a placeholder, a tree without leaves.
     if not jax.tree.leaves(params):
@@ -750,15 +746,16 @@ def _compact(function: str, params: optax.Params, masks: _MaskSettings) -> optax
         where = jax.tree_util.keystr(path) or "the root"
         if jnp.iscomplexobj(p):
             raise TypeError(
-                f"{function}: the parameter at {where} must have a floating dtype for "
+                f"{_validate.caller()}: "
+                f"the parameter at {where} must have a floating dtype for "
                 f"sparse momentum, got {p.dtype}; leave it out of sparse_params."
             )
         layout = masks.layout(p.shape)
         if layout.moment_shape == p.shape:
             return p
-        return _moments_like(function, where, p, layout)
+        return _moments_like(where, p, layout)
 
-    chosen = _chosen(function, params, masks.sparse_params)
+    chosen = _chosen(params, masks.sparse_params)
     return jax.tree_util.tree_map_with_path(compact, params, chosen)
 
 
@@ -768,9 +765,7 @@ def _init_lanes(p: jax.Array, moment: Any, masks: _MaskSettings) -> jax.Array | 
     return jnp.zeros_like(moment, dtype=masks.layout(p.shape).lane_dtype)
 
 
-def _moments_like(
-    function: str, where: str, p: jax.Array, layout: _Layout
-) -> jax.ShapeDtypeStruct:
+def _moments_like(where: str, p: jax.Array, layout: _Layout) -> jax.ShapeDtypeStruct:
     """The shape of moments, with the dtype and the sharding of `p`."""
     shape = layout.moment_shape
     sharding = getattr(p, "sharding", None)
@@ -789,7 +784,8 @@ def _moments_like(
         fits = False
     if not fits:
         raise ValueError(
-            f"{function}: row_blocks must be a multiple of the number of shards of the "
+            f"{_validate.caller()}: "
+            "row_blocks must be a multiple of the number of shards of the "
             f"rows, for no group may be spread over devices; the parameter at {where} "
             f"has the shape {p.shape} in {layout.blocks} blocks and the sharding "
             f"{sharding.spec}."
@@ -798,25 +794,26 @@ def _moments_like(
 
 
 def _check_update(
-    function: str,
     updates: optax.Updates,
     state: ScaleBySparseSpamState,
     params: optax.Params | None,
     masks: _MaskSettings,
 ) -> None:
     mu = state.inner_state.mu
-    _validate.check_same_structure(function, updates, mu)
-    _validate.check_not_complex(function, updates, mu)
+    _validate.check_same_structure(updates, mu)
+    _validate.check_not_complex(updates, mu)
     if params is not None:
-        _validate.check_same_tree(function, updates, params)
+        _validate.check_same_tree(updates, params)
     if (state.mask_lanes is None) != (masks.selection == "random"):
         raise ValueError(
-            f"{function}: selection must be the one that the state was made with, got "
+            f"{_validate.caller()}: "
+            "selection must be the one that the state was made with, got "
             f"{masks.selection!r}."
         )
     if state.mask_seeds.shape != (masks.row_blocks,):
         raise ValueError(
-            f"{function}: row_blocks must be {state.mask_seeds.shape[0]}, with which "
+            f"{_validate.caller()}: "
+            f"row_blocks must be {state.mask_seeds.shape[0]}, with which "
             f"the state was made, got {masks.row_blocks}."
         )
 
@@ -826,12 +823,14 @@ def _check_update(
         where = jax.tree_util.keystr(path) or "the root"
         if moment.ndim < 2:
             raise ValueError(
-                f"{function}: the update at {where} must have the shape {moment.shape} "
+                f"{_validate.caller()}: "
+                f"the update at {where} must have the shape {moment.shape} "
                 f"of its parameter, got {jnp.shape(g)}."
             )
         if jnp.ndim(g) < 2 or moment.shape != masks.layout(jnp.shape(g)).moment_shape:
             raise ValueError(
-                f"{function}: the update at {where} must have the shape of its "
+                f"{_validate.caller()}: "
+                f"the update at {where} must have the shape of its "
                 f"parameter, got {jnp.shape(g)}, whose moments cannot have the shape "
                 f"{moment.shape} with density {masks.density} and row_blocks "
                 f"{masks.row_blocks}."
@@ -841,7 +840,6 @@ def _check_update(
 
 
 def _draw(
-    function: str,
     updates: optax.Updates,
     state: ScaleBySparseSpamState,
     params: optax.Params | None,
@@ -860,7 +858,8 @@ def _draw(
     sizes = updates if masks.selection == "max_gradient" else params
     if sizes is None:
         raise ValueError(
-            f"{function}: selection='max_weight' needs params, got None; or choose "
+            f"{_validate.caller()}: "
+            "selection='max_weight' needs params, got None; or choose "
             "'random' or 'max_gradient'."
         )
 
@@ -900,7 +899,7 @@ def _groups(
     if lanes is None:
         lanes = jax.tree.map(lambda _: None, like, is_leaf=_is_none)
     structure = jax.tree.structure(like, is_leaf=_is_none)
-    names = structure.unflatten(_paths.names("sparse_spam", like, _is_none))
+    names = structure.unflatten(_paths.names(like, _is_none))
     return jax.tree.map(
         lambda x, name, *rest: of_leaf(name, x, *rest),
         like,
@@ -911,34 +910,30 @@ def _groups(
     )
 
 
-def _sparse_states(
-    function: str, opt_state: optax.OptState
-) -> list[ScaleBySparseSpamState]:
+def _sparse_states(opt_state: optax.OptState) -> list[ScaleBySparseSpamState]:
     is_sparse = lambda x: isinstance(x, ScaleBySparseSpamState)  # noqa: E731
     states = list(filter(is_sparse, jax.tree.leaves(opt_state, is_leaf=is_sparse)))
     if not states:
         raise ValueError(
-            f"{function}: opt_state must hold a state of sparse_spam, got "
+            f"{_validate.caller()}: opt_state must hold a state of sparse_spam, got "
             f"{jax.tree.structure(opt_state)}."
         )
     return states
 
 
-def _moments_for(
-    function: str, state: ScaleBySparseSpamState, params: optax.Params
-) -> optax.Updates:
+def _moments_for(state: ScaleBySparseSpamState, params: optax.Params) -> optax.Updates:
     """The first moments of a state; raises unless they are those of `params`."""
     if state.mask_seeds.ndim != 1:
         raise ValueError(
-            f"{function}: opt_state must be the state of one run, got one of "
-            f"{state.mask_seeds.shape[:-1]} runs; use jax.vmap({function})."
+            f"{_validate.caller()}: opt_state must be the state of one run, got one of "
+            f"{state.mask_seeds.shape[:-1]} runs; use jax.vmap({_validate.caller()})."
         )
     try:
         mu = spread_absent(state.inner_state.mu, params)
         leaves = jax.tree.structure(params).flatten_up_to(mu)
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            f"{function}: params must be a tree like those of opt_state, got "
+            f"{_validate.caller()}: params must be a tree like those of opt_state, got "
             f"{jax.tree.structure(params)}."
         ) from None
     paths = jax.tree_util.tree_leaves_with_path(params)
@@ -954,7 +949,8 @@ def _moments_for(
         )
         if got != held and not is_sparse:
             raise ValueError(
-                f"{function}: params must be those of opt_state, got the shape {got} "
+                f"{_validate.caller()}: "
+                f"params must be those of opt_state, got the shape {got} "
                 f"at {jax.tree_util.keystr(path) or 'the root'}, where its moments "
                 f"have {held}."
             )

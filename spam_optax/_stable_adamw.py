@@ -74,18 +74,17 @@ def scale_by_stable_adamw(
       >>> print(updates.round(3))
       [ 1. -1.]
     """
-    function = "scale_by_stable_adamw"
-    b1 = _validate.check_decay(function, "b1", b1)
-    b2 = _validate.check_decay(function, "b2", b2)
-    eps = _validate.check_number(function, "eps", eps, above=0)
-    mu_dtype = _validate.check_moment_dtype(function, "mu_dtype", mu_dtype)
-    nu_dtype = _validate.check_moment_dtype(function, "nu_dtype", nu_dtype)
+    b1 = _validate.check_decay("b1", b1)
+    b2 = _validate.check_decay("b2", b2)
+    eps = _validate.check_number("eps", eps, above=0)
+    mu_dtype = _validate.check_moment_dtype("mu_dtype", mu_dtype)
+    nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByStableAdamWState:
         return ScaleByStableAdamWState(
             jnp.zeros([], jnp.int32),
-            _moments.init_mu(function, params, mu_dtype),
-            _moments.init_nu(function, params, nu_dtype),
+            _moments.init_mu(params, mu_dtype),
+            _moments.init_nu(params, nu_dtype),
             jnp.zeros([len(jax.tree.leaves(params))], jnp.float32),
             *_moments.init_counters(True, 2),
         )
@@ -95,8 +94,8 @@ def scale_by_stable_adamw(
         state: ScaleByStableAdamWState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleByStableAdamWState]:
-        _validate.check_same_tree(function, updates, state.mu)
-        _validate.check_not_complex(function, updates, state.mu)
+        _validate.check_same_tree(updates, state.mu)
+        _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
         gradients, bad = _moments.screen(updates, state.nu)
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
@@ -208,7 +207,6 @@ def stable_adamw(
       vision-language models <https://arxiv.org/abs/2304.13013>`_, 2023, algorithm 2.
     """
     return _moments.optimizer(
-        "stable_adamw",
         scale_by_stable_adamw(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
         learning_rate,
         weight_decay,

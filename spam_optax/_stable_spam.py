@@ -150,10 +150,10 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
       Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055v2>`_, 2025,
       section 3: AdaClip.
     """
-    gamma3 = _validate.check_decay("adaclip", "gamma3", gamma3)
+    gamma3 = _validate.check_decay("gamma3", gamma3)
 
     def init_fn(params: optax.Params) -> AdaClipState:
-        steps, mean = _init_statistics("adaclip", params, 1)
+        steps, mean = _init_statistics(params, 1)
         return AdaClipState(steps, mean, *_moments.init_counters(True, 4))
 
     def update_fn(
@@ -162,7 +162,7 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, AdaClipState]:
         del params
-        gradients, structure = _flatten("adaclip", updates, state.adaclip_steps)
+        gradients, structure = _flatten(updates, state.adaclip_steps)
         finite, bad, nonfinite = _screen(gradients)
         clipped, spikes, steps, mean = _adaclip(
             finite, bad, state.adaclip_steps, state.adaclip_mean, gamma3
@@ -235,14 +235,12 @@ def adagn(
       Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055v2>`_, 2025,
       section 3: AdaGN.
     """
-    gamma1, gamma2, eps, total_steps = _check_norm(
-        "adagn", gamma1, gamma2, eps, total_steps
-    )
+    gamma1, gamma2, eps, total_steps = _check_norm(gamma1, gamma2, eps, total_steps)
 
     def init_fn(params: optax.Params) -> AdaGNState:
         return AdaGNState(
             jnp.zeros([], jnp.int32),
-            *_init_statistics("adagn", params, 2),
+            *_init_statistics(params, 2),
             *_moments.init_counters(True, 2),
         )
 
@@ -252,7 +250,7 @@ def adagn(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, AdaGNState]:
         del params
-        gradients, structure = _flatten("adagn", updates, state.adagn_steps)
+        gradients, structure = _flatten(updates, state.adagn_steps)
         finite, bad, nonfinite = _screen(gradients)
         step = optax.safe_increment(state.adagn_count)
         scaled, *statistics = _adagn(
@@ -315,10 +313,10 @@ def gradient_stabilizer(
     References:
       Huang et al., `GradientStabilizer <https://arxiv.org/abs/2502.17055>`_, 2026.
     """
-    gamma1, gamma2, *_ = _check_norm("gradient_stabilizer", gamma1, gamma2)
+    gamma1, gamma2, *_ = _check_norm(gamma1, gamma2)
 
     def init_fn(params: optax.Params) -> GradientStabilizerState:
-        _, mean, square = _init_statistics("gradient_stabilizer", params, 2)
+        _, mean, square = _init_statistics(params, 2)
         return GradientStabilizerState(mean, square, *_moments.init_counters(True, 2))
 
     def update_fn(
@@ -327,9 +325,7 @@ def gradient_stabilizer(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, GradientStabilizerState]:
         del params
-        gradients, structure = _flatten(
-            "gradient_stabilizer", updates, state.stabilizer_mean
-        )
+        gradients, structure = _flatten(updates, state.stabilizer_mean)
         finite, bad, nonfinite = _screen(gradients)
         norm, usable = _measure(finite, bad)
         mean = _average(state.stabilizer_mean, norm, gamma1, usable)
@@ -386,25 +382,22 @@ def scale_by_stable_spam(
       >>> print(updates.round(3))
       [ 1. -1.]
     """
-    function = "scale_by_stable_spam"
-    gamma1, gamma2, eps, total_steps = _check_norm(
-        function, gamma1, gamma2, eps, total_steps
-    )
-    b1 = _validate.check_decay(function, "b1", b1)
-    b2 = _validate.check_decay(function, "b2", b2)
-    gamma3 = _validate.check_decay(function, "gamma3", gamma3)
-    reset_interval, _ = _validate.check_reset(function, reset_interval)
-    _validate.check_flags(function, reference_resets=reference_resets)
-    mu_dtype = _validate.check_moment_dtype(function, "mu_dtype", mu_dtype)
-    nu_dtype = _validate.check_moment_dtype(function, "nu_dtype", nu_dtype)
+    gamma1, gamma2, eps, total_steps = _check_norm(gamma1, gamma2, eps, total_steps)
+    b1 = _validate.check_decay("b1", b1)
+    b2 = _validate.check_decay("b2", b2)
+    gamma3 = _validate.check_decay("gamma3", gamma3)
+    reset_interval, _ = _validate.check_reset(reset_interval)
+    _validate.check_flags(reference_resets=reference_resets)
+    mu_dtype = _validate.check_moment_dtype("mu_dtype", mu_dtype)
+    nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByStableSpamState:
         return ScaleByStableSpamState(
             jnp.zeros([], jnp.int32),
-            _moments.init_mu(function, params, mu_dtype),
-            _moments.init_nu(function, params, nu_dtype),
-            *_init_statistics(function, params, 1),
-            *_init_statistics(function, params, 2),
+            _moments.init_mu(params, mu_dtype),
+            _moments.init_nu(params, nu_dtype),
+            *_init_statistics(params, 1),
+            *_init_statistics(params, 2),
             *_moments.init_counters(True, 4),
         )
 
@@ -413,8 +406,8 @@ def scale_by_stable_spam(
         state: ScaleByStableSpamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleByStableSpamState]:
-        _validate.check_same_tree(function, updates, state.mu)
-        _validate.check_not_complex(function, updates, state.mu)
+        _validate.check_same_tree(updates, state.mu)
+        _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
         scale = _decay_scale(step, total_steps)
         structure = jax.tree.structure(state.mu)
@@ -564,7 +557,6 @@ def stable_spam(
     .. seealso:: :func:`spam`, :func:`gradient_stabilizer`
     """
     return _moments.optimizer(
-        "stable_spam",
         scale_by_stable_spam(
             b1,
             b2,
@@ -588,32 +580,30 @@ def stable_spam(
 # statistics are vectors over that list.
 
 
-def _check_norm(function, gamma1, gamma2, eps=1.0, total_steps=None) -> tuple:
+def _check_norm(gamma1, gamma2, eps=1.0, total_steps=None) -> tuple:
     """Returns the arguments, checked, in the same order."""
-    gamma1 = _validate.check_decay(function, "gamma1", gamma1)
-    gamma2 = _validate.check_decay(function, "gamma2", gamma2)
-    eps = _validate.check_number(function, "eps", eps, above=0)
+    gamma1 = _validate.check_decay("gamma1", gamma1)
+    gamma2 = _validate.check_decay("gamma2", gamma2)
+    eps = _validate.check_number("eps", eps, above=0)
     if total_steps is not None:
-        total_steps = _validate.check_steps(function, "total_steps", total_steps, low=1)
+        total_steps = _validate.check_steps("total_steps", total_steps, low=1)
     return gamma1, gamma2, eps, total_steps
 
 
-def _init_statistics(
-    function: str, params: optax.Params, n: int
-) -> tuple[jax.Array, ...]:
+def _init_statistics(params: optax.Params, n: int) -> tuple[jax.Array, ...]:
     """Steps, and `n` running means, of every tensor."""
-    _norms.check_params(function, params)
+    _norms.check_params(params)
     tensors = len(jax.tree.leaves(params))
     zeros = (jnp.zeros([tensors], jnp.float32) for _ in range(n))
     return jnp.zeros([tensors], jnp.int32), *zeros
 
 
 def _flatten(
-    function: str, updates: optax.Updates, statistic: jax.Array
+    updates: optax.Updates, statistic: jax.Array
 ) -> tuple[list[jax.Array], Any]:
     """The tensors that `statistic` is of, and the structure of their tree."""
-    _validate.check_tensors(function, updates, statistic.shape[0])
-    _norms.check_updates(function, updates)
+    _validate.check_tensors(updates, statistic.shape[0])
+    _norms.check_updates(updates)
     return jax.tree.flatten(updates)
 
 

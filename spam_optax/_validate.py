@@ -5,6 +5,7 @@ Only Python and NumPy numbers are checked. Arrays and tracers pass, since
 """
 
 import math
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -15,8 +16,32 @@ import numpy as np
 from spam_optax import _arithmetic
 
 
+def caller() -> str:
+    """Returns the name of the public function that the user called, for a message.
+
+    That is the outermost factory: ``spam``, though ``scale_by_spam`` checks. Inside
+    ``init`` and ``update`` it is the factory that made them.
+    """
+    name, frame = "", sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        root, *nested = frame.f_code.co_qualname.split(".")
+        if module.startswith("spam_optax") and _is_public(module, root):
+            if "<locals>" in nested:
+                return name or root
+            name = root
+        frame = frame.f_back
+    return name
+
+
+def _is_public(module: str, name: str) -> bool:
+    """Returns whether users call this function of the package by its name."""
+    if "._" in module:
+        return hasattr(sys.modules["spam_optax"], name)
+    return not name.startswith("_")
+
+
 def check_number(
-    function: str,
     name: str,
     value: Any,
     *,
@@ -29,7 +54,6 @@ def check_number(
     """Raises unless `value` is an array or a finite number within the given bounds.
 
     Args:
-      function: Name of the function that was called, for the message.
       name: Name of the argument.
       value: What was passed.
       above: Open lower bound.
@@ -60,7 +84,7 @@ def check_number(
     ]
     kind = "a whole number" if whole else "a finite number"
     limits = " and ".join(f"{sign} {bound}" for sign, bound, _ in bounds)
-    message = f"{function}: {name} must be {kind} {limits}".rstrip()
+    message = f"{caller()}: {name} must be {kind} {limits}".rstrip()
     message = f"{message}, got {value!r}."
     value = to_python(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -101,31 +125,29 @@ def _as_float32(value: int | float) -> float:
     return 0.0 if abs(value) < float(info.tiny) else float(value)
 
 
-def check_flags(function: str, **flags: Any) -> None:
+def check_flags(**flags: Any) -> None:
     """Raises unless every flag is a boolean."""
     for name, value in flags.items():
         if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{function}: {name} must be True or False, got {value!r}.")
+            raise TypeError(f"{caller()}: {name} must be True or False, got {value!r}.")
 
 
-def check_transformation(function: str, value: Any, name: str = "inner") -> None:
+def check_transformation(value: Any, name: str = "inner") -> None:
     """Raises unless `value` is a gradient transformation, and not what makes one."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(
-            f"{function}: {name} must be a gradient transformation, got {value!r}."
+            f"{caller()}: {name} must be a gradient transformation, got {value!r}."
         )
 
 
-def check_whole(
-    function: str, name: str, value: Any, *, low: int, high: int | None = None
-) -> Any:
+def check_whole(name: str, value: Any, *, low: int, high: int | None = None) -> Any:
     """Raises unless `value` is an array or a whole number from `low` to `high`."""
-    return check_number(function, name, value, at_least=low, at_most=high, whole=True)
+    return check_number(name, value, at_least=low, at_most=high, whole=True)
 
 
-def check_steps(function: str, name: str, value: Any, *, low: int) -> Any:
+def check_steps(name: str, value: Any, *, low: int) -> Any:
     """Raises unless `value` is an array or a whole number >= `low` that fits int32."""
-    return check_whole(function, name, value, low=low, high=np.iinfo(np.int32).max)
+    return check_whole(name, value, low=low, high=np.iinfo(np.int32).max)
 
 
 def instead_of_optax(value: Any) -> str:
@@ -139,21 +161,21 @@ def instead_of_optax(value: Any) -> str:
     return " (use spam_optax.inject_hyperparams instead of Optax's)"
 
 
-def check_static(function: str, name: str, value: Any) -> None:
+def check_static(name: str, value: Any) -> None:
     """Raises if `value`, which decides shapes, is an array or a tracer."""
     if isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(
-            f"{function}: {name} must be a Python number, for it decides shapes"
+            f"{caller()}: {name} must be a Python number, for it decides shapes"
             f"{instead_of_optax(value)}, got {value!r}."
         )
 
 
-def check_decay(function: str, name: str, value: Any) -> Any:
+def check_decay(name: str, value: Any) -> Any:
     """Raises unless `value` is an array or a number in [0, 1)."""
-    return check_number(function, name, value, at_least=0, below=1)
+    return check_number(name, value, at_least=0, below=1)
 
 
-def check_key(function: str, key: Any) -> None:
+def check_key(key: Any) -> None:
     """Raises unless `key` is a PRNG key, typed or raw, or a number to make one from."""
     if _is_key(key):
         is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -161,11 +183,11 @@ def check_key(function: str, key: Any) -> None:
             is_typed or key.dtype == np.uint32
         ):
             raise TypeError(
-                f"{function}: key must be one PRNG key or a whole number, got an array "
+                f"{caller()}: key must be one PRNG key or a whole number, got an array "
                 f"of shape {key.shape} and dtype {key.dtype}."
             )
         return
-    check_whole(function, "key", key, low=0, high=2**32 - 1)
+    check_whole("key", key, low=0, high=2**32 - 1)
 
 
 def make_key(key: Any) -> jax.Array:
@@ -186,15 +208,14 @@ def _is_key(key: Any) -> bool:
     )
 
 
-def check_choice(function: str, name: str, value: Any, choices: tuple) -> None:
+def check_choice(name: str, value: Any, choices: tuple) -> None:
     """Raises unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         allowed = ", ".join(map(repr, choices))
-        raise ValueError(f"{function}: {name} must be one of {allowed}, got {value!r}.")
+        raise ValueError(f"{caller()}: {name} must be one of {allowed}, got {value!r}.")
 
 
 def check_names(
-    function: str,
     name: str,
     value: Any,
     others: str = "",
@@ -205,37 +226,35 @@ def check_names(
         isinstance(value, Collection) and all(isinstance(x, str) for x in value)
     ):
         raise TypeError(
-            f"{function}: {name} must be {others}a collection of names of {kind}, "
+            f"{caller()}: {name} must be {others}a collection of names of {kind}, "
             f"got {value!r}."
         )
 
 
-def check_learning_rate(function: str, value: Any) -> Any:
+def check_learning_rate(value: Any) -> Any:
     """Raises unless `value` is a schedule, an array or a number >= 0."""
     if callable(value) and not isinstance(value, type):
         return value
-    return check_number(function, "learning_rate", value, at_least=0)
+    return check_number("learning_rate", value, at_least=0)
 
 
-def check_reset(
-    function: str, reset_interval: Any, grace_steps: Any = 0
-) -> tuple[Any, Any]:
+def check_reset(reset_interval: Any, grace_steps: Any = 0) -> tuple[Any, Any]:
     """Raises unless the interval is None, or leaves steps outside the grace window."""
-    grace_steps = check_steps(function, "grace_steps", grace_steps, low=0)
+    grace_steps = check_steps("grace_steps", grace_steps, low=0)
     if reset_interval is None:
         return None, grace_steps
-    reset_interval = check_steps(function, "reset_interval", reset_interval, low=1)
+    reset_interval = check_steps("reset_interval", reset_interval, low=1)
     known = not (_is_array(reset_interval) or _is_array(grace_steps))
     if known and grace_steps and reset_interval <= grace_steps:
         raise ValueError(
-            f"{function}: reset_interval must be None or > grace_steps "
+            f"{caller()}: reset_interval must be None or > grace_steps "
             f"({grace_steps}), or nothing would ever be clipped; "
             f"got {reset_interval!r}."
         )
     return reset_interval, grace_steps
 
 
-def check_moment_dtype(function: str, name: str, dtype: Any) -> np.dtype | None:
+def check_moment_dtype(name: str, dtype: Any) -> np.dtype | None:
     """Returns `dtype` canonicalised; raises unless it is None or a real float type.
 
     Of 16 bits at least; for squares, which ``nu`` holds, with the range of float32.
@@ -248,33 +267,31 @@ def check_moment_dtype(function: str, name: str, dtype: Any) -> np.dtype | None:
         canonical = None
     if canonical is None or not jnp.issubdtype(canonical, jnp.floating):
         raise ValueError(
-            f"{function}: {name} must be None or a floating dtype"
+            f"{caller()}: {name} must be None or a floating dtype"
             f"{instead_of_optax(dtype)}, got {dtype!r}."
         )
     info = jnp.finfo(canonical)
     if info.bits < 16 or (name == "nu_dtype" and info.maxexp < 128):
         needed = "the range of float32" if name == "nu_dtype" else "16 bits or more"
         raise ValueError(
-            f"{function}: {name} must be None or a floating dtype with {needed}, "
+            f"{caller()}: {name} must be None or a floating dtype with {needed}, "
             f"got {dtype!r}."
         )
     return canonical
 
 
-def check_inexact(
-    function: str, path: tuple, leaf: Any, what: str = "parameter"
-) -> np.dtype:
+def check_inexact(path: tuple, leaf: Any, what: str = "parameter") -> np.dtype:
     """Returns the dtype arithmetic on `leaf` is done in; raises if it is no float."""
     try:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     except TypeError as error:
         raise TypeError(
-            f"{function}: the {what} at {jax.tree_util.keystr(path) or 'the root'} "
+            f"{caller()}: the {what} at {jax.tree_util.keystr(path) or 'the root'} "
             f"must be an array, got {leaf!r}."
         ) from error
     if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16:
         raise TypeError(
-            f"{function}: the {what} at {jax.tree_util.keystr(path) or 'the root'} "
+            f"{caller()}: the {what} at {jax.tree_util.keystr(path) or 'the root'} "
             "must have a floating or complex dtype of 16 bits or more, "
             f"got {dtype}."
         )
@@ -282,19 +299,19 @@ def check_inexact(
     return _arithmetic.promote_types(jax.dtypes.canonicalize_dtype(dtype), jnp.float32)
 
 
-def check_not_complex(function: str, updates: Any, mu: Any) -> None:
+def check_not_complex(updates: Any, mu: Any) -> None:
     """Raises if an update is complex where its parameter, so the moment, is not."""
     is_none = lambda x: x is None  # noqa: E731
     leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
     for (path, g), m in zip(leaves, jax.tree.leaves(mu, is_leaf=is_none), strict=True):
         if g is not None and jnp.iscomplexobj(g) and not jnp.iscomplexobj(m):
             raise TypeError(
-                f"{function}: the update at {jax.tree_util.keystr(path) or 'the root'} "
+                f"{caller()}: the update at {jax.tree_util.keystr(path) or 'the root'} "
                 f"must have a floating dtype like its parameter, got {g.dtype}."
             )
 
 
-def check_same_structure(function: str, updates: Any, moments: Any) -> None:
+def check_same_structure(updates: Any, moments: Any) -> None:
     """Raises unless `updates` has the leaves of the state's `moments`, and floats.
 
     A leaf may be None in `updates` alone: a parameter without a gradient.
@@ -310,22 +327,22 @@ def check_same_structure(function: str, updates: Any, moments: Any) -> None:
             missing = "has no leaf" if path in want_paths else "has a leaf"
             other = "has one" if path in want_paths else "has none"
             raise ValueError(
-                f"{function}: the tree of updates {missing} at {where} where the "
+                f"{caller()}: the tree of updates {missing} at {where} where the "
                 f"optimizer state {other}; pass gradients shaped like the parameters."
             )
     if got_structure != want_structure:
         raise ValueError(
-            f"{function}: the tree of updates must have the containers of init's "
+            f"{caller()}: the tree of updates must have the containers of init's "
             f"parameters {want_structure}, got {got_structure}."
         )
     for path, leaf in got_paths.items():
         if leaf is not None and want_paths[path] is not None:
-            check_inexact(function, path, leaf, "update")
+            check_inexact(path, leaf, "update")
 
 
-def check_same_tree(function: str, updates: Any, moments: Any) -> None:
+def check_same_tree(updates: Any, moments: Any) -> None:
     """Raises unless `updates` has the leaves and shapes of the state's `moments`."""
-    check_same_structure(function, updates, moments)
+    check_same_structure(updates, moments)
     is_none = lambda x: x is None  # noqa: E731
     leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
     wanted = jax.tree.leaves(moments, is_leaf=is_none)
@@ -334,17 +351,17 @@ def check_same_tree(function: str, updates: Any, moments: Any) -> None:
             continue
         if jnp.shape(got_leaf) != jnp.shape(want_leaf):
             raise ValueError(
-                f"{function}: the update at {jax.tree_util.keystr(path) or 'the root'} "
+                f"{caller()}: the update at {jax.tree_util.keystr(path) or 'the root'} "
                 f"must have the shape {jnp.shape(want_leaf)} of its parameter, "
                 f"got {jnp.shape(got_leaf)}."
             )
 
 
-def check_tensors(function: str, updates: Any, number: int) -> None:
+def check_tensors(updates: Any, number: int) -> None:
     """Raises unless `updates` has as many leaves as the parameters of init had."""
     got = len(jax.tree.leaves(updates))
     if got != number:
         raise ValueError(
-            f"{function}: the tree of updates must have the {number} leaves of init's "
+            f"{caller()}: the tree of updates must have the {number} leaves of init's "
             f"parameters, got {got}."
         )

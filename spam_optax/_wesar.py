@@ -9,13 +9,11 @@ import jax.numpy as jnp
 from spam_optax import _validate, initializers
 
 
-def alpha_init(
-    layer: str, target_std: float | None, width: int
-) -> jax.nn.initializers.Initializer:
+def alpha_init(target_std: float | None, width: int) -> jax.nn.initializers.Initializer:
     """The initializer of a layer's factor; without a target, Spike No More's."""
     if target_std is None:
         target_std = initializers.stable_std(width)
-    target_std = _validate.check_number(layer, "target_std", target_std, above=0)
+    target_std = _validate.check_number("target_std", target_std, above=0)
     return initializers.wesar(target_std).alpha
 
 

@@ -100,15 +100,15 @@ def zclip(
 
     .. seealso:: :func:`spam_optax.adagc` for a limit on every tensor.
     """
-    threshold = _validate.check_number("zclip", "threshold", threshold, above=0)
-    decay = _validate.check_decay("zclip", "decay", decay)
-    eps = _validate.check_number("zclip", "eps", eps, above=0)
+    threshold = _validate.check_number("threshold", threshold, above=0)
+    decay = _validate.check_decay("decay", decay)
+    eps = _validate.check_number("eps", eps, above=0)
     if max_norm is not None:
-        max_norm = _validate.check_number("zclip", "max_norm", max_norm, above=0)
-    warmup_steps = _validate.check_steps("zclip", "warmup_steps", warmup_steps, low=2)
+        max_norm = _validate.check_number("max_norm", max_norm, above=0)
+    warmup_steps = _validate.check_steps("warmup_steps", warmup_steps, low=2)
 
     def init_fn(params: optax.Params) -> ZClipState:
-        _norms.check_params("zclip", params)
+        _norms.check_params(params)
         return ZClipState(
             zclip_steps=jnp.zeros([], jnp.int32),
             zclip_mean=jnp.zeros([], jnp.float32),
@@ -124,9 +124,7 @@ def zclip(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ZClipState]:
         del params
-        gradients, counters = _norms.finite(
-            "zclip", updates, state.zclip_nonfinite_total
-        )
+        gradients, counters = _norms.finite(updates, state.zclip_nonfinite_total)
         norm = _arithmetic.norm(_norms.of_tensors(gradients))
         is_warm = state.zclip_steps >= warmup_steps
         limit = jnp.where(is_warm, _limit(norm, state, threshold, eps), norm)

@@ -233,7 +233,7 @@ def spike_mask(
     """
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
     _check_gradient_and_nu(gradient, nu)
-    threshold = _validate.check_number("spike_mask", "threshold", threshold, above=0)
+    threshold = _validate.check_number("threshold", threshold, above=0)
     rule = _spikes.SpikeRule(threshold, active, clip_unseen)
     return _spikes.is_spike(gradient, nu, rule)
 
@@ -286,7 +286,7 @@ def clip_spikes(
     """
     gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
     _check_gradient_and_nu(gradient, nu)
-    threshold = _validate.check_number("clip_spikes", "threshold", threshold, above=0)
+    threshold = _validate.check_number("threshold", threshold, above=0)
     rule = _spikes.SpikeRule(threshold, active, clip_unseen)
     return _spikes.clip(gradient, nu, rule)
 
@@ -324,7 +324,7 @@ def reset_position(
     step = step.astype(jnp.int32)
     if interval is None:
         return step
-    interval = _validate.check_steps("reset_position", "interval", interval, low=1)
+    interval = _validate.check_steps("interval", interval, low=1)
     return step % jnp.asarray(interval, jnp.int32)
 
 
@@ -364,9 +364,7 @@ def reset_ramp(
     References:
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, algorithm 1.
     """
-    warmup_steps = _validate.check_steps(
-        "reset_ramp", "warmup_steps", warmup_steps, low=0
-    )
+    warmup_steps = _validate.check_steps("warmup_steps", warmup_steps, low=0)
     position = reset_position(step, interval)
     ramping = (position < warmup_steps) & (position < step)
     length = jnp.asarray(warmup_steps).astype(float) + 1.0
@@ -400,7 +398,7 @@ def bias_correction(
     References:
       Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, algorithm 1.
     """
-    decay = _validate.check_decay("bias_correction", "decay", decay)
+    decay = _validate.check_decay("decay", decay)
     if isinstance(decay, (jax.Array, np.ndarray)):
         log_decay = jnp.log(jnp.asarray(decay).astype(float))
     else:
@@ -455,7 +453,7 @@ def spike_score(
     values = jnp.asarray(values)
     chex.assert_rank(values, 1)
     chex.assert_type(values, float)
-    window = _validate.check_whole("spike_score", "window", window, low=2)
+    window = _validate.check_whole("window", window, low=2)
     try:
         window = operator.index(window)
     except TypeError:
@@ -463,9 +461,7 @@ def spike_score(
             "spike_score: window must be a Python whole number >= 2, under jit a "
             f"static one, got {window!r}."
         ) from None
-    deviations = _validate.check_number(
-        "spike_score", "deviations", deviations, above=0
-    )
+    deviations = _validate.check_number("deviations", deviations, above=0)
     judged = values.shape[0] - window
     if judged < 1:
         raise ValueError(
@@ -533,9 +529,8 @@ def layer_gradient_norms(
 
     .. seealso:: :func:`spam_optax.track_spikes` for the norm of each whole tensor.
     """
-    function = "layer_gradient_norms"
-    _validate.check_names(function, "stacked", stacked)
-    names = _paths.names(function, gradients)
+    _validate.check_names("stacked", stacked)
+    names = _paths.names(gradients)
     tensors = dict(
         zip(names, map(jnp.asarray, jax.tree.leaves(gradients)), strict=True)
     )
@@ -543,7 +538,8 @@ def layer_gradient_norms(
     for name in stacked:
         if name not in parts:
             raise ValueError(
-                f"{function}: stacked must have names of parts of the tensors' paths, "
+                f"{_validate.caller()}: "
+                "stacked must have names of parts of the tensors' paths, "
                 f"got {name!r}, which is in none."
             )
 
@@ -649,7 +645,7 @@ def ffn_jacobian_bound(
         "residual_std": residual_std,
     }
     width, ffn_width, std_in, std_out, residual_std = (
-        _validate.check_number("ffn_jacobian_bound", name, value, above=0)
+        _validate.check_number(name, value, above=0)
         for name, value in arguments.items()
     )
     matrices = (jnp.sqrt(width) + jnp.sqrt(ffn_width)) ** 2
@@ -694,13 +690,10 @@ def attention_jacobian_bound(
       Takase et al., `Spike No More <https://arxiv.org/abs/2312.16903>`_, 2025,
       section 3.
     """
-    function = "attention_jacobian_bound"
-    width = _validate.check_number(function, "width", width, above=0)
-    std_out = _validate.check_number(function, "std_out", std_out, above=0)
-    residual_std = _validate.check_number(
-        function, "residual_std", residual_std, above=0
-    )
+    width = _validate.check_number("width", width, above=0)
+    std_out = _validate.check_number("std_out", std_out, above=0)
+    residual_std = _validate.check_number("residual_std", residual_std, above=0)
     attention_norm = _validate.check_number(
-        function, "attention_norm", attention_norm, at_least=0
+        "attention_norm", attention_norm, at_least=0
     )
     return 1 + std_out / residual_std * 2 * jnp.sqrt(width) * attention_norm

@@ -101,8 +101,8 @@ def stable(width: int, num_layers: int) -> StableInitializers:
       which divides a norm's output by the square root of its depth: both shrink the
       same sub-layers. With LayerNorm Scaling, use ``kernel`` for the outputs too.
     """
-    _validate.check_whole("stable", "width", width, low=1)
-    _validate.check_whole("stable", "num_layers", num_layers, low=1)
+    _validate.check_whole("width", width, low=1)
+    _validate.check_whole("num_layers", num_layers, low=1)
     return StableInitializers(
         kernel=stable_kernel(width),
         residual=stable_residual(width, num_layers),
@@ -147,7 +147,7 @@ def stable_kernel(width: int) -> Initializer:
     References:
       Takase et al., `Spike No More <https://arxiv.org/abs/2312.16903>`_, COLM 2025.
     """
-    width = _validate.check_whole("stable_kernel", "width", width, low=1)
+    width = _validate.check_whole("width", width, low=1)
     return _normal(stable_std(width))
 
 
@@ -185,10 +185,8 @@ def stable_residual(width: int, num_layers: int) -> Initializer:
     .. warning::
       Not together with LayerNorm Scaling, see :func:`stable`.
     """
-    width = _validate.check_whole("stable_residual", "width", width, low=1)
-    num_layers = _validate.check_whole(
-        "stable_residual", "num_layers", num_layers, low=1
-    )
+    width = _validate.check_whole("width", width, low=1)
+    num_layers = _validate.check_whole("num_layers", num_layers, low=1)
     return _normal(stable_std(width) / math.sqrt(2 * num_layers))
 
 
@@ -236,7 +234,7 @@ def stable_embedding(width: int) -> Initializer:
       by :math:`\sqrt d`), and weight decay on it shrinks the shortcut again. Scaling
       down only the gradient of the embedding leaves the shortcut small.
     """
-    width = _validate.check_whole("stable_embedding", "width", width, low=1)
+    width = _validate.check_whole("width", width, low=1)
     return _normal(stable_std(width))
 
 
@@ -302,7 +300,7 @@ def wesar(target_std: float) -> WesarInitializers:
       Nishida et al., `Initialization of Large Language Models via Reparameterization to
       Mitigate Loss Spikes <https://arxiv.org/abs/2410.05052>`_, EMNLP 2024.
     """
-    target_std = _validate.check_number("wesar", "target_std", target_std, above=0)
+    target_std = _validate.check_number("target_std", target_std, above=0)
     alpha = jax.nn.initializers.constant(target_std / WESAR_STD)
     return WesarInitializers(kernel=wesar_kernel, alpha=alpha)
 

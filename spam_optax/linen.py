@@ -154,6 +154,6 @@ class WesarDense(nn.Dense):
         if name != "kernel":
             return value
         width = value.shape[-2]
-        init = _wesar.alpha_init("WesarDense", self.target_std, width)
+        init = _wesar.alpha_init(self.target_std, width)
         alpha = super().param("alpha", init, (), self.param_dtype)
         return _wesar.scale(value, alpha)

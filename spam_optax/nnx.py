@@ -204,7 +204,7 @@ class WesarLinear(nnx.Linear):
         rngs: nnx.Rngs,
         **kwargs: Any,
     ):
-        alpha_init = _wesar.alpha_init("WesarLinear", target_std, in_features)
+        alpha_init = _wesar.alpha_init(target_std, in_features)
         super().__init__(
             in_features, out_features, kernel_init=kernel_init, rngs=rngs, **kwargs
         )

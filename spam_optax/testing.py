@@ -71,11 +71,11 @@ def inject_spikes(
       >>> print(first, int((second == 10).sum()) == state.injected_count)
       [1. 1. 1. 1.] True
     """
-    rate = _validate.check_number("inject_spikes", "rate", rate, at_least=0, at_most=1)
-    scale = _validate.check_number("inject_spikes", "scale", scale)
-    _validate.check_choice("inject_spikes", "kind", kind, _KINDS)
+    rate = _validate.check_number("rate", rate, at_least=0, at_most=1)
+    scale = _validate.check_number("scale", scale)
+    _validate.check_choice("kind", kind, _KINDS)
     is_hit_step = _step_test(steps)
-    _validate.check_key("inject_spikes", key)
+    _validate.check_key(key)
 
     def init_fn(params: optax.Params) -> InjectSpikesState:
         del params
@@ -125,7 +125,7 @@ def _step_test(
         )
     steps = tuple(steps)
     for step in steps:
-        _validate.check_steps("inject_spikes", "steps", step, low=1)
+        _validate.check_steps("steps", step, low=1)
     return lambda step: jnp.isin(step, jnp.asarray(steps, jnp.int32))
 
 
