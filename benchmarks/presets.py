@@ -6,7 +6,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
-from trainer import ahead_of_time, config, hardware, sharding  # noqa: E402
+from trainer import compile_only, config, hardware, sharding  # noqa: E402
 
 # Preset, target and how many devices share the parameters.
 CASES = (
@@ -36,12 +36,12 @@ def _has_compiler(target):
 
 
 def _row(preset, target, fsdp, optimizer):
-    settings = config.complete({"preset": preset})
-    devices = ahead_of_time.find_devices(target)
+    settings = config.RunConfig.from_settings({"preset": preset})
+    devices = compile_only.find_devices(target)
     mesh = sharding.make_mesh(
         sharding.Parallelism(fsdp=fsdp), settings.batch_size, devices
     )
-    measured = ahead_of_time.measure(optimizer, settings, mesh)
+    measured = compile_only.measure(optimizer, settings, mesh)
     return {
         "preset": preset,
         "target": target,

@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
-from trainer import config, model, optimizers, sharding, training  # noqa: E402
+from trainer import config, model, optimizers, sharding, train_step  # noqa: E402
 
 
 def measure(batch: np.ndarray, steps: int) -> dict[str, list[float] | int]:
@@ -21,7 +21,7 @@ def measure(batch: np.ndarray, steps: int) -> dict[str, list[float] | int]:
     included: AdamW behind a limit on the global norm, float32, nothing rematerialized.
     """
     rows, length = batch.shape
-    settings = config.RunConfig(
+    settings = config.RunConfig.from_settings(
         preset="60m",
         optimizers=("adamw_clip",),
         untied_head=True,
@@ -33,16 +33,16 @@ def measure(batch: np.ndarray, steps: int) -> dict[str, list[float] | int]:
         bursts=0,
     )
     mesh = sharding.make_mesh(sharding.Parallelism(data=1), rows)
-    shape = model.configure(settings, model.PRESETS["60m"].vocabulary, "cpu")
+    shape = model.for_platform(settings.model, settings.model.vocabulary, "cpu")
     optimizer = optimizers.make("adamw_clip", settings)
     with jax.set_mesh(mesh):
-        task = training.make_task(settings, shape, mesh, None, batch[None])
-        state = training.initial_state(settings, shape, optimizer, task.faults)
+        task = train_step.make_task(settings, shape, mesh)
+        state = train_step.initial_state(task, optimizer)
         on_device = sharding.put_batch(batch[None], mesh)
         seconds, losses = [], []
         for _ in range(steps + 1):
             began = time.perf_counter()
-            state, metrics = training.train_step(
+            state, metrics = train_step.train_step(
                 state,
                 on_device,
                 graphdef=task.graphdef,

@@ -27,7 +27,6 @@ import argparse
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -42,11 +41,10 @@ import rich.progress
 
 from studies.comparison import comparison, experiments
 from studies.comparison.experiments import EXPERIMENTS, SCENARIOS, Spec
-from trainer import command_line
-from trainer.config import UsageError
-from trainer.data import corpus
+from trainer import cli, files
+from trainer.data import text_files
+from trainer.errors import UsageError
 from trainer.model import PRESETS
-from trainer.output import records
 
 QUESTIONS = "experiments:\n" + "\n".join(
     f"  {name:15}{experiment.question}" for name, experiment in EXPERIMENTS.items()
@@ -63,7 +61,7 @@ POLL = 0.5  # seconds between looks at what is done
 
 
 def parse(arguments: Sequence[str] | None):
-    parser = command_line.Parser(
+    parser = cli.Parser(
         prog="compare.py",
         description=__doc__,
         epilog=QUESTIONS + "\n" + EXAMPLES,
@@ -83,7 +81,7 @@ def parse(arguments: Sequence[str] | None):
     )
     add(
         "--output",
-        type=command_line.folder,
+        type=cli.folder,
         default=pathlib.Path("runs/compare"),
         metavar="FOLDER",
         help="where runs are kept and looked for (default: %(default)s)",
@@ -105,20 +103,20 @@ def parse(arguments: Sequence[str] | None):
     add(
         "--learning-rate",
         nargs="+",
-        type=command_line.real(exclude_low=True),
+        type=cli.real(exclude_low=True),
         metavar="RATE",
         help="peak learning rates, instead of the experiments' own",
     )
     add(
         "--seeds",
-        type=command_line.whole(1, 100),
+        type=cli.whole(1, 100),
         default=len(experiments.SEEDS),
         metavar="N",
         help="runs of each kind, with the seeds 0, 1, ... (default: %(default)s)",
     )
     add(
         "--steps",
-        type=command_line.whole(40),
+        type=cli.whole(40),
         default=base.steps,
         metavar="STEPS",
         help="of every run (default: %(default)s)",
@@ -126,13 +124,13 @@ def parse(arguments: Sequence[str] | None):
     add(
         "--preset",
         choices=PRESETS,
-        default=base.preset,
+        default=base.model.preset,
         help="model (default: %(default)s)",
     )
     add("--data", metavar="DATA", help="a text file (default: the embedded text)")
     add(
         "--workers",
-        type=command_line.whole(1, 512),
+        type=cli.whole(1, 512),
         default=os.cpu_count() or 1,
         metavar="N",
         help="runs at a time, a core each (default: %(default)s, the cores here); on a"
@@ -151,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(
                 "the chosen experiments have no such optimizer or scenario"
             )
-        digest = corpus.text_digest(options.data)
+        digest = text_files.text_digest(options.data)
         runs = options.output / "runs"
         runs.mkdir(parents=True, exist_ok=True)
         done = train_all(grids, runs, digest, options.workers)
@@ -180,7 +178,7 @@ def grid(name: str, options: argparse.Namespace) -> list[Spec]:
     settings = {"steps": options.steps, "preset": options.preset, "data": options.data}
     return experiments.specs(
         name,
-        dataclasses.replace(experiments.BASE, **settings),
+        experiments.BASE.with_settings(**settings),
         range(options.seeds),
         labels=options.optimizer,
         scenarios=options.scenario,
@@ -272,7 +270,7 @@ def train(specs: Sequence[Spec], folder: pathlib.Path) -> None:
     program = single_run.Program(specs[0])
     for spec in specs:
         text = json.dumps(program(spec), allow_nan=False)
-        records.replace(folder / spec.file_name(), text + "\n")
+        files.replace(folder / spec.file_name(), text + "\n")
 
 
 def report(grids: dict[str, list[Spec]], folder: pathlib.Path, digest: str) -> None:
@@ -288,9 +286,9 @@ def report(grids: dict[str, list[Spec]], folder: pathlib.Path, digest: str) -> N
         summary[name] = [comparison.to_json(line) for line in found]
         comparison.picture(found).savefig(folder / f"{name}.png")
     text = "\n".join(["# Comparison\n", *tables, comparison.NOTES])
-    records.replace(folder / "comparison.md", text)
+    files.replace(folder / "comparison.md", text)
     text = json.dumps(summary, indent=1, allow_nan=False)
-    records.replace(folder / "summary.json", text + "\n")
+    files.replace(folder / "summary.json", text + "\n")
 
 
 if __name__ == "__main__":

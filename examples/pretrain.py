@@ -24,7 +24,7 @@ The run's folder, runs/<date and time> unless --output says otherwise, holds
 
     metrics.jsonl           a line for every step and evaluation, written at once
     summary.json            the table at the end
-    report.html             the run on one page, with the tensors that spiked most
+    report.md               the tables of the run, with the tensors that spiked most
     spike_suppression.png   loss, gradient norms and clipped coordinates
     tensorboard/            the same numbers: tensorboard --logdir runs
     config.json             the settings
@@ -51,20 +51,22 @@ import grain
 import jax
 
 from trainer import (
-    ahead_of_time,
-    command_line,
+    cli,
+    compile_only,
     data,
+    files,
     hosts,
     loop,
     model,
     optimizers,
     run_folder,
     sharding,
-    training,
+    train_step,
 )
 from trainer.checkpoints import Checkpoints
-from trainer.config import UsageError
-from trainer.output import analysis, console, picture, records, report
+from trainer.config import RunConfig
+from trainer.errors import UsageError
+from trainer.output import console, figure, report, sinks, summary
 from trainer.run_folder import Run, RunFolder
 
 EXAMPLES = """\
@@ -89,32 +91,20 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 def parse(
     arguments: Sequence[str] | None,
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The parser, for its error message, and what it read."""
-    parser = command_line.Parser(
-        prog="pretrain.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command_line.add_run_flags(parser)
-    command_line.add_device_flags(parser)
+    """Returns the parser, for its error messages, and the options."""
+    parser = cli.make_parser("pretrain.py", __doc__, EXAMPLES)
+    cli.add_run_flags(parser)
+    cli.add_device_flags(parser)
     add_output_flags(parser)
-    ahead_of_time.add_flags(parser)
-    given = sys.argv[1:] if arguments is None else arguments
-    for argument in given:
-        try:
-            argument.encode()
-        except UnicodeEncodeError:  # then no checkpoint could be written, or report
-            parser.error(f"{argument!r} must be UTF-8")
-    return parser, parser.parse_args(given)
+    compile_only.add_flags(parser)
+    return parser, parser.parse_args(arguments)
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output",
-        type=command_line.folder,
+        type=cli.folder,
         metavar="FOLDER",
         help="folder of the run (default: runs/<date and time>)",
     )
@@ -131,7 +121,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--skip-bad-data",
-        type=command_line.whole(0),
+        type=cli.whole(0),
         default=0,
         metavar="N",
         help="if a file of a streamed data set cannot be read, leave out the rest of it"
@@ -150,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     the command, 130 after Ctrl-C.
     """
     parser, options = parse(arguments)
-    given = command_line.run_settings(options)
-    cluster = command_line.cluster(parser, options)
+    given = cli.run_settings(options)
+    cluster = cli.cluster(parser, options)
     if options.output is None and (options.resume or cluster.given):
         flag = "--resume" if options.resume else "a run on several hosts"
         parser.error(f"{flag} needs --output, the folder of the run")
@@ -159,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--target is for --compile-only")
     try:
         if options.compile_only:
-            return ahead_of_time.run(given, command_line.parallelism(options), options)
+            return compile_only.run(given, cli.parallelism(options), options)
         hosts.connect(cluster)
         return run(given, options)
     except UsageError as error:
@@ -174,99 +164,98 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(given: dict, options: argparse.Namespace) -> int:
-    """Begins or continues a run, to its end or until it is stopped."""
+    """Begins or resumes a run, and trains until it ends or is stopped."""
     if options.wandb:
-        records.import_wandb()  # so that its absence shows before the work
+        sinks.import_wandb()  # so that a missing package is reported before the work
     folder = RunFolder(options.output or default_output())
-    open_run = run_folder.resume if options.resume else run_folder.begin
     with contextlib.closing(folder), hosts.StopRequest().listening() as stop:
-        opened = hosts.from_main(
-            lambda: open_run(folder, given, options.checkpoints).to_json()
+        this_run = Run.from_json(
+            hosts.broadcast(lambda: find_run(folder, given, options).to_json())
         )
-        this_run = Run.from_json(opened)
-        task, loaded = make_task(
-            this_run, command_line.parallelism(options), options.skip_bad_data
+        task, loaded = prepare(
+            this_run.config, cli.parallelism(options), options.skip_bad_data
         )
-        entered = hosts.from_main(
-            lambda: run_folder.enter(folder, this_run, loaded.digest).to_json()
-        )
+        hosts.broadcast(lambda: folder.open(this_run, loaded.digest))
         if hosts.is_main():
             print(f"Data: {loaded.files}")
         with jax.set_mesh(task.mesh):
-            halted = train_all(
-                task, folder, Run.from_json(entered), stop, options.wandb
-            )
-        left_out = left_out_anywhere(loaded)
-        done = hosts.from_main(lambda: str(show_report(task, folder, left_out)))
-    command = command_to_go_on(folder, options.skip_bad_data)
+            halted = train_all(task, folder, this_run, stop, options.wandb)
+        left_out = left_out_on_any_host(loaded)
+        done = hosts.broadcast(lambda: show_report(task, folder, left_out))
     for message in halted:
         console.warn(message)
-    if stop.signal is not None and done != "True":
-        console.say(f"Interrupted. Continue with: {command}")
+    if stop.signal is not None and not done:
+        command = resume_command(folder, options.skip_bad_data)
+        console.log(f"Interrupted. Continue with: {command}")
         return 130 if stop.signal == signal.SIGINT else 0
-    if done != "True" and not halted:
-        console.warn(f"what the run wrote is no longer in {folder.path}")
-    return 1 if halted or done != "True" else 0
+    if not done and not halted:
+        console.warn(f"the files of the run are no longer in {folder.path}")
+    return 1 if halted or not done else 0
 
 
-def command_to_go_on(folder: RunFolder, skip_bad_data: int) -> str:
-    """What to type to continue the run in `folder`."""
+def find_run(folder: RunFolder, given: dict, options: argparse.Namespace) -> Run:
+    """Returns the run to resume, or a new one."""
+    if options.resume:
+        return run_folder.load_run(folder, given, options.checkpoints)
+    return run_folder.new_run(given, options.checkpoints)
+
+
+def resume_command(folder: RunFolder, skip_bad_data: int) -> str:
+    """Returns the command that continues the run in `folder`."""
     command = ["python", sys.argv[0], "--resume", "--output", str(folder.path)]
     if skip_bad_data:
         command += ["--skip-bad-data", str(skip_bad_data)]
     return shlex.join(command)
 
 
-def left_out_anywhere(loaded: data.Data) -> list[str]:
-    """The shards that any host left out in part, each once."""
-    told = hosts.gather(json.dumps(sorted(loaded.left_out)))
-    return sorted({name for names in told for name in json.loads(names)})
+def left_out_on_any_host(loaded: data.Data) -> list[str]:
+    """Returns the shards that any host left out in part, each once."""
+    return sorted(
+        {name for names in hosts.gather([*loaded.left_out]) for name in names}
+    )
 
 
 def default_output() -> pathlib.Path:
     return pathlib.Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def make_task(
-    this_run: Run, parallelism: sharding.Parallelism, skip_bad_data: int = 0
-) -> tuple[training.Task, data.Data]:
-    """What the optimizers have in common, and the data."""
-    config = this_run.config
+def prepare(
+    config: RunConfig, parallelism: sharding.Parallelism, skip_bad_data: int = 0
+) -> tuple[train_step.Task, data.Data]:
+    """Loads the data and makes the task that the optimizers have in common."""
     for name in config.optimizers:
-        optimizers.make(name, config)  # so that a mistake shows before the work
+        optimizers.make(name, config)  # so that a mistake is reported before the work
     host = data.Host(jax.process_index(), jax.process_count())
-    loaded = hosts.everywhere(
+    loaded = hosts.on_all_hosts(
         lambda: data.load(config, host, skip_bad_data=skip_bad_data)
     )
     if len(set(hosts.gather(loaded.digest))) > 1:
         raise UsageError("the hosts do not see the same data and tokenizer")
     mesh = sharding.make_mesh(parallelism, config.batch_size // config.accumulate)
     platform = mesh.devices.flat[0].platform
-    model_config = model.configure(config, loaded.tokenizer.vocabulary, platform)
-    task = training.make_task(
-        config, model_config, mesh, loaded.train, loaded.validation
-    )
+    shape = model.for_platform(config.model, loaded.tokenizer.vocabulary, platform)
+    task = train_step.make_task(config, shape, mesh, loaded.train, loaded.validation)
     return task, loaded
 
 
 def train_all(
-    task: training.Task,
+    task: train_step.Task,
     folder: RunFolder,
     this_run: Run,
     stop: hosts.StopRequest,
     wandb_project: str | None,
 ) -> list[str]:
-    """Trains each optimizer from where its newest checkpoint left it.
+    """Trains each optimizer from its newest checkpoint on.
 
-    Returns what there is to say of those that halted.
+    Returns a message for each optimizer that halted.
     """
     config = task.config
     checkpoints = this_run.checkpoints or str(folder.checkpoints)
     halted = []
     if hosts.is_main():
-        console.announce(task)
-        console.describe(task)
-        folder.write_tensor_names(training.tensor_names(task))
+        console.print_run(task)
+        console.print_moments(task)
+        folder.write_tensor_names(task.tensor_names)
     with console.Progress(config) as progress:
         for name in config.optimizers:
             if stop.signal is not None:
@@ -277,14 +266,14 @@ def train_all(
                 except loop.Halted as error:
                     halted.append(str(error))
                 except loop.DataLost as error:
-                    go_on = command_to_go_on(folder, 0)
+                    go_on = resume_command(folder, 0)
                     halted.append(f"{error}. Continue with: {go_on}")
                     break  # the other optimizers would meet the same error
     return halted
 
 
 def train_one(
-    task: training.Task,
+    task: train_step.Task,
     name: str,
     folder: RunFolder,
     checkpoints: Checkpoints,
@@ -294,17 +283,17 @@ def train_one(
 ) -> None:
     """Trains the optimizer called `name` to the end, or until it is stopped."""
     optimizer = optimizers.make(name, task.config)
-    recorded = hosts.from_main(
-        lambda: str(records.recorded(folder.metrics, name, task.config))
+    recorded = hosts.broadcast(
+        lambda: sinks.recorded(folder.metrics, name, task.config)
     )
-    state, batches = begin_or_continue(task, optimizer, checkpoints, int(recorded))
+    state, batches = begin_or_resume(task, optimizer, checkpoints, recorded)
     step = int(state.step)
     if hosts.is_main():
-        records.cut(folder.metrics, name, step)
+        sinks.cut(folder.metrics, name, step)
     if step == task.config.steps:
         return
     progress.start(name, state)
-    writers = records.Writers(folder, task, name, step, progress, wandb_project)
+    writers = sinks.MetricSinks(folder, task, name, step, progress, wandb_project)
     with writers, contextlib.closing(batches):
 
         def save(state, place):
@@ -322,17 +311,15 @@ def train_one(
         )
 
 
-def begin_or_continue(
-    task: training.Task,
+def begin_or_resume(
+    task: train_step.Task,
     optimizer: optimizers.Optimizer,
     checkpoints: Checkpoints,
     recorded: int,
-) -> tuple[training.TrainState, grain.DatasetIterator]:
-    """The state to train from, and the batches that come after it."""
+) -> tuple[train_step.TrainState, grain.DatasetIterator]:
+    """Returns the state to train from, and the batches that come after it."""
     batches = iter(task.train)
-    make = functools.partial(
-        training.initial_state, task.config, task.model, optimizer, task.faults
-    )
+    make = functools.partial(train_step.initial_state, task, optimizer)
     like = sharding.abstract(jax.eval_shape(make), task.mesh)
     restored = checkpoints.restore(like, recorded, console.warn)
     if restored is None:
@@ -350,35 +337,35 @@ def begin_or_continue(
             )
         return make(), batches
     state, place = restored
-    hosts.everywhere(lambda: batches.set_state(place))
-    # What halted once is tried again: the batch or the mesh may have been to blame.
+    hosts.on_all_hosts(lambda: batches.set_state(place))
+    # A halted step is tried again, because the batch or the mesh may have caused it.
     return state._replace(halted=jax.numpy.zeros_like(state.halted)), batches
 
 
 def show_report(
-    task: training.Task, folder: RunFolder, left_out: Sequence[str] = ()
+    task: train_step.Task, folder: RunFolder, left_out: Sequence[str] = ()
 ) -> bool:
-    """Writes and shows what the optimizers did; True if all came to an end.
+    """Writes and prints the results; returns whether all optimizers came to an end.
 
     `left_out` names the shards that were left out in part.
     """
     if not folder.path.is_dir():
         return False
     config = task.config
-    rows = records.read(folder.metrics)
-    summary = {
+    rows = sinks.read(folder.metrics)
+    summaries = {
         name: {**values, "bad_data_skipped": len(left_out)}
-        for name, values in analysis.summarize(rows, config).items()
+        for name, values in summary.summarize(rows, config).items()
     }
-    records.replace(folder.summary, json.dumps(summary, indent=2) + "\n")
-    if summary:
-        picture.draw(folder.picture, rows, summary, config)
-        report.write(folder, rows, summary, config)
-        console.show(summary, config)
+    files.replace(folder.summary, json.dumps(summaries, indent=2) + "\n")
+    if summaries:
+        figure.draw(folder.figure, rows, summaries, config)
+        report.write(folder, rows, summaries, config)
+        console.print_summaries(summaries, config)
         print(f"Metrics, summary and report are in {folder.path}")
     if left_out:
         print(f"Files whose data was left out in part: {len(left_out)}")
-    return len(summary) == len(config.optimizers)
+    return len(summaries) == len(config.optimizers)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,9 @@ import rich.progress
 from studies.spike_census import census, census_analysis, census_pictures, census_report
 from studies.spike_census.census import HEAD_WIDTH, MODELS, TEXTS, Setting
 from studies.spike_census.census_analysis import Record
-from trainer import command_line
-from trainer.config import UsageError
-from trainer.output import console, records
+from trainer import cli, files
+from trainer.errors import UsageError
+from trainer.output import console
 
 DEFAULT = Setting()
 BATCH_SIZES = (4, 16)
@@ -74,7 +74,7 @@ def parse(
     arguments: Sequence[str] | None,
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The parser, for its error message, and what it read."""
-    parser = command_line.Parser(
+    parser = cli.Parser(
         prog="spike_census.py",
         description=__doc__,
         epilog=EXAMPLES,
@@ -85,7 +85,7 @@ def parse(
     add_setting_flags(parser.add_argument_group("what all runs have in common"))
     parser.add_argument(
         "--output",
-        type=command_line.folder,
+        type=cli.folder,
         default=pathlib.Path("runs/spike_census"),
         metavar="FOLDER",
         help="folder to write to, and to continue in (default: runs/spike_census)",
@@ -113,7 +113,7 @@ def add_grid_flags(group) -> None:
     group.add_argument(
         "--batch-sizes",
         nargs="+",
-        type=command_line.whole(1),
+        type=cli.whole(1),
         default=list(BATCH_SIZES),
         metavar="N",
         help="sequences a step (default: 4 16)",
@@ -128,14 +128,14 @@ def add_setting_flags(group) -> None:
         metavar = name.split("_")[-1].upper()
         group.add_argument(flag, default=default, help=text, metavar=metavar, **kwargs)
 
-    whole = command_line.whole
+    whole = cli.whole
     fewest = int(census.GSS_THRESHOLD) + 1
     add(
         "steps",
         f"steps of each run, at least {fewest}: no score can exceed their number",
         type=whole(fewest),
     )
-    rate = command_line.real(exclude_low=True)
+    rate = cli.real(exclude_low=True)
     add(
         "learning_rate",
         "peak rate, after a warm-up of a tenth of the steps and before a cosine to a"
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         there = sum(run_file(folder, setting).exists() for setting in settings)
         again = shlex.join(["python", "examples/spike_census.py", *map(str, given)])
-        console.say(
+        console.log(
             f"Interrupted. {there} of {len(settings)} runs are finished, in {folder}."
             f" Continue with: {again}"
         )
@@ -222,7 +222,7 @@ def run_all(settings: Sequence[Setting], folder: pathlib.Path) -> Iterator[Recor
             record = read(path, setting, text)
             if record is None:
                 record = run(setting, text, progress)
-                records.replace(path, json.dumps(record.to_json()) + "\n")
+                files.replace(path, json.dumps(record.to_json()) + "\n")
             progress.finish(record)
             yield record
 
@@ -330,10 +330,10 @@ def report(made: Sequence[Record], folder: pathlib.Path) -> None:
     summaries = [census_analysis.summarize(record) for record in made]
     tables = census_report.tables(made, summaries)
     summary = json.dumps(summary_of(made, summaries), indent=1)
-    records.replace(folder / "summary.json", summary + "\n")
+    files.replace(folder / "summary.json", summary + "\n")
     sections = (table.to_markdown() for table in tables)
     page = "\n".join(["# Census of gradient spikes\n", *sections])
-    records.replace(folder / "census.md", page)
+    files.replace(folder / "census.md", page)
     (folder / "heat_maps").mkdir(exist_ok=True)
     for record in made:
         picture = folder / "heat_maps" / f"{record.setting.name}.png"

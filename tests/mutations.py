@@ -158,34 +158,34 @@ MISTAKES = {
         "test_nnx",
     ),
     "a step that is not finite is kept": Mistake(
-        "examples/trainer/training.py",
+        "examples/trainer/train_step.py",
         "going = finite & ~state.halted",
         "going = jnp.isfinite(loss) & ~state.halted",
-        "test_examples test_train_step",
+        "test_program",
     ),
     "checkpoints without a fingerprint": Mistake(
         "examples/trainer/checkpoints.py",
         "total = total * 31 + bits.sum(dtype=jnp.uint32) + place",
         "total = total * 31 + place",
-        "test_examples test_survival",
+        "test_checkpoints",
     ),
     "the data begins anew after a resume": Mistake(
         "examples/trainer/loop.py",
         "save(state, places[step])",
         "save(state, places[max(places) - 1])",
-        "test_examples",
+        "test_mistakes",
     ),
     "the loss counts the first token": Mistake(
-        "examples/trainer/training.py",
+        "examples/trainer/train_step.py",
         "is_target = tokens[:, 1:, None]",
         "is_target = tokens[:, :-1, None]",
-        "test_examples test_train_step",
+        "test_train_step",
     ),
     "gradients are summed over accumulated parts": Mistake(
-        "examples/trainer/training.py",
+        "examples/trainer/train_step.py",
         "return jax.tree.map(lambda x: x / len(batch), sums)",
         "return sums",
-        "test_examples",
+        "test_train_step",
     ),
 }
 

@@ -3,7 +3,7 @@
 What a run is:
 
 - `config`: everything that decides its numbers, in one frozen dataclass.
-- `command_line`: the flags.
+- `cli`: the flags.
 - `run_folder`: what lies where, how a run begins or continues.
 
 What it computes:
@@ -12,7 +12,7 @@ What it computes:
 - `optimizers`: the table of optimizers and their schedule.
 - `training`: the training step, pure functions of a state and a batch.
 - `sharding`: where arrays live on a mesh of devices.
-- `ahead_of_time`: the same step, compiled for devices that are not at hand.
+- `compile_only`: the same step, compiled for devices that are not at hand.
 - `hardware`: peak and memory of the devices.
 
 What it reads:

@@ -18,8 +18,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from trainer import hosts
-from trainer.config import UsageError
-from trainer.training import TrainState
+from trainer.errors import UsageError
+from trainer.train_step import TrainState
 
 Place = dict[str, Any]  # state of the data's iterator, as JSON knows it
 
@@ -168,7 +168,9 @@ class Checkpoints:
             places, expected = rest["data"], rest["digest"]
         except Exception as error:  # whatever becomes of a damaged file
             problem = reason(error)
-        problem = hosts.any_of(problem)  # the digest takes the arrays of all hosts
+        problem = hosts.first_nonempty(
+            problem
+        )  # the digest takes the arrays of all hosts
         if not problem and digest(state, places) != expected:
             problem = "it is not what was saved"
         return state, places, problem

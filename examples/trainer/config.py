@@ -1,101 +1,111 @@
-"""What a training run is."""
+"""The configuration of a training run."""
 
 import dataclasses
 from typing import Any
 
-OPTIMIZERS = (
-    "adam",
-    "adam_clip",
-    "adamw",
-    "adamw_clip",
-    "adafactor",
-    "lion",
-    "spam",
-    "clip_spam",
-    "spam_chain",
-    "sparse_spam",
-    "stable_spam",
-    "stabilizer_adam",
-    "adam_mini",
-    "stable_adamw",
-    "zclip_adam",
-    "adagc_adam",
-    "galore",
-    "muon",
+from trainer.errors import UsageError
+from trainer.model import PRESETS, ModelConfig
+from trainer.settings import (
+    OneOf,
+    Real,
+    Text,
+    Texts,
+    Whole,
+    check_settings,
+    declared,
+    setting,
 )
+
 DEMONSTRATION = ("adam", "adam_clip", "spam", "clip_spam")
-EMBEDDINGS = ("plain", "scaled", "normed")
-INITIALIZATIONS = ("standard", "stable", "wesar")
-DEPTH_SCALED = ("stable", "wesar")  # what writes to the stream: over sqrt(2 * layers)
-NORMS = ("pre", "scaled", "mixed")
-COMPUTE_DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "dots", "full")
 KINDS = ("noise", "scale", "nan", "inf")
 BURST_LENGTH = 3  # consecutive steps
-
-
-class UsageError(Exception):
-    """A mistake of the user's, told in one line."""
-
-
-class DataError(UsageError):
-    """Data that cannot be read, told in one line that names the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that decides the numbers of a run; written to its config.json.
 
-    On how many devices it runs is not among it: see `sharding.Parallelism`.
+    The number of devices is not part of it: see `sharding.Parallelism`. The settings of
+    the model are in `model`; `from_settings` takes both by name.
     """
 
-    optimizers: tuple[str, ...] = DEMONSTRATION
-    steps: int = 400  # optimizer steps, for each optimizer
-    seed: int = 0  # of parameters, batches, masks and faults
+    optimizers: tuple[str, ...] = setting(DEMONSTRATION, Texts())  # of optimizers.TABLE
+    steps: int = setting(400, Whole(1))  # optimizer steps, for each optimizer
+    seed: int = setting(0, Whole(0))  # of parameters, batches, masks and faults
 
-    preset: str = "tiny"  # a key of model.PRESETS
-    embedding: str = "plain"  # one of EMBEDDINGS
-    initialization: str = "standard"  # one of INITIALIZATIONS; stable: Spike No More
-    norm: str = "pre"  # one of NORMS; scaled: LayerNorm Scaling, mixed: Mix-LN
-    gated_attention: bool = False  # a sigmoid gate on what the heads put out
-    untied_head: bool = False  # a head of its own rather than the embedding, transposed
-    z_loss: float = 0.0  # weight of the mean squared log-partition function
-    compute_dtype: str = "float32"  # of activations; parameters and moments are float32
-    remat: str = "none"  # what the backward pass computes again, one of REMAT
+    model: ModelConfig = PRESETS["tiny"]
+    z_loss: float = setting(0.0, Real())  # weight of the mean squared log-partition
 
-    data: str | None = None  # None is the embedded Shakespeare; see data.load
-    tokenizer: str = "bytes"  # see tokenization.load
-    separator: str | None = None  # token between documents; None: see tokenization.load
-    batch_size: int = 12  # sequences a step, on all devices together
-    accumulate: int = 1  # parts that a batch is computed in, one after the other
-    sequence_length: int = 64  # tokens
+    # None is the embedded Shakespeare; see data.load.
+    data: str | None = setting(None, Text())
+    tokenizer: str = setting("bytes", Text())  # see tokenization.load
+    # Token between documents; None: see tokenization.load.
+    separator: str | None = setting(None, Text())
+    batch_size: int = setting(12, Whole(1))  # sequences per step, on all devices
+    accumulate: int = setting(1, Whole(1))  # parts of a batch, computed in turn
+    sequence_length: int = setting(64, Whole(1))  # tokens
 
-    learning_rate: float = 4e-3  # at its peak
-    warmup_steps: int | None = None  # None is a tenth of the run
-    weight_decay: float | None = None  # None: 0.1 for adamw and lion, else 0
-    clip_norm: float = 1.0  # of the global norm; for zclip and adagc the largest one
-    threshold: float = 5000.0  # SPAM's, on g**2 / v
-    reset_interval: int | None = None  # SPAM's, in steps; None is a quarter of the run
-    density: float = 0.25  # of sparse_spam's momentum
-    row_blocks: int = 1  # of sparse_spam: devices that may share a matrix's rows
+    learning_rate: float = setting(4e-3, Real(exclude_low=True))  # at its peak
+    # None is a tenth of the run.
+    warmup_steps: int | None = setting(None, Whole(0))
+    # None: 0.1 for adamw and lion, else 0.
+    weight_decay: float | None = setting(None, Real())
+    # Of the global norm; for zclip and adagc the largest one.
+    clip_norm: float = setting(1.0, Real(exclude_low=True))
+    threshold: float = setting(5000.0, Real(exclude_low=True))  # SPAM's, on g**2 / v
+    # SPAM's, in steps; None is a quarter of the run.
+    reset_interval: int | None = setting(None, Whole(2))
+    density: float = setting(0.25, Real(0, 1, exclude_low=True))  # sparse_spam's
+    # Of sparse_spam: the number of devices that may share a matrix's rows.
+    row_blocks: int = setting(1, Whole(1))
 
-    bursts: int = 4  # faults, each BURST_LENGTH steps long
-    spike_rate: float = 1.0  # fraction of the gradient's coordinates hit in a burst
-    spike_factor: float = 1000.0  # noise as a multiple of the tensor's RMS, or a factor
-    spike_kind: str = "noise"  # one of KINDS
+    bursts: int = setting(4, Whole(0))  # faults, each BURST_LENGTH steps long
+    # Fraction of the gradient's coordinates that a burst hits.
+    spike_rate: float = setting(1.0, Real(0, 1))
+    # Noise as a multiple of the tensor's RMS, or a factor.
+    spike_factor: float = setting(1000.0, Real())
+    spike_kind: str = setting("noise", OneOf(KINDS))
 
-    eval_every: int = 100  # steps
-    eval_sequences: int = 512  # at most, evenly spaced in the validation text
-    checkpoint_every: int = 100  # steps
-    keep_checkpoints: int = 2  # the newest ones
+    eval_every: int = setting(100, Whole(1))  # steps
+    # The largest number, evenly spaced in the validation text.
+    eval_sequences: int = setting(512, Whole(1))
+    checkpoint_every: int = setting(100, Whole(1))  # steps
+    keep_checkpoints: int = setting(2, Whole(1))  # the newest ones
 
     def __post_init__(self):
-        if self.norm == "scaled" and self.initialization in DEPTH_SCALED:
+        check_settings(self)
+
+    @classmethod
+    def from_settings(cls, **given: Any) -> "RunConfig":
+        """Makes a run of the settings given by name, those of the model included.
+
+        The other settings come with the preset.
+
+        Raises:
+          UsageError: If a value is not accepted.
+          TypeError: If there is no setting of a given name.
+        """
+        preset = given.pop("preset", cls.model.preset)
+        if preset not in PRESETS:
             raise UsageError(
-                f"--norm scaled and --initialization {self.initialization} both make"
-                " sub-layers smaller with depth, and must not be combined: use"
-                " --initialization standard, or another --norm"
+                f"preset must be one of {', '.join(PRESETS)}, not {preset!r}"
             )
+        defaults = {**COMMON, **PUBLISHED[preset]} if preset in PUBLISHED else {}
+        own = defaults | given
+        of_model = {name: own.pop(name) for name in MODEL_SETTINGS if name in own}
+        return cls(model=dataclasses.replace(PRESETS[preset], **of_model), **own)
+
+    def with_settings(self, **changes: Any) -> "RunConfig":
+        """Returns this run with other values of some settings."""
+        return self.from_settings(**(self.settings() | changes))
+
+    def settings(self) -> dict[str, Any]:
+        """Returns all settings by name, as `from_settings` takes them."""
+        return {
+            **{name: getattr(self, name) for name in declared(self)},
+            "preset": self.model.preset,
+            **{name: getattr(self.model, name) for name in MODEL_SETTINGS},
+        }
 
     @property
     def tokens_per_step(self) -> int:
@@ -103,7 +113,7 @@ class RunConfig:
 
     @property
     def burst_starts(self) -> tuple[int, ...]:
-        """First step of each burst, counted from 1: evenly spaced inside the run."""
+        """The first step of each burst, counted from 1, evenly spaced in the run."""
         starts = (
             round(self.steps * n / (self.bursts + 1)) for n in range(1, self.bursts + 1)
         )
@@ -121,7 +131,10 @@ class RunConfig:
 
     @property
     def unclipped_bursts(self) -> tuple[int, ...]:
-        """Where bursts begin in SPAM's grace after a reset: it clips nothing then."""
+        """The first steps of bursts that fall into SPAM's grace period.
+
+        SPAM clips nothing in these steps after a reset.
+        """
         intervals = self.spam_intervals
         return tuple(
             start
@@ -130,16 +143,16 @@ class RunConfig:
         )
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether a run evaluates after `step`."""
+        """Returns whether a run evaluates after `step`."""
         return step == self.steps or step % self.eval_every == 0
 
     @property
     def spam_intervals(self) -> dict[str, int]:
-        """SPAM's clock, scaled to a short run.
+        """SPAM's intervals in steps, scaled to a short run.
 
-        The published 500 steps between resets, 150 of warm-up after each, would leave
-        so short a run without either. The warm-up keeps its share of the interval;
-        the grace after a reset keeps its 20 steps where they fit.
+        The published interval of 500 steps, with a warm-up of 150 after each reset,
+        would leave a short run without resets. The warm-up keeps its share of the
+        interval. The grace period keeps its 20 steps where they fit.
         """
         interval = self.reset_interval or max(2, self.steps // 4)
         return {
@@ -149,8 +162,10 @@ class RunConfig:
         }
 
 
+MODEL_SETTINGS = tuple(declared(ModelConfig))
+
 # The settings of the papers that trained these shapes on C4: GaLore's steps, SPAM's
-# learning rates. A preset brings them along; flags change them one by one.
+# learning rates. They are the defaults of the preset.
 PUBLISHED = {
     "9m": {"steps": 10_000, "learning_rate": 1e-3},
     "60m": {"steps": 10_000, "learning_rate": 1e-3},
@@ -172,10 +187,3 @@ COMMON = {
     "eval_every": 1000,
     "checkpoint_every": 1000,
 }
-
-
-def complete(given: dict[str, Any]) -> RunConfig:
-    """A run with the settings `given`; the rest come with the preset."""
-    preset = given.get("preset", RunConfig.preset)
-    defaults = {**COMMON, **PUBLISHED[preset]} if preset in PUBLISHED else {}
-    return RunConfig(**{**defaults, **given})

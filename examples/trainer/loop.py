@@ -1,6 +1,5 @@
 """The loop around the training step, and what it records."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -9,13 +8,14 @@ import grain
 import jax
 import numpy as np
 
-from trainer import hardware, hosts, sharding, training
+from trainer import hosts, metrics, sharding, train_step
 from trainer.checkpoints import Place
-from trainer.config import DataError, RunConfig, UsageError
+from trainer.config import RunConfig
 from trainer.data import shards
+from trainer.errors import DataError, UsageError
 from trainer.optimizers import Optimizer
-from trainer.output.records import Row
-from trainer.training import Task, TrainState
+from trainer.output.sinks import Row
+from trainer.train_step import Task, TrainState
 
 AHEAD = 4  # batches that a host takes at a time, if there are several hosts
 
@@ -40,15 +40,17 @@ class StepRecorder:
         self._fault_steps = frozenset(task.config.fault_steps)
         self._optimizer = optimizer
         self._record = record
-        self._flops_of_peak = flops_of_peak(task)
+        self._flops_utilization = metrics.flops_utilization(
+            task.model, task.config.sequence_length, task.mesh
+        )
         self._pending = None
         self._last_time = None  # None: the next step's time would not be its own
         self.halted: Row | None = None  # the row of a step that was not finite
 
-    def push(self, step: int, metrics) -> None:
+    def push(self, step: int, measured: metrics.Metrics) -> None:
         """Takes the metrics of `step` and records those of the step before."""
         self._record_pending()
-        self._pending = step, metrics
+        self._pending = step, measured
 
     def flush(self) -> None:
         """Records what is pending; call it before other work than steps."""
@@ -58,17 +60,17 @@ class StepRecorder:
     def _record_pending(self) -> None:
         if self._pending is None or self.halted:
             return
-        step, metrics = self._pending
+        step, measured = self._pending
         self._pending = None
-        metrics = jax.tree.map(np.ndarray.tolist, jax.device_get(metrics))
+        measured = jax.tree.map(np.ndarray.tolist, jax.device_get(measured))
         speed = self._tokens_per_second()
         row = {
             "optimizer": self._optimizer.name,
             "step": step,
-            **metrics,
+            **measured,
             "fault": step in self._fault_steps,
             "tokens_per_second": speed,
-            "flops_utilization": speed and self._flops_of_peak(speed),
+            "flops_utilization": speed and self._flops_utilization(speed),
         }
         self._record(row)
         if not all(map(math.isfinite, (row["loss"], row["update_norm"]))):
@@ -78,16 +80,6 @@ class StepRecorder:
         now = time.perf_counter()
         before, self._last_time = self._last_time, now
         return None if before is None else self._config.tokens_per_step / (now - before)
-
-
-def flops_of_peak(task: Task) -> Callable[[float], float | None]:
-    """From tokens a second to the share of the devices' peak that the model needs."""
-    device = hardware.find(task.mesh.devices.flat[0].device_kind)
-    flops_per_token = task.model.flops_per_token(task.config.sequence_length)
-    if device is None:
-        return lambda tokens_per_second: None
-    peak = device.flops * task.mesh.size
-    return lambda tokens_per_second: tokens_per_second * flops_per_token / peak
 
 
 def fetched(
@@ -112,8 +104,7 @@ def fetched(
             problem = str(error)
         except Exception as error:  # from reading or encoding in Grain's thread
             problem = f"cannot read the data: {shards.reason(error)}"
-        told = map(json.loads, hosts.gather(json.dumps([len(taken), problem])))
-        count, problem = min(map(tuple, told))
+        count, problem = min(map(tuple, hosts.gather([len(taken), problem])))
         yield from taken[:count]
         if problem:
             raise DataError(problem)
@@ -161,13 +152,13 @@ def train(
             recorder.flush()
             save(state, places[int(state.step)])
             if recorder.halted:
-                raise Halted(explain(recorder.halted, task, optimizer)) from error
+                raise Halted(halt_message(recorder.halted, task, optimizer)) from error
             kept = f"step {step - 1} is saved" if step > 1 else "nothing is saved yet"
             raise DataLost(
                 f"{optimizer.name}: no batch for step {step}, {kept}: {error}"
             ) from error
         batch = sharding.put_batch(batch, task.mesh)
-        state, metrics = training.train_step(
+        state, measured = train_step.train_step(
             state,
             batch,
             graphdef=task.graphdef,
@@ -175,7 +166,7 @@ def train(
             optimizer=optimizer,
             z_loss=config.z_loss,
         )
-        recorder.push(step, metrics)
+        recorder.push(step, measured)
         places.pop(step - 3, None)  # a halt is seen one step late, and goes back one
 
         last, stopped = step == config.steps, stop(step)
@@ -187,7 +178,7 @@ def train(
             recorder.flush()
         if recorder.halted:
             save(state, places[int(state.step)])
-            raise Halted(explain(recorder.halted, task, optimizer))
+            raise Halted(halt_message(recorder.halted, task, optimizer))
         if due["evaluation"]:
             record(evaluation(state, step, task, optimizer))
         if due["checkpoint"]:
@@ -198,7 +189,7 @@ def train(
 
 
 def evaluation(state: TrainState, step: int, task: Task, optimizer: Optimizer) -> Row:
-    loss = training.evaluate(
+    loss = train_step.evaluate(
         state.params, task.validation, graphdef=task.graphdef
     ).item()
     perplexity = math.exp(loss) if loss < 700 else math.inf
@@ -210,8 +201,8 @@ def evaluation(state: TrainState, step: int, task: Task, optimizer: Optimizer) -
     }
 
 
-def explain(row: Row, task: Task, optimizer: Optimizer) -> str:
-    """Which step failed, the tensor with the worst gradient, and what to try."""
+def halt_message(row: Row, task: Task, optimizer: Optimizer) -> str:
+    """Names the failed step, the tensor with the worst gradient, and what to try."""
     what = "update" if math.isfinite(row["loss"]) else "loss"
     scores = np.array(row["tensors"]["spike_score"])  # infinite if not finite
     worst = int(np.argmax(np.nan_to_num(scores, nan=np.inf)))
@@ -221,18 +212,18 @@ def explain(row: Row, task: Task, optimizer: Optimizer) -> str:
         if math.isfinite(norm)
         else "not finite"
     )
-    help_from = ", or ".join(remedies(task.config, optimizer))
+    help_from = ", or ".join(suggested_flags(task.config, optimizer))
     return (
         f"{optimizer.name}: the {what} of step {row['step']} is not finite; worst"
-        f" gradient: {training.tensor_names(task)[worst]} ({size}). The state of"
+        f" gradient: {task.tensor_names[worst]} ({size}). The state of"
         f" step {row['step'] - 1} is kept. Try {help_from}"
     )
 
 
-def remedies(config: RunConfig, optimizer: Optimizer) -> Iterator[str]:
-    """What may help and is not in use; flags of the command line."""
+def suggested_flags(config: RunConfig, optimizer: Optimizer) -> Iterator[str]:
+    """Yields flags that may help and are not in use."""
     yield "a lower --learning-rate"
     if optimizer.name != "clip_spam":
         yield "--optimizer clip_spam"
-    if config.initialization == "standard" and config.norm != "scaled":
+    if config.model.initialization == "standard" and config.model.norm != "scaled":
         yield "--initialization stable --embedding scaled"

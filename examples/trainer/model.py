@@ -18,39 +18,66 @@ from flax import nnx
 import spam_optax.nnx
 from spam_optax import initializers
 from trainer import sharding
-from trainer.config import DEPTH_SCALED, RunConfig
+from trainer.errors import UsageError
+from trainer.settings import OneOf, Switch, check_settings, setting
 
 EMBEDDINGS = {
     "plain": nnx.Embed,
     "scaled": spam_optax.nnx.ScaledEmbed,
     "normed": spam_optax.nnx.NormedEmbed,
 }
+INITIALIZATIONS = ("standard", "stable", "wesar")
+# Those whose matrices that write to the residual stream are divided by
+# sqrt(2 * layers).
+DEPTH_SCALED = ("stable", "wesar")
+NORMS = ("pre", "scaled", "mixed")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
+REMAT = ("none", *REMAT_POLICIES)
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder, and how it computes."""
+    """Shape of a decoder, its options, and how it computes."""
 
     layers: int  # residual blocks, N
     width: int  # of the residual stream, D; divisible by twice the heads
     heads: int  # attention heads, H
     ffn_width: int  # inner width of the gated feed-forward layer
-    vocabulary: int = 32_000  # tokens, V
+    vocabulary: int = 32_000  # tokens, V; a run takes its tokenizer's number
+    preset: str = "custom"  # the key of this shape in PRESETS
     rotary_base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi times this
     positions: int = 1024  # of `architectures.GPT2`: the longest sequence
-    embedding: str = "plain"  # a key of EMBEDDINGS
-    initialization: str = "standard"  # or stable: Spike No More; or wesar: WeSaR
-    norm: str = "pre"  # or scaled: LayerNorm Scaling; or mixed: Mix-LN
-    gated_attention: bool = False  # a sigmoid gate on what the heads put out
-    untied_head: bool = False  # the head is not the embedding, transposed
-    compute_dtype: str = "float32"  # of activations; parameters are float32
-    remat: str = "none"  # or a key of REMAT_POLICIES
     scan_unroll: int = 1  # layers per scan iteration: faster on CPU, slower to compile
     attention: str = "xla"  # implementation of jax.nn.dot_product_attention
+
+    embedding: str = setting("plain", OneOf(tuple(EMBEDDINGS)))
+    # stable: Spike No More; wesar: WeSaR.
+    initialization: str = setting("standard", OneOf(INITIALIZATIONS))
+    # scaled: LayerNorm Scaling; mixed: Mix-LN.
+    norm: str = setting("pre", OneOf(NORMS))
+    # A sigmoid gate on the outputs of the heads.
+    gated_attention: bool = setting(False, Switch())
+    # A head of its own instead of the transposed embedding.
+    untied_head: bool = setting(False, Switch())
+    # Of activations; parameters are float32.
+    compute_dtype: str = setting("float32", OneOf(COMPUTE_DTYPES))
+    # The activations that the backward pass computes again.
+    remat: str = setting("none", OneOf(REMAT))
+
+    def __post_init__(self):
+        check_settings(self)
+        if self.norm == "scaled" and self.initialization in DEPTH_SCALED:
+            raise UsageError(
+                f"--norm scaled and --initialization {self.initialization} both make"
+                " sub-layers smaller with depth, and must not be combined: use"
+                " --initialization standard, or another --norm"
+            )
 
     @property
     def matrix_parameters(self) -> int:
@@ -69,7 +96,7 @@ class ModelConfig:
         return 6 * self.matrix_parameters + 12 * self.layers * self.width * tokens
 
 
-PRESETS = {
+SHAPES = {
     "nano": ModelConfig(layers=2, width=32, heads=2, ffn_width=64, vocabulary=256),
     "tiny": ModelConfig(
         layers=3, width=96, heads=3, ffn_width=256, vocabulary=256, scan_unroll=3
@@ -81,23 +108,16 @@ PRESETS = {
     "350m": ModelConfig(layers=24, width=1024, heads=16, ffn_width=2736),
     "1b": ModelConfig(layers=24, width=2048, heads=32, ffn_width=5461),
 }
+PRESETS = {
+    name: dataclasses.replace(shape, preset=name) for name, shape in SHAPES.items()
+}
 
 
-def configure(config: RunConfig, vocabulary: int, platform: str) -> ModelConfig:
-    """The model of a run, for a tokenizer's vocabulary and a kind of device."""
+def for_platform(config: ModelConfig, vocabulary: int, platform: str) -> ModelConfig:
+    """Returns the model of a run, for a tokenizer's vocabulary and a kind of device."""
     fused = platform == "gpu" and has_fused_attention(config.compute_dtype)
-    return dataclasses.replace(
-        PRESETS[config.preset],
-        vocabulary=vocabulary,
-        embedding=config.embedding,
-        initialization=config.initialization,
-        norm=config.norm,
-        gated_attention=config.gated_attention,
-        untied_head=config.untied_head,
-        compute_dtype=config.compute_dtype,
-        remat=config.remat,
-        attention="cudnn" if fused else "xla",
-    )
+    attention = "cudnn" if fused else "xla"
+    return dataclasses.replace(config, vocabulary=vocabulary, attention=attention)
 
 
 def has_fused_attention(dtype: str) -> bool:
@@ -295,6 +315,13 @@ class Decoder(nnx.Module):
     def look_up(self, tokens_BT: jax.Array) -> jax.Array:
         """What the tokens enter the residual stream as."""
         return self.embed(tokens_BT)
+
+
+def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Returns the structure of the model, and shapes and dtypes of its parameters."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(decoder)
+    return graphdef, nnx.to_pure_dict(state)
 
 
 def through_blocks(

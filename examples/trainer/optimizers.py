@@ -1,4 +1,4 @@
-"""The optimizers by name; all share one learning-rate schedule. A row adds one."""
+"""The table of optimizers, which share one learning-rate schedule."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 import spam_optax
-from trainer import model
-from trainer.config import RunConfig, UsageError
+from trainer.config import RunConfig
+from trainer.errors import UsageError
 
 B1 = 0.9
 B2 = 0.999
@@ -17,25 +17,27 @@ LION_B2 = 0.99
 
 
 class Optimizer(NamedTuple):
-    """A transformation, and what a trainer must know to read its state."""
+    """A transformation, and what the metrics need to know of its state."""
 
     name: str
-    transform: optax.GradientTransformation  # in a spam_optax.track_spikes
+    transform: optax.GradientTransformation  # inside spam_optax.track_spikes
     schedule: optax.Schedule
     momentum_decay: float | None  # of `mu` in its state; None: there is none
     reset_interval: int | None  # steps after which the moments are zeroed; None: never
 
 
-class Row(NamedTuple):
-    """What makes an optimizer of a run and its schedule."""
+class Entry(NamedTuple):
+    """An entry of the table of optimizers."""
 
     make: Callable[[RunConfig, optax.Schedule], optax.GradientTransformation]
-    momentum_decay: float | None = B1
-    resets: bool = False
+    color: str = "#999999"  # in the figure
+    line: str = "-"  # its style in the figure
+    momentum_decay: float | None = B1  # of `mu` in the state; None: there is none
+    resets: bool = False  # whether its moments are reset every `reset_interval` steps
 
 
 def schedule(config: RunConfig) -> optax.Schedule:
-    """Linear warm-up, then a cosine to a tenth of the peak."""
+    """Returns a linear warm-up, followed by a cosine to a tenth of the peak."""
     warmup_steps = config.warmup_steps
     if warmup_steps is None:
         warmup_steps = max(1, config.steps // 10)
@@ -61,8 +63,8 @@ def adamw(config, learning_rate):
 
 
 def adafactor(config, learning_rate):
-    # Its other defaults are those of its paper; the rate is not relative to a tensor's
-    # scale here, so that all optimizers are swept over the same rates.
+    # The other defaults are those of its paper. Here the rate is not relative to a
+    # tensor's scale, so that one sweep of rates suits all optimizers.
     return optax.adafactor(
         learning_rate,
         multiply_by_parameter_scale=False,
@@ -106,7 +108,7 @@ def spam_chain(config, learning_rate):
 
 
 def sparse_spam(config, learning_rate):
-    """Momentum for a fraction of the attention and feed-forward matrices."""
+    """Keeps momentum for a fraction of the attention and feed-forward matrices."""
     return spam(
         config,
         learning_rate,
@@ -132,7 +134,7 @@ def stabilizer_adam(config, learning_rate):
 
 
 def clipped(make):
-    """The same optimizer behind a limit on the global norm of the gradient."""
+    """Puts a limit on the global norm of the gradient before an optimizer."""
 
     def make_clipped(config, learning_rate):
         clip = optax.clip_by_global_norm(config.clip_norm)
@@ -146,7 +148,7 @@ def adam_mini(config, learning_rate):
         learning_rate,
         b1=B1,
         b2=B2,
-        partition=spam_optax.adam_mini_partition(model.PRESETS[config.preset].heads),
+        partition=spam_optax.adam_mini_partition(config.model.heads),
         weight_decay=decay(config),
     )
 
@@ -158,7 +160,7 @@ def stable_adamw(config, learning_rate):
 
 
 def zclip_adam(config, learning_rate):
-    """Warm-ups of 25 steps, and for AdaGC 100, or what fits a short run."""
+    """Warms up for 25 steps, or fewer in a short run."""
     clip = spam_optax.zclip(
         max_norm=config.clip_norm, warmup_steps=min(25, max(2, config.steps // 4))
     )
@@ -166,6 +168,7 @@ def zclip_adam(config, learning_rate):
 
 
 def adagc_adam(config, learning_rate):
+    """Warms up for 100 steps, or fewer in a short run."""
     clip = spam_optax.adagc(
         max_norm=config.clip_norm, warmup_steps=min(100, config.steps // 4)
     )
@@ -173,13 +176,13 @@ def adagc_adam(config, learning_rate):
 
 
 def galore(config, learning_rate):
-    """Adam in a subspace of the attention and feed-forward matrices.
+    """Runs Adam in a subspace of the attention and feed-forward matrices.
 
-    Its rank is a quarter of the width, as in the paper's larger models; the subspace is
+    The rank is a quarter of the width, as in the paper's larger models. The subspace is
     chosen anew every 200 steps, or ten times in a short run.
     """
     projected = optax.contrib.scale_by_galore(
-        rank=max(1, model.PRESETS[config.preset].width // 4),
+        rank=max(1, config.model.width // 4),
         update_proj_gap=min(200, max(1, config.steps // 10)),
         scale=0.25,
         base_optimizer=optax.scale_by_adam(B1, B2),
@@ -194,10 +197,10 @@ def galore(config, learning_rate):
 
 
 def muon(config, learning_rate):
-    """Muon for the attention and feed-forward matrices, Adam for the rest.
+    """Runs Muon on the attention and feed-forward matrices, Adam on the rest.
 
-    Its updates are scaled to the size of Adam's, so that all optimizers are swept over
-    the same rates.
+    The updates are scaled to the size of Adam's, so that one sweep of rates suits all
+    optimizers.
     """
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return optax.contrib.muon(
@@ -224,10 +227,10 @@ def label_matrices(matrix: Any, other: Any) -> Callable[[optax.Params], Any]:
 def for_each_layer(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """`inner` for matrices, applied to stacks of them: a matrix is a tensor to it.
+    """Applies `inner`, which takes matrices, to each matrix of a stack.
 
-    What its state has for a step and not for a tensor, scalars, the layers share, so
-    that a `lax.cond` on the step remains one.
+    Scalars in the state, such as the step, are shared by all layers rather than
+    vmapped, so that a `lax.cond` on the step stays a branch.
     """
 
     def axes(state):
@@ -247,43 +250,51 @@ def for_each_layer(
     return optax.GradientTransformation(init, update)
 
 
+# To add an optimizer, add an entry. The colors are Okabe and Ito's, without the yellow
+# of the faults, which can be told apart with any color vision. Optimizers that share a
+# color differ in the style of their lines.
 TABLE = {
-    "adam": Row(adam),
-    "adam_clip": Row(clipped(adam)),
-    "adamw": Row(adamw),
-    "adamw_clip": Row(clipped(adamw)),
-    "adafactor": Row(adafactor, momentum_decay=None),
-    "lion": Row(lion, momentum_decay=LION_B2),
-    "spam": Row(spam, resets=True),
-    "clip_spam": Row(clipped(spam), resets=True),
-    "spam_chain": Row(spam_chain, resets=True),
-    "sparse_spam": Row(sparse_spam, resets=True),
-    "stable_spam": Row(stable_spam, resets=True),
-    "stabilizer_adam": Row(stabilizer_adam),
-    "adam_mini": Row(adam_mini),
-    "stable_adamw": Row(stable_adamw),
-    "zclip_adam": Row(zclip_adam),
-    "adagc_adam": Row(adagc_adam),
-    "galore": Row(galore, momentum_decay=None),  # of projected gradients
-    "muon": Row(muon, momentum_decay=None),  # two, Muon's and Adam's
+    "adam": Entry(adam, "#D55E00", "-"),
+    "adam_clip": Entry(clipped(adam), "#0072B2", "--"),
+    "adamw": Entry(adamw, "#E69F00", "-"),
+    "adamw_clip": Entry(clipped(adamw), "#E69F00", "--"),
+    "adafactor": Entry(adafactor, "#56B4E9", "-", momentum_decay=None),
+    "lion": Entry(lion, "#56B4E9", ":", momentum_decay=LION_B2),
+    "spam": Entry(spam, "#009E73", "-", resets=True),
+    "clip_spam": Entry(clipped(spam), "#000000", "--", resets=True),
+    "spam_chain": Entry(spam_chain, "#CC79A7", "-", resets=True),
+    "sparse_spam": Entry(sparse_spam, "#CC79A7", "-.", resets=True),
+    "stable_spam": Entry(stable_spam, "#009E73", "--", resets=True),
+    "stabilizer_adam": Entry(stabilizer_adam, "#009E73", ":"),
+    "adam_mini": Entry(adam_mini, "#D55E00", ":"),
+    "stable_adamw": Entry(stable_adamw, "#E69F00", ":"),
+    "zclip_adam": Entry(zclip_adam, "#0072B2", "-."),
+    "adagc_adam": Entry(adagc_adam, "#0072B2", ":"),
+    # The momentum of galore is that of projected gradients. Muon has two, its own and
+    # Adam's.
+    "galore": Entry(galore, "#000000", "-.", momentum_decay=None),
+    "muon": Entry(muon, "#000000", "-", momentum_decay=None),
 }
 
 
 def make(name: str, config: RunConfig) -> Optimizer:
-    """The optimizer called `name`, a key of TABLE, with spike statistics in its state.
+    """Makes the optimizer called `name`, with spike statistics in its state.
 
-    Raises UsageError if a setting does not suit it.
+    Raises:
+      UsageError: If it is not in TABLE, or a setting does not suit it.
     """
-    row = TABLE[name]
+    if name not in TABLE:
+        raise UsageError(f"optimizer must be one of {', '.join(TABLE)}, not {name!r}")
+    entry = TABLE[name]
     learning_rate = schedule(config)
     try:
-        transform = row.make(config, learning_rate)
+        transform = entry.make(config, learning_rate)
     except ValueError as error:
         raise UsageError(f"optimizer {name}: {error}") from error
     return Optimizer(
         name,
         spam_optax.track_spikes(transform),
         learning_rate,
-        row.momentum_decay,
-        config.spam_intervals["reset_interval"] if row.resets else None,
+        entry.momentum_decay,
+        config.spam_intervals["reset_interval"] if entry.resets else None,
     )

@@ -1,42 +1,43 @@
-"""The folder of a run: what lies where, and how a run begins or continues."""
+"""The folder of a run: its files, and how a run begins or is resumed."""
 
-import argparse
-import dataclasses
 import fcntl
 import json
 import os
 import pathlib
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from trainer import command_line
-from trainer.config import RunConfig, UsageError, complete
-from trainer.output import records
+from trainer import files
+from trainer.config import RunConfig
+from trainer.errors import UsageError
 
 
 class Run(NamedTuple):
-    """What config.json holds."""
+    """The content of config.json."""
 
     config: RunConfig
     checkpoints: str | None  # a folder or a bucket; None: beside config.json
-    data_digest: str | None = None  # of text and tokenizer; None: not yet known
+    data_digest: str | None = None  # of text and tokenizer; None before they are read
 
-    def to_json(self) -> str:
-        """As config.json has it: the settings, and the rest beside them."""
+    def to_json(self) -> dict[str, Any]:
+        """Returns the settings and the other fields as one JSON object."""
         rest = {"checkpoints": self.checkpoints, "data_digest": self.data_digest}
-        return json.dumps({**dataclasses.asdict(self.config), **rest}, indent=2) + "\n"
+        return {**self.config.settings(), **rest}
 
     @classmethod
-    def from_json(cls, text: str) -> "Run":
-        content = json.loads(text)
-        rest = content.pop("checkpoints"), content.pop("data_digest")
-        content["optimizers"] = tuple(content["optimizers"])
-        config = RunConfig(**content)
-        check_fields(config)
-        return cls(config, *rest)
+    def from_json(cls, content: dict[str, Any]) -> "Run":
+        """Makes a run of what `to_json` returned.
+
+        Raises:
+          UsageError, KeyError, TypeError: If it is not complete or has a wrong value.
+        """
+        given = dict(content)
+        rest = given.pop("checkpoints"), given.pop("data_digest")
+        given["optimizers"] = tuple(given["optimizers"])
+        return cls(RunConfig.from_settings(**given), *rest)
 
 
 class RunFolder:
-    """Paths inside the folder of one run."""
+    """Paths inside the folder of one run, and the lock on it."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -44,14 +45,29 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.tensors = path / "tensors.json"
         self.summary = path / "summary.json"
-        self.picture = path / "spike_suppression.png"
-        self.report = path / "report.html"
+        self.figure = path / "spike_suppression.png"
+        self.report = path / "report.md"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self._lock: int | None = None
 
+    def open(self, run: Run, data_digest: str) -> None:
+        """Creates the folder of a new run; checks that the data of an old one is there.
+
+        Raises:
+          UsageError: If the folder cannot be written, another run is in it, or the data
+            of the run has changed.
+        """
+        if run.data_digest is None:
+            self.create(run._replace(data_digest=data_digest))
+            self.lock()
+        elif run.data_digest != data_digest:
+            raise UsageError(
+                f"cannot resume {self.path}: its data or tokenizer has changed since"
+            )
+
     def create(self, run: Run) -> None:
-        """Makes the folder and writes config.json; never over another run."""
+        """Makes the folder and writes config.json, but never over another run."""
         try:
             if any(p.exists() for p in (self.config, self.metrics, self.checkpoints)):
                 raise UsageError(
@@ -59,16 +75,16 @@ class RunFolder:
                     " choose another folder with --output"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
-            records.replace(self.config, run.to_json())
+            files.replace(self.config, json.dumps(run.to_json(), indent=2) + "\n")
         except OSError as error:
             raise UsageError(
                 f"cannot write to the output folder {self.path}: {error.strerror}"
             ) from error
 
     def read(self) -> Run:
-        """The run that was begun here."""
+        """Returns the run that was begun in this folder."""
         try:
-            run = Run.from_json(self.config.read_text(encoding="utf-8"))
+            run = Run.from_json(json.loads(self.config.read_text(encoding="utf-8")))
             if not isinstance(run.data_digest, str):
                 raise ValueError(f"data_digest cannot be {run.data_digest!r}")
             return run
@@ -76,15 +92,20 @@ class RunFolder:
             raise UsageError(
                 f"there is no run to resume in {self.path}: {error.strerror}"
             ) from error
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise UsageError(
+                f"{self.config} is damaged, or of another version of this program: it"
+                f" has no {error}"
+            ) from error
+        except (AttributeError, TypeError, UsageError, ValueError) as error:
             raise UsageError(f"{self.config} is damaged: {error}") from error
 
     def write_tensor_names(self, names: tuple[str, ...]) -> None:
-        """What the lists in the rows of metrics.jsonl are of."""
-        records.replace(self.tensors, json.dumps(names) + "\n")
+        """Writes the names that belong to the lists in metrics.jsonl."""
+        files.replace(self.tensors, json.dumps(names) + "\n")
 
     def lock(self) -> None:
-        """Keeps other programs from continuing this run, until `close`."""
+        """Keeps other programs from continuing this run until `close` is called."""
         self._lock = os.open(self.config, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +115,7 @@ class RunFolder:
                 " another folder with --output"
             ) from error
         except OSError:
-            pass  # some network file systems know no locks
+            pass  # some network file systems have no locks
 
     def close(self) -> None:
         if self._lock is not None:
@@ -102,68 +123,29 @@ class RunFolder:
             self._lock = None
 
 
-class FlagReader(argparse.ArgumentParser):
-    """Raises ValueError for a mistake, rather than ending the program."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
+def new_run(given: dict[str, Any], checkpoints: str | None) -> Run:
+    """Makes a run of the settings `given`; the other settings are defaults."""
+    return Run(RunConfig.from_settings(**given), checkpoints)
 
 
-def check_fields(config: RunConfig) -> None:
-    """Raises ValueError if a field is not what a flag could have made it."""
-    reader = FlagReader(allow_abbrev=False)
-    command_line.add_run_flags(reader)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is None and field.default is None:
-            continue
-        made = vars(reader.parse_args(flags_of(field.name, value)))[field.name]
-        made = tuple(made) if isinstance(value, tuple) else made
-        if value != made or isinstance(value, bool) != isinstance(made, bool):
-            raise ValueError(f"{field.name} cannot be {value!r}")
+def load_run(folder: RunFolder, given: dict[str, Any], checkpoints: str | None) -> Run:
+    """Reads the run in `folder` and locks it.
 
-
-def flags_of(name: str, value: Any) -> list[str]:
-    """What to write on the command line for a field's value."""
-    if name == "optimizers":
-        return ["--optimizer", *map(str, value)]
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}={value}"]
-
-
-def begin(folder: RunFolder, given: dict[str, Any], checkpoints: str | None) -> Run:
-    """A run with the settings `given`; the rest are defaults. Nothing is written."""
-    del folder
-    return Run(complete(given), checkpoints)
-
-
-def resume(folder: RunFolder, given: dict[str, Any], checkpoints: str | None) -> Run:
-    """The run in `folder`; settings may be repeated, not changed."""
+    Raises:
+      UsageError: If a setting in `given` differs from that of the run.
+    """
     run = folder.read()
     folder.lock()
+    stored = run.config.settings()
     for name, value in given.items():
-        if value != (stored := getattr(run.config, name)):
+        if value != stored[name]:
             raise UsageError(
                 f"cannot resume {folder.path} with {name} = {shown(value)}: the run"
-                f" was started with {shown(stored)}"
+                f" was started with {shown(stored[name])}"
             )
     return run._replace(checkpoints=checkpoints or run.checkpoints)
 
 
-def enter(folder: RunFolder, run: Run, data_digest: str) -> Run:
-    """Creates the folder of a new run; checks that an old one has its data still."""
-    if run.data_digest is None:
-        run = run._replace(data_digest=data_digest)
-        folder.create(run)
-        folder.lock()
-    elif run.data_digest != data_digest:
-        raise UsageError(
-            f"cannot resume {folder.path}: its data or tokenizer has changed since"
-        )
-    return run
-
-
 def shown(value: Any) -> str:
+    """Formats the value of a setting for a message or a table."""
     return " ".join(value) if isinstance(value, tuple) else f"{value}"

@@ -18,13 +18,12 @@ import compare
 import pretrain
 from studies.comparison import comparison, experiments, single_run
 from studies.comparison.experiments import Spec
-from trainer import loop, optimizers, sharding, training
-from trainer.config import BURST_LENGTH, RunConfig, UsageError
-from trainer.data import corpus
-from trainer.output import records
-from trainer.run_folder import Run
+from trainer import files, loop, optimizers, sharding, train_step
+from trainer.config import BURST_LENGTH, RunConfig
+from trainer.data import text_files
+from trainer.errors import UsageError
 
-BASE = RunConfig(
+BASE = RunConfig.from_settings(
     preset="nano",
     steps=40,
     batch_size=4,
@@ -53,12 +52,12 @@ def test_a_run_computes_what_the_trainer_does(spam):
     this = spec("clip_spam", "noise", learning_rate=8e-3, seed=3)
     record = spam(this)
     config = dataclasses.replace(this.config, optimizers=("clip_spam",))
-    task, _ = pretrain.make_task(Run(config, None), sharding.Parallelism(data=1))
+    task, _ = pretrain.prepare(config, sharding.Parallelism(data=1))
     optimizer = optimizers.make("clip_spam", config)
     rows = []
     with jax.set_mesh(task.mesh):
         loop.train(
-            training.initial_state(config, task.model, optimizer, task.faults),
+            train_step.initial_state(task, optimizer),
             task,
             optimizer,
             iter(task.train),
@@ -98,7 +97,7 @@ def test_coordinate_spikes_hit_one_in_a_thousand():
 
 def test_a_record_has_its_text_and_what_it_cost(spam):
     record = spam(spec("clip_spam"))
-    assert record["digest"] == corpus.text_digest(None)
+    assert record["digest"] == text_files.text_digest(None)
     # mu and nu, the step and four counters.
     assert record["optimizer_bytes"] == 8 * record["parameters"] + 4 * 5 + 4
     assert record["seconds_per_step"] > 0
@@ -187,9 +186,9 @@ def test_a_record_of_another_text_under_the_same_name_is_not_taken(tmp_path):
     path = tmp_path / this.file_name()
     text.write_text("To be, or not to be")
     old = {"settings": this.settings()}
-    new = old | {"digest": corpus.text_digest(str(text))}
+    new = old | {"digest": text_files.text_digest(str(text))}
     text.write_text("Not to be, or to be")
-    digest = corpus.text_digest(str(text))
+    digest = text_files.text_digest(str(text))
     for content, is_taken in (
         (old, True),
         (new, False),
@@ -307,7 +306,7 @@ def test_models_of_one_optimizer_share_a_panel():
         assert sorted(text.get_text() for text in legend.get_texts()) == names
 
 
-BURSTS = RunConfig(steps=200, bursts=2).burst_starts
+BURSTS = RunConfig.from_settings(steps=200, bursts=2).burst_starts
 
 
 @pytest.mark.parametrize(
@@ -469,11 +468,11 @@ def test_two_programs_may_write_the_same_record_at_once(tmp_path, monkeypatch):
 
     def interfere(*args):
         monkeypatch.setattr(os, "replace", replace)
-        records.replace(path, "theirs")
+        files.replace(path, "theirs")
         replace(*args)
 
     monkeypatch.setattr(os, "replace", interfere)
-    records.replace(path, "ours")
+    files.replace(path, "ours")
     assert path.read_text() == "ours"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -22,9 +22,9 @@ from spam_optax import functional
 from studies.spike_census import architectures, census, census_analysis
 from studies.spike_census.census import Setting
 from studies.spike_census.census_analysis import Record
-from trainer import model, training
-from trainer.config import UsageError
-from trainer.data import corpus
+from trainer import model, train_step
+from trainer.data import text_files
+from trainer.errors import UsageError
 
 TINY = Setting(
     batch_size=2, sequence_length=8, layers=2, width=16, steps=60, learning_rate=1e-2
@@ -323,7 +323,7 @@ def test_every_parameter_learns(decoder):
 
     @quick_jit
     def step(params, state):
-        loss, gradient = jax.value_and_grad(training.loss_fn)(
+        loss, gradient = jax.value_and_grad(train_step.loss_fn)(
             params, windows, decoder.graphdef
         )
         update, state = adam.update(gradient, state)
@@ -482,8 +482,8 @@ def test_the_folder_has_what_the_help_says(finished, recorded):
     np.testing.assert_allclose(
         record.counts["gss_max"], counted.counts["gss_max"], rtol=1e-3
     )
-    (picture,) = (finished / "heat_maps").iterdir()
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    (figure,) = (finished / "heat_maps").iterdir()
+    assert figure.read_bytes().startswith(b"\x89PNG")
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["runs"][run.stem] == census_analysis.summarize(record)
     page = (finished / "census.md").read_text()
@@ -600,12 +600,12 @@ def test_a_packed_text_that_is_cut_short_is_an_error(keep, tmp_path, monkeypatch
     path = tmp_path / "cut.txt.xz"
     path.write_bytes(packed[:keep])
     with pytest.raises(UsageError, match="cannot unpack the data file"):
-        corpus.find(str(path))
+        text_files.find(str(path))
     assert not list((tmp_path / "cache").rglob("cut*"))
 
 
 def test_the_second_text_is_in_the_repository():
-    (path,) = corpus.find(str(corpus.PROSE))
+    (path,) = text_files.find(str(text_files.PROSE))
     assert path.stat().st_size == 16_688_360
     with path.open("rb") as file:
         assert file.read(4) == b"EMMA"

@@ -24,12 +24,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from trainer import data, hosts, loop
-from trainer.config import DataError, RunConfig, UsageError
-from trainer.data import Host, corpus, shards, streaming, tokenization
+from trainer import data, files, hosts, loop
+from trainer.config import RunConfig
+from trainer.data import Host, hf_stream, shards, text_files, tokenization
+from trainer.errors import DataError, UsageError
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHAKESPEARE = corpus.SHAKESPEARE.read_text(encoding="utf-8")
+SHAKESPEARE = text_files.SHAKESPEARE.read_text(encoding="utf-8")
 ODD = (
     "\x00\x1b \t\r\n\n\n   naïve e\u0301 \ufeff\u200d 漢字かな 👩‍👩‍👧 \U0010ffff"
     " <|endoftext|> x" + " " * 20 + "\u2028end\n"
@@ -57,7 +58,7 @@ def config(**settings):
     small = {"data": "text.txt", "batch_size": 8, "sequence_length": 16, "seed": 3}
     if settings.get("data", "text.txt") == "text.txt":
         pathlib.Path("text.txt").write_text(SHAKESPEARE[:20_000], encoding="utf-8")
-    return RunConfig(**{**small, **settings})
+    return RunConfig.from_settings(**{**small, **settings})
 
 
 def take(iterable, count):
@@ -74,7 +75,7 @@ def refused(**settings):
 
 def whole_text(source, tokenizer="bytes"):
     """All tokens of text files, training before validation."""
-    return np.concatenate(corpus.load(source, tokenizer)[1])
+    return np.concatenate(text_files.load(source, tokenizer)[1])
 
 
 def write(path, text):
@@ -103,28 +104,28 @@ def json_lines(texts):
 def test_default_is_the_embedded_text():
     loaded = data.load(config(data=None))
     assert loaded.tokenizer.name == "bytes"
-    assert whole_text(None).tobytes() == corpus.SHAKESPEARE.read_bytes()
-    assert not (corpus.SHAKESPEARE.parent / ".tokens").exists()
+    assert whole_text(None).tobytes() == text_files.SHAKESPEARE.read_bytes()
+    assert not (text_files.SHAKESPEARE.parent / ".tokens").exists()
 
 
 def test_file_is_its_bytes_in_the_order_of_the_batches_before():
     run = config()
     loaded = data.load(run)
-    text = corpus.split(pathlib.Path("text.txt").read_bytes())
-    before = corpus.batches(text.train, 16, 8, seed=3)
+    text = text_files.split(pathlib.Path("text.txt").read_bytes())
+    before = text_files.batches(text.train, 16, 8, seed=3)
     for n, element in enumerate(take(loaded.train, 400)):  # more than two epochs
         assert element.shape == (1, 8, 17)
         assert element.dtype == np.uint8
         np.testing.assert_array_equal(element[0], before[n])
     np.testing.assert_array_equal(
-        loaded.validation, corpus.evaluation_batches(text.validation, 16, 8, 512)
+        loaded.validation, text_files.evaluation_batches(text.validation, 16, 8, 512)
     )
 
 
 def test_bytes_of_one_file_need_not_be_text_and_are_not_cached(tmp_path):
     noise = bytes(range(256)) * 4
     pathlib.Path("noise").write_bytes(noise)
-    _, tokens, _ = corpus.load("noise", "bytes")
+    _, tokens, _ = text_files.load("noise", "bytes")
     pathlib.Path("noise").write_bytes(b"")  # a run that goes on does not care
     assert tokens.train.tobytes() + tokens.validation.tobytes() == noise
     assert sorted(path.name for path in tmp_path.iterdir()) == ["noise"]
@@ -163,7 +164,7 @@ def test_split_falls_between_characters(length):
     """Three bytes each, so the last tenth begins at every position inside one."""
     write("text.txt", "€" * length)
     write("other.txt", "")
-    tokenizer, tokens, _ = corpus.load("*.txt", "bpe:300")
+    tokenizer, tokens, _ = text_files.load("*.txt", "bpe:300")
     decode = decoder(tokenizer)
     assert decode(tokens.train) + decode(tokens.validation) == "€" * length
     assert abs(len(decode(tokens.validation)) - length / 10) < 1
@@ -171,25 +172,25 @@ def test_split_falls_between_characters(length):
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 64])
 def test_pieces_of_a_file_make_up_its_text(piece, monkeypatch):
-    monkeypatch.setattr(corpus, "PIECE", piece)
+    monkeypatch.setattr(text_files, "PIECE", piece)
     text = "é€\U0001f600\r\nx\n\n" + "€" * 50 + "\n" + ODD
     write("odd.txt", text)
-    (span,) = corpus.whole([pathlib.Path("odd.txt")])
-    assert len(list(corpus.pieces(span))) > len(text) // piece // 8
-    assert "".join(corpus.pieces(span)) == text
+    (span,) = text_files.whole([pathlib.Path("odd.txt")])
+    assert len(list(text_files.pieces(span))) > len(text) // piece // 8
+    assert "".join(text_files.pieces(span)) == text
     inside = span._replace(start=2, stop=5)
-    assert "".join(corpus.pieces(inside)) == "€"
+    assert "".join(text_files.pieces(inside)) == "€"
 
 
 def test_split_is_the_same_text_for_every_tokenizer():
-    _, as_bytes, _ = corpus.load(config().data, "bytes")
-    tokenizer, tokens, _ = corpus.load("text.txt", "bpe:400")
+    _, as_bytes, _ = text_files.load(config().data, "bytes")
+    tokenizer, tokens, _ = text_files.load("text.txt", "bpe:400")
     for part, expected in zip(tokens, as_bytes, strict=True):
         assert decoder(tokenizer)(part).encode() == expected.tobytes()
 
 
 def test_streamed_set_is_its_documents_in_windows(monkeypatch):
-    monkeypatch.setattr(streaming, "SHUFFLED", 1)
+    monkeypatch.setattr(hf_stream, "SHUFFLED", 1)
     loaded = data.load(config(data=write_set("set"), batch_size=3, eval_sequences=30))
     epoch = "".join(f"{text}\n" for text in DOCUMENTS).encode()
     windows = np.concatenate([element[0] for element in take(loaded.train, 150)])
@@ -212,9 +213,9 @@ def test_streamed_validation_is_the_first_windows():
 
 def test_streamed_windows_are_shuffled_within_blocks(monkeypatch):
     source = write_set("set")
-    monkeypatch.setattr(streaming, "SHUFFLED", 1)
+    monkeypatch.setattr(hf_stream, "SHUFFLED", 1)
     in_order = [e.tobytes() for e in take(data.load(one_row(source)).train, 60)]
-    monkeypatch.setattr(streaming, "SHUFFLED", 20)
+    monkeypatch.setattr(hf_stream, "SHUFFLED", 20)
     shuffled = [e.tobytes() for e in take(data.load(one_row(source)).train, 60)]
     orders = []
     for start in (0, 20, 40):
@@ -231,7 +232,7 @@ def one_row(source, **settings):
 
 
 def test_shards_come_in_another_order_in_every_epoch():
-    source = streaming.open_source(write_set("set", shards=8))
+    source = hf_stream.open_source(write_set("set", shards=8))
     orders = [first_epochs(source, Host(), seed)[:3] for seed in (0, 1)]
     for epochs in orders:
         for epoch in epochs:
@@ -244,10 +245,10 @@ def test_shards_come_in_another_order_in_every_epoch():
 
 def first_epochs(source, host, seed=0):
     """The documents that a host reads in each of the first epochs."""
-    windows = streaming.windows(source, tokenization.BYTES, 8, seed, host)
+    windows = hf_stream.windows(source, tokenization.BYTES, 8, seed, host)
     dataset = windows.parents[0].open_documents()
     epochs = [[], [], [], []]
-    for text, state in streaming.endless(dataset, dataset.state_dict()):
+    for text, state in hf_stream.endless(dataset, dataset.state_dict()):
         if state["epoch"] == len(epochs) - 1:
             return epochs[:-1]
         epochs[state["epoch"]].append(text)
@@ -267,8 +268,8 @@ def test_other_formats_of_a_streamed_set(suffix):
             path.write_text("\n".join(DOCUMENTS), encoding="utf-8")
         else:
             path.write_bytes(gzip.compress(json_lines(DOCUMENTS).encode()))
-    source = streaming.open_source("hf:set")
-    assert list(streaming.texts(source.train)) == DOCUMENTS
+    source = hf_stream.open_source("hf:set")
+    assert list(hf_stream.texts(source.train)) == DOCUMENTS
 
 
 def test_hidden_files_are_left_out_and_links_followed():
@@ -287,15 +288,18 @@ def test_hidden_files_are_left_out_and_links_followed():
         pathlib.Path(link).symlink_to(pathlib.Path(target).absolute())
     pathlib.Path("linked").symlink_to("books")
 
-    found = [str(path) for path in corpus.find("books")]
+    found = [str(path) for path in text_files.find("books")]
     assert found == ["books/a.txt", "books/more/b.txt", "books/z/c.txt"]
     assert whole_text("books").tobytes() == b"aa\nbbb\ncccc"
-    assert corpus.describe("books") == "3 files, 9 bytes; hidden files left out: 3"
-    assert len(corpus.find("linked")) == 3
-    assert corpus.find("books/**/*.txt") == corpus.find("books")
-    assert corpus.describe("books/*.txt") == "1 file, 2 bytes; hidden files left out: 1"
-    assert corpus.find("books/.hidden") == [pathlib.Path("books/.hidden/h.txt")]
-    assert corpus.find("books/._a.txt") == [pathlib.Path("books/._a.txt")]
+    assert text_files.describe("books") == "3 files, 9 bytes; hidden files left out: 3"
+    assert len(text_files.find("linked")) == 3
+    assert text_files.find("books/**/*.txt") == text_files.find("books")
+    assert (
+        text_files.describe("books/*.txt")
+        == "1 file, 2 bytes; hidden files left out: 1"
+    )
+    assert text_files.find("books/.hidden") == [pathlib.Path("books/.hidden/h.txt")]
+    assert text_files.find("books/._a.txt") == [pathlib.Path("books/._a.txt")]
     write("secret/.a.txt", "hidden")
     assert "no .txt file in the folder secret; hidden files left out: 1" in refused(
         data="secret"
@@ -356,14 +360,14 @@ BROKEN = {  # format: what is wrong: the bytes of a shard
 
 def windows_of(source, count, state=None):
     """The first windows of a set, or those from `state` on, and the state behind."""
-    iterator = iter(streaming.windows(source, tokenization.BYTES, 16, 0, Host()))
+    iterator = iter(hf_stream.windows(source, tokenization.BYTES, 16, 0, Host()))
     if state is not None:
         iterator.set_state(state)
     return [bytes(window) for window in take(iterator, count)], iterator.get_state()
 
 
 def test_broken_shards_are_named_or_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(streaming, "SHUFFLED", 1)
+    monkeypatch.setattr(hf_stream, "SHUFFLED", 1)
     good = {
         "jsonl": LINES.encode(),
         "jsonl.gz": gzipped(LINES),
@@ -380,7 +384,7 @@ def test_broken_shards_are_named_or_left_out(monkeypatch, capsys):
             broken = folder / f"train-1.{kind}"
             if content is not None:
                 broken.write_bytes(content)
-            opened = [streaming.open_source(f"hf:{folder}", n) for n in (0, 1, 1)]
+            opened = [hf_stream.open_source(f"hf:{folder}", n) for n in (0, 1, 1)]
             if content is None:
                 broken.unlink()
 
@@ -399,7 +403,7 @@ def test_broken_shards_are_named_or_left_out(monkeypatch, capsys):
             known = set("\n".join(["", *DOCUMENTS, ""]).encode())
             assert set(b"".join(expected)) <= known
             start, state = windows_of(opened[2], 60)
-            rest, _ = windows_of(streaming.open_source(f"hf:{folder}", 1), 140, state)
+            rest, _ = windows_of(hf_stream.open_source(f"hf:{folder}", 1), 140, state)
             assert start + rest == expected
 
 
@@ -422,8 +426,8 @@ def test_first_file_may_be_broken_or_of_another_type(capsys):
         line = refused(data=f"hf:{folder}")
         assert f"{folder}/train-0.{kind}, of which 0 rows were read: " in line, line
         assert "--skip-bad-data 1 " in line
-        source = streaming.open_source(f"hf:{folder}", 1)
-        assert len(list(streaming.texts(source.train))) == len(DOCUMENTS)
+        source = hf_stream.open_source(f"hf:{folder}", 1)
+        assert len(list(hf_stream.texts(source.train))) == len(DOCUMENTS)
         (name,) = source.shards.left_out
         assert name.endswith(f"{folder}/train-0.{kind}")
     assert capsys.readouterr().err.count("leaving out") == len(cases)
@@ -434,7 +438,7 @@ def test_numbers_in_a_later_file_are_no_text():
     write("set/train-1.jsonl", json_lines([1, 2]))
     told = "train-1.jsonl, of which 0 rows were read: .*int64, not text"
     with pytest.raises(DataError, match=told):
-        list(streaming.texts(streaming.open_source(source).train))
+        list(hf_stream.texts(hf_stream.open_source(source).train))
 
 
 def test_files_without_rows_are_passed_over():
@@ -444,28 +448,28 @@ def test_files_without_rows_are_passed_over():
         for name, texts in ((number, []), (1 - number, ["a", "b"])):
             (folder / f"train-{name}.parquet").write_bytes(parquet(texts))
         (folder / "test.parquet").write_bytes(parquet(["c"]))
-        source = streaming.open_source(f"hf:{folder}")
-        assert list(streaming.texts(source.train)) == ["a", "b"]
+        source = hf_stream.open_source(f"hf:{folder}")
+        assert list(hf_stream.texts(source.train)) == ["a", "b"]
 
 
 def test_the_folder_one_is_in_is_a_set():
     write_set("set")
     os.chdir("set")
-    assert list(streaming.texts(streaming.open_source("hf:.").train)) == DOCUMENTS
+    assert list(hf_stream.texts(hf_stream.open_source("hf:.").train)) == DOCUMENTS
     assert "must name a data set" in refused(data="hf:")
 
 
 def test_what_was_left_out_is_in_the_state(monkeypatch):
-    monkeypatch.setattr(streaming, "SHUFFLED", 1)
+    monkeypatch.setattr(hf_stream, "SHUFFLED", 1)
     source = write_set("set", shards=3)
     write("set/train-00001-of-00003.jsonl", "{")
-    first = streaming.open_source(source, 1)
+    first = hf_stream.open_source(source, 1)
     _, state = windows_of(first, 400)
     state = json.loads(json.dumps(state))
     write("set/train-00002-of-00003.jsonl", "{")
     with pytest.raises(DataError, match="-00002-.*--skip-bad-data 2 "):
-        windows_of(streaming.open_source(source, 1), 400, state)
-    second = streaming.open_source(source, 2)
+        windows_of(hf_stream.open_source(source, 1), 400, state)
+    second = hf_stream.open_source(source, 2)
     windows_of(second, 400, state)
     assert len(second.shards.left_out) == 2
 
@@ -557,10 +561,10 @@ def test_hosts_end_at_the_same_batch(monkeypatch):
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for mine, others in ((2, 99), (99, 2), (2, 2), (99, 0)):
-        other = json.dumps([others % 97, "file.jsonl, after row 7"])
+        other = [others % 97, "file.jsonl, after row 7"]
         if others == 99:
-            other = json.dumps([loop.AHEAD, ""])
-        monkeypatch.setattr(hosts, "gather", lambda text: [text, other])  # noqa: B023
+            other = [loop.AHEAD, ""]
+        monkeypatch.setattr(hosts, "gather", lambda mine: [mine, other])  # noqa: B023
         taken = []
         with pytest.raises(DataError, match="file.jsonl, after row 7"):
             taken.extend(loop.fetched(Batches(mine)))
@@ -642,7 +646,7 @@ def test_bpe_is_the_same_in_every_process():
         "print(tokenization.load('bpe:1000', lambda: [text], folder).digest)"
     )
     finished = subprocess.run(
-        [sys.executable, "-c", program, ROOT / "examples", corpus.SHAKESPEARE],
+        [sys.executable, "-c", program, ROOT / "examples", text_files.SHAKESPEARE],
         capture_output=True,
         text=True,
         check=True,
@@ -684,11 +688,11 @@ def test_several_may_train_at_once():
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(OSError, match="full"), tokenization.replacing(path) as new:
+    with pytest.raises(OSError, match="full"), files.replacing(path) as new:
         new.write_text("half")
         raise OSError("disk full")
     assert path.read_text() == "before"
-    with tokenization.replacing(path) as new:
+    with files.replacing(path) as new:
         new.write_text("after")
         assert path.read_text() == "before"
     assert path.read_text() == "after"
@@ -829,7 +833,7 @@ def test_control_tokens_in_a_text_are_text():
         assert len(tokenizer.encode(text)) > 9
         write("one.txt", text * 9)
         assert tokenizer.end not in whole_text("one.txt", name)
-        documents = list(streaming.joined(tokenizer, [text, text]))
+        documents = list(hf_stream.joined(tokenizer, [text, text]))
         assert [list(tokens).count(tokenizer.end) for tokens in documents] == [1, 1]
         if name != "bpe:300":  # tokens kept by an older version are not taken
             package = tokenizers.Tokenizer.from_file(name)
@@ -919,9 +923,9 @@ def test_separator_is_named_or_needed():
     assert "--separator" in refused(data=write_set("set"), tokenizer=path)
     loaded = data.load(config(**settings, separator="[UNK]"))
     assert loaded.tokenizer.separator.tolist() == [0]
-    tokens = corpus.load("books", path, "[UNK]")[1].train
+    tokens = text_files.load("books", path, "[UNK]")[1].train
     assert tokens[299:302].tolist() == [1, 0, 2]
-    assert corpus.load("books", path, "a")[2] != loaded.digest
+    assert text_files.load("books", path, "a")[2] != loaded.digest
     line = refused(**settings, separator="c")
     assert "--separator 'c' " in line and path in line
     assert "bytes" in refused(data="books", separator="x")
@@ -1064,7 +1068,7 @@ def test_every_host_evaluates_the_same():
 @pytest.mark.parametrize("shards", [1, 4, 6])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_hosts_share_the_documents_of_a_streamed_set(shards, count):
-    source = streaming.open_source(write_set("set", shards=shards))
+    source = hf_stream.open_source(write_set("set", shards=shards))
     epochs = [first_epochs(source, Host(n, count)) for n in range(count)]
     for epoch in range(3):
         assert all(epochs[n][epoch] for n in range(count))
@@ -1109,8 +1113,8 @@ def test_batches_that_cannot_be_divided(settings, host):
 @pytest.fixture(params=["file", "set", "shards", "long documents"])
 def resumable(request, monkeypatch):
     """Data with short epochs and every kind of boundary in a few batches."""
-    monkeypatch.setattr(streaming, "SHUFFLED", 7)
-    monkeypatch.setattr(streaming, "TOGETHER", 3)
+    monkeypatch.setattr(hf_stream, "SHUFFLED", 7)
+    monkeypatch.setattr(hf_stream, "TOGETHER", 3)
     monkeypatch.setattr(data, "READY", 1)
     run = config(accumulate=2, batch_size=4, sequence_length=24)
     if request.param == "file":
@@ -1257,7 +1261,7 @@ def owner(array):
 
 def test_encoded_text_is_mapped_from_beside_the_data():
     write("books/one.txt", SHAKESPEARE[:9000])
-    _, tokens, _ = corpus.load("books", "bpe:300")
+    _, tokens, _ = text_files.load("books", "bpe:300")
     assert isinstance(owner(tokens.train), mmap.mmap)
     files = list(pathlib.Path("books/.tokens").iterdir())
     assert sorted(path.suffix for path in files) == [".json", ".npy", ".npy"]
@@ -1284,7 +1288,7 @@ def test_encoded_text_goes_to_the_users_cache_if_it_must(
 
         monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     for _ in range(2):
-        corpus.load("books", "bpe:300")
+        text_files.load("books", "bpe:300")
         assert len(encodings) == 2
         assert len(list(pathlib.Path("cache/spam_optax").iterdir())) == 3
 
@@ -1302,7 +1306,7 @@ def test_damaged_tokens_are_made_again(encodings):
 def test_embedded_text_is_cached_in_the_users_folder():
     data.load(config(data=None, tokenizer=trained_file()))
     assert len(list(pathlib.Path("cache/spam_optax").iterdir())) == 2
-    assert not (corpus.SHAKESPEARE.parent / ".tokens").exists()
+    assert not (text_files.SHAKESPEARE.parent / ".tokens").exists()
 
 
 def trained_file():
@@ -1329,7 +1333,7 @@ def test_a_large_text_is_never_held_whole(monkeypatch):
         write(f"books/{name}", text)
     tracemalloc.start()
     try:
-        _, tokens, _ = corpus.load("books", "bytes")
+        _, tokens, _ = text_files.load("books", "bytes")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -1432,15 +1436,15 @@ def test_text_that_is_not_utf8():
 
 def test_text_that_vanishes_or_shrinks():
     write("text.txt", SHAKESPEARE[:1000])
-    spans = corpus.whole(corpus.find("text.txt"))
+    spans = text_files.whole(text_files.find("text.txt"))
     os.truncate("text.txt", 500)
     with pytest.raises(DataError, match="text.txt became shorter"):
-        list(corpus.texts(spans))
+        list(text_files.texts(spans))
     os.remove("text.txt")
     for read in (
-        lambda: list(corpus.texts(spans)),
-        lambda: corpus.digest(spans, tokenization.BYTES),
-        lambda: corpus.split_spans(spans),
+        lambda: list(text_files.texts(spans)),
+        lambda: text_files.digest(spans, tokenization.BYTES),
+        lambda: text_files.split_spans(spans),
     ):
         with pytest.raises(DataError, match="data file text.txt: No such file"):
             read()
@@ -1501,7 +1505,7 @@ def test_set_that_is_damaged(caplog):
 
 
 def test_documents_without_text_are_empty_ones(monkeypatch):
-    monkeypatch.setattr(streaming, "SHUFFLED", 1)
+    monkeypatch.setattr(hf_stream, "SHUFFLED", 1)
     source = write_set("set", ["a" * 10, None, "b" * 20])
     element = next(iter(data.load(one_row(source, sequence_length=30)).train))
     assert element.tobytes() == b"a" * 10 + b"\n\n" + b"b" * 19
@@ -1512,7 +1516,7 @@ def test_a_program_that_ends_amid_a_stream_is_quiet():
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
         "from trainer import config, data;"
-        "run = config.RunConfig(data=sys.argv[2], tokenizer='bpe:300');"
+        "run = config.RunConfig.from_settings(data=sys.argv[2], tokenizer='bpe:300');"
         "iterator = iter(data.load(run).train);"
         "next(iterator)"
     )
@@ -1523,3 +1527,53 @@ def test_a_program_that_ends_amid_a_stream_is_quiet():
         text=True,
     )
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+
+
+# ------------------------------------------------------------- windows and batches
+
+
+def test_split_is_contiguous_and_without_overlap():
+    text = bytes(range(200)) * 5
+    train, validation = text_files.split(text)
+    assert len(validation) == 100
+    assert train.tobytes() + validation.tobytes() == text
+
+
+def test_windows_cover_every_target_once():
+    tokens = np.arange(100, dtype=np.uint8)
+    windows = text_files.Windows(tokens, 7)
+    assert len(windows) == 14
+    targets = np.concatenate([windows[i][1:] for i in range(len(windows))])
+    np.testing.assert_array_equal(targets, np.arange(1, 99))
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    tokens = np.random.default_rng(0).integers(0, 256, 4000, dtype=np.uint8)
+    first = text_files.batches(tokens, 16, 4, seed=3)
+    second = text_files.batches(tokens, 16, 4, seed=3)
+    in_order = [first[n] for n in range(200)]
+    for n in (150, 3, 70):  # no order of access matters
+        np.testing.assert_array_equal(second[n], in_order[n])
+    other = text_files.batches(tokens, 16, 4, seed=4)
+    assert not np.array_equal(other[0], first[0])
+    assert first[0].shape == (4, 17)
+    assert first[0].dtype == np.uint8
+
+
+def test_an_epoch_holds_every_window_once_and_epochs_differ():
+    tokens = np.arange(161, dtype=np.uint8)  # ten windows, named by their first byte
+    data = text_files.batches(tokens, 16, 5, seed=0)
+    epochs = [[*data[2 * n][:, 0], *data[2 * n + 1][:, 0]] for n in range(4)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(0, 160, 16))
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_evaluation_batches_are_spread_and_bounded():
+    tokens = np.arange(241, dtype=np.uint8)
+    stack = text_files.evaluation_batches(tokens, 8, batch_size=4, limit=10)
+    assert stack.shape == (2, 4, 9)
+    starts = stack[:, :, 0].reshape(-1)
+    assert starts[0] == 0 and starts[-1] == 232
+    assert len(set(starts)) == 8
+    assert text_files.evaluation_batches(tokens, 100, 4, 10).shape == (1, 2, 101)

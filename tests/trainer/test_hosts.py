@@ -15,13 +15,12 @@ import pytest
 from jax.experimental import multihost_utils
 
 import spam_optax
-from trainer import hosts, model, optimizers, sharding, training
+from trainer import hosts, optimizers, sharding, train_step
 from trainer.checkpoints import Checkpoints
-from trainer.config import UsageError
-from trainer.run_folder import Run
+from trainer.errors import UsageError
+from trainer.run_folder import RunFolder
 from trainer_process import (
     CONTINUE,
-    Trainer,
     checkpoint_steps,
     count_lines,
     finish_all,
@@ -41,12 +40,6 @@ FLAGS = [
 SHORT = [*FLAGS, "--steps=20", "--checkpoint-every=10"]
 LONG = [*FLAGS, "--steps=40", "--checkpoint-every=4", "--optimizer=adam"]
 ASK = "reached_preemption_sync_point"
-
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    with Trainer(tmp_path_factory.mktemp("cache")) as trainer:
-        yield trainer
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +79,11 @@ def assert_same_losses(folder: pathlib.Path, expected: pathlib.Path, optimizer: 
 
 def momentum_mask(folder: pathlib.Path) -> dict:
     """Which entries have momentum in the last state of sparse_spam."""
-    config = Run.from_json((folder / "config.json").read_text()).config
+    config = RunFolder(folder).read().config
     optimizer = optimizers.make("sparse_spam", config)
-    like = jax.eval_shape(
-        lambda: training.initial_state(
-            config,
-            model.configure(config, 256, "cpu"),
-            optimizer,
-            training.make_faults(config),
-        )
-    )
     mesh = sharding.make_mesh(sharding.Parallelism(data=1), 8)
+    task = train_step.make_task(config, config.model, mesh)
+    like = jax.eval_shape(lambda: train_step.initial_state(task, optimizer))
     path = folder / "checkpoints" / "sparse_spam" / "20" / "state"
     with ocp.StandardCheckpointer() as checkpointer:
         state = checkpointer.restore(path, sharding.abstract(like, mesh))
@@ -236,7 +223,7 @@ def test_hosts_tell_each_other_names_that_are_not_utf8(monkeypatch):
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: x)
     name = os.fsdecode(b"\xff.txt")
     assert hosts.gather(name) == [name]
-    assert hosts.from_main(lambda: name) == name
+    assert hosts.broadcast(lambda: name) == name
 
 
 def test_jax_is_asked_whether_to_stop_with_numbers_that_grow(monkeypatch):
@@ -255,7 +242,7 @@ def test_jax_is_asked_whether_to_stop_with_numbers_that_grow(monkeypatch):
 def test_saving_does_not_ask_whether_to_stop(monkeypatch, tmp_path):
     """Orbax would, and with the step of a checkpoint, which may have gone by."""
     monkeypatch.setattr(multihost_utils, ASK, lambda number: pytest.fail("asked"))
-    state = training.TrainState(jnp.int32(3), False, {}, (), ())
+    state = train_step.TrainState(jnp.int32(3), False, {}, (), ())
     with Checkpoints(str(tmp_path), keep=2) as checkpoints:
         checkpoints.save(state, {})
     assert [path.name for path in tmp_path.iterdir()] == ["3"]

@@ -1,6 +1,6 @@
-"""The model's options against instability, against a forward pass written out.
+"""The model: its shape, what it computes, and its options against instability.
 
-What the model does without them is tested in test_examples.py and test_train_step.py.
+The options are compared with a forward pass written out in NumPy.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from flax import nnx
 
 import pretrain
 from spam_optax.nnx import fold_wesar
-from trainer import command_line, config, model, run_folder, sharding, training
-from trainer.config import RunConfig, UsageError
+from trainer import cli, config, model, run_folder, sharding, train_step
+from trainer.config import RunConfig
+from trainer.errors import UsageError
 
 # Whole forward and backward passes, each compiled and run once or twice.
 
@@ -26,17 +27,10 @@ MATRICES = ("query", "key", "value", "out", "gate", "up", "down")
 IDS = jax.random.randint(jax.random.key(0), (2, TOKENS), 0, 256)
 
 
-def outline(shape):
-    """The structure of a model, and its parameters without numbers."""
-    decoder = nnx.eval_shape(lambda: model.Decoder(shape, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(decoder)
-    return graphdef, nnx.to_pure_dict(state)
-
-
 def build(**options):
     """The structure of a model, and parameters whose norms have scales of their own."""
     shape = dataclasses.replace(SHAPE, **options)
-    graphdef, _ = outline(shape)
+    graphdef, _ = model.abstract(shape)
     # Drawn once for all that does not change them, since drawing is compiled.
     parameters = ("gated_attention", "initialization", "untied_head")
     drawn = {name: getattr(shape, name) for name in parameters}
@@ -45,7 +39,7 @@ def build(**options):
 
 @functools.cache
 def draw(shape):
-    params = training.initial_params(RunConfig(), shape)
+    params = train_step.initial_params(shape, 0)
     for number, name in enumerate(("attention_norm", "ffn_norm")):
         norm = params["blocks"][name]
         noise = np.random.default_rng(number).normal(size=norm["scale"].shape)
@@ -60,7 +54,7 @@ def logits_of(graphdef, params):
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradient(graphdef, params):
-    return jax.grad(training.loss_fn)(params, IDS, graphdef)
+    return jax.grad(train_step.loss_fn)(params, IDS, graphdef)
 
 
 # ------------------------------------------------------------ written out, in NumPy
@@ -217,7 +211,7 @@ def test_wesar_draws_matrices_alike_and_scales_them_as_spike_no_more_does():
 def test_wesar_folds_into_a_standard_model():
     options = {"gated_attention": True, "untied_head": True}
     graphdef, params = build(initialization="wesar", **options)
-    plain, like = outline(dataclasses.replace(SHAPE, **options))
+    plain, like = model.abstract(dataclasses.replace(SHAPE, **options))
     folded = fold_wesar(params)
     assert jax.tree.structure(folded) == jax.tree.structure(like)
     want = logits_of(plain, folded)
@@ -264,7 +258,7 @@ def test_loss_on_a_mesh_is_that_of_one_device():
         norm="mixed", gated_attention=True, untied_head=True, initialization="wesar"
     )
     windows = jax.random.randint(jax.random.key(2), (4, TOKENS + 1), 0, 256)
-    loss = jax.jit(training.loss_fn, static_argnums=2)
+    loss = jax.jit(train_step.loss_fn, static_argnums=2)
     want = loss(params, windows, graphdef)
     mesh = sharding.make_mesh(sharding.Parallelism(data=2, fsdp=2, tensor=2), 4)
     with jax.set_mesh(mesh):
@@ -287,21 +281,197 @@ def test_two_ways_to_scale_with_depth_are_refused(initialization, capsys):
         f"pretrain.py: error: --norm scaled and --initialization {initialization}"
     )
     with pytest.raises(UsageError):
-        config.complete({"norm": "scaled", "initialization": initialization})
+        config.RunConfig.from_settings(norm="scaled", initialization=initialization)
     for norm in ("pre", "mixed"):
-        config.complete({"norm": norm, "initialization": initialization})
+        config.RunConfig.from_settings(norm=norm, initialization=initialization)
 
 
 def test_flags_reach_the_model_and_the_folder_of_a_run():
     flags = ["--norm=mixed", "--gated-attention", "--initialization=wesar"]
     _, options = pretrain.parse(flags)
-    given = command_line.run_settings(options)
-    run = run_folder.Run(config.complete(given), None)
+    given = cli.run_settings(options)
+    run = run_folder.Run(config.RunConfig.from_settings(**given), None)
     assert run_folder.Run.from_json(run.to_json()) == run
-    shape = model.configure(run.config, 256, "cpu")
+    shape = model.for_platform(run.config.model, 256, "cpu")
     got = shape.norm, shape.gated_attention, shape.initialization
     assert got == ("mixed", True, "wesar")
-    usual = model.configure(RunConfig(), 256, "cpu")
+    usual = model.for_platform(RunConfig().model, 256, "cpu")
     assert (usual.norm, usual.gated_attention) == ("pre", False)
-    with pytest.raises(ValueError, match="invalid choice: 'post'"):
-        run_folder.Run.from_json(run.to_json().replace('"mixed"', '"post"'))
+    with pytest.raises(UsageError, match="norm must be one of .*, not 'post'"):
+        run_folder.Run.from_json(run.to_json() | {"norm": "post"})
+
+
+# ----------------------------------------------------------- shape and computation
+
+
+@nnx.jit
+def run_decoder(decoder, tokens):
+    return decoder(tokens)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return model.Decoder(model.PRESETS["nano"], rngs=nnx.Rngs(0))
+
+
+def parameter_count(shape):
+    """By hand: attention, gated feed-forward, norms, embedding, head."""
+    block = 4 * shape.width**2 + 3 * shape.width * shape.ffn_width + 2 * shape.width
+    tables = (1 + shape.untied_head) * shape.vocabulary * shape.width
+    return shape.layers * block + tables + shape.width
+
+
+def abstract_model(shape):
+    decoder = nnx.eval_shape(lambda: model.Decoder(shape, rngs=nnx.Rngs(0)))
+    return nnx.to_pure_dict(nnx.state(decoder))
+
+
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("preset", model.PRESETS)
+def test_model_has_the_parameters_of_its_shape(preset, untied):
+    shape = dataclasses.replace(model.PRESETS[preset], untied_head=untied)
+    leaves = jax.tree.leaves(abstract_model(shape))
+    assert sum(leaf.size for leaf in leaves) == parameter_count(shape)
+    assert all(leaf.dtype == jnp.float32 for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"), [("9m", 9), ("60m", 58), ("130m", 134), ("350m", 368)]
+)
+def test_published_shapes_have_their_size(preset, millions):
+    """With a head of their own, as LLaMA has it."""
+    shape = RunConfig.from_settings(preset=preset).model
+    assert shape.untied_head
+    assert round(parameter_count(shape) / 1e6) == millions
+
+
+def test_half_precision_keeps_parameters_in_float32():
+    shape = dataclasses.replace(model.PRESETS["nano"], compute_dtype="bfloat16")
+    leaves = jax.tree.leaves(abstract_model(shape))
+    assert all(leaf.dtype == jnp.float32 for leaf in leaves)
+
+
+@pytest.mark.parametrize("embedding", model.EMBEDDINGS)
+@pytest.mark.parametrize("dtype", model.COMPUTE_DTYPES)
+def test_stream_leaves_a_large_embedding_large(embedding, dtype):
+    """Condition 2 of Spike No More: a deviation of 0.63 (scaled) or 1 (normed)."""
+    shape = dataclasses.replace(
+        model.PRESETS["nano"],
+        embedding=embedding,
+        initialization="stable",
+        compute_dtype=dtype,
+    )
+    embed = model.Decoder(shape, rngs=nnx.Rngs(0)).embed
+    expected = {"plain": (0.4 / 32) ** 0.5, "scaled": 0.4**0.5, "normed": 1.0}
+    x = embed(jnp.arange(256))
+    assert x.dtype == dtype
+    assert x.astype(jnp.float32).std() == pytest.approx(expected[embedding], rel=0.05)
+
+
+def test_stable_initialization_makes_small_sublayers():
+    shape = dataclasses.replace(model.PRESETS["tiny"], initialization="stable")
+    blocks = nnx.state(model.Decoder(shape, rngs=nnx.Rngs(0)).blocks)
+    std = (2 / (5 * shape.width)) ** 0.5
+    residual = std / (2 * shape.layers) ** 0.5
+    for part, name, expected in (
+        ("attention", "query", std),
+        ("ffn", "gate", std),
+        ("attention", "out", residual),
+        ("ffn", "down", residual),
+    ):
+        kernel = blocks[part][name]["kernel"][...]
+        assert kernel.std() == pytest.approx(expected, rel=0.03), name
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialization_does_not_change_the_gradient(params, task, remat):
+    shape = dataclasses.replace(task.model, remat=remat)
+    graphdef = nnx.graphdef(
+        nnx.eval_shape(lambda: model.Decoder(shape, rngs=nnx.Rngs(0)))
+    )
+    windows = next(iter(task.train))[0]
+    gradient = jax.jit(jax.grad(train_step.loss_fn), static_argnums=2)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        gradient(params, windows, graphdef),
+        gradient(params, windows, task.graphdef),
+    )
+
+
+def test_loss_at_initialization_is_that_of_a_uniform_guess(task, params):
+    loss = train_step.evaluate(params, task.validation, graphdef=task.graphdef)
+    assert loss == pytest.approx(math.log(256), rel=0.03)
+
+
+def test_model_is_causal(decoder):
+    tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 256)
+    changed = tokens.at[:, 7].set((tokens[:, 7] + 1) % 256)
+    logits, other = run_decoder(decoder, tokens), run_decoder(decoder, changed)
+    np.testing.assert_array_equal(logits[:, :7], other[:, :7])
+    assert (np.abs(logits[:, 7:] - other[:, 7:]).max(axis=-1) > 0).all()
+
+
+def test_model_sees_the_order_of_earlier_tokens(decoder):
+    tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 256)
+    swapped = tokens.at[:, 2].set(tokens[:, 3]).at[:, 3].set(tokens[:, 2])
+    last, other = (run_decoder(decoder, t)[:, -1] for t in (tokens, swapped))
+    assert np.abs(last - other).max() > 1e-6
+
+
+def test_layers_are_drawn_independently_and_all_used(task, params):
+    windows = next(iter(task.train))[0]
+    gradients = jax.jit(jax.grad(train_step.loss_fn), static_argnums=2)(
+        params, windows, task.graphdef
+    )
+    layers = model.PRESETS["nano"].layers
+    for leaf in jax.tree.leaves(gradients["blocks"]):
+        assert len(leaf) == layers
+        assert (np.abs(leaf).reshape(layers, -1).max(axis=1) > 0).all()
+    kernel = params["blocks"]["ffn"]["up"]["kernel"]
+    assert not np.array_equal(kernel[0], kernel[1])
+
+
+def test_scan_unrolling_does_not_change_the_model(decoder):
+    config = dataclasses.replace(model.PRESETS["nano"], scan_unroll=2)
+    unrolled = model.Decoder(config, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 256)
+    np.testing.assert_allclose(
+        run_decoder(decoder, tokens), run_decoder(unrolled, tokens), atol=1e-5
+    )
+
+
+rotate = jax.jit(model.rotate)
+
+
+def test_rotary_product_depends_on_the_distance_only():
+    tokens = 10
+    query, key = np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+    queries, keys = (
+        np.asarray(rotate(np.tile(x, (1, tokens, 1, 1)), 100.0))[0, :, 0]
+        for x in (query, key)
+    )
+    products = queries @ keys.T
+    for distance in range(tokens):
+        diagonal = np.diagonal(products, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
+    assert len({round(float(x), 4) for x in products[0]}) == tokens
+
+
+def test_rotation_keeps_norms_and_the_first_position():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 8)).astype(np.float32)
+    rotated = np.asarray(rotate(x, 10_000.0))
+    np.testing.assert_array_equal(rotated[:, 0], x[:, 0])
+    np.testing.assert_allclose(
+        np.linalg.norm(rotated, axis=-1), np.linalg.norm(x, axis=-1), rtol=1e-5
+    )
+
+
+def test_flat_dot_general_is_the_product():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    kernel = jax.random.normal(jax.random.key(1), (4, 5))
+    dimensions = (((2,), (0,)), ((), ()))
+    np.testing.assert_allclose(
+        model.flat_dot_general(x, kernel, dimensions), x @ kernel, rtol=1e-5
+    )
+    with pytest.raises(ValueError, match="last axis"):
+        model.flat_dot_general(x, kernel, (((1,), (0,)), ((), ())))

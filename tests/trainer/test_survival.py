@@ -16,14 +16,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 import pretrain
-from trainer import loop, optimizers, sharding, training
+from trainer import loop, optimizers, train_step
 from trainer.config import RunConfig
-from trainer.data import corpus, streaming
-from trainer.output import records
-from trainer.run_folder import Run
+from trainer.data import hf_stream, text_files
+from trainer.output import sinks
+from trainer_in_process import make_task, refused
 from trainer_process import (
     CONTINUE,
-    Trainer,
     assert_same_arrays,
     assert_same_run,
     checkpoint_steps,
@@ -60,12 +59,6 @@ SHORT = [
 RESUME = ["--resume", "--output=run"]
 RESUME_SHORT = ["--resume", "--data-parallel=1"]
 LARGE = 2**16  # kilobytes of a disk that holds a run
-
-
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory):
-    with Trainer(tmp_path_factory.mktemp("cache")) as trainer:
-        yield trainer
 
 
 class Watch:
@@ -146,7 +139,7 @@ def stream(tmp_path_factory):
     pytest.importorskip("datasets")
     pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("stream")
-    text = corpus.SHAKESPEARE.read_text(encoding="utf-8")
+    text = text_files.SHAKESPEARE.read_text(encoding="utf-8")
     for number, name in enumerate(["train-0", "train-1", "validation"]):
         part = text[20_000 * number :][:20_000]
         lines = [json.dumps({"text": act}) + "\n" for act in part.split("\n\n")]
@@ -212,27 +205,15 @@ def compiled_once():
         cache = functools.cache(make)
 
         def lookup(*name, config):
-            of_no_concern = {"checkpoint_every": 1, "optimizers": ()}
+            of_no_concern = {"checkpoint_every": 1, "optimizers": ("adam",)}
             return cache(*name, dataclasses.replace(config, **of_no_concern))
 
         return lambda *args: lookup(*args[:-1], config=args[-1])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizers, "make", cached(optimizers.make))
-        patch.setattr(training, "make_faults", cached(training.make_faults))
+        patch.setattr(train_step, "make_faults", cached(train_step.make_faults))
         yield
-
-
-def refused(capsys, *flags) -> str:
-    """The one line with which the program ends, with exit code 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        pretrain.main(list(flags))
-    assert exit_.value.code == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("pretrain.py: error: ")
-    assert errors.count("\n") == 1
-    return errors.removeprefix("pretrain.py: error: ").rstrip("\n")
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +293,7 @@ def test_run_without_a_good_checkpoint_is_left_as_it_is(short_run, tmp_path, cap
         flip_a_bit(folder / "checkpoints" / "adam" / str(step))
     rows = read_rows(folder)
     for _ in range(2):  # it does not begin from nothing the second time
-        line = refused(capsys, "--resume", f"--output={folder}")
+        line = refused(capsys, "--resume", f"--output={folder}", announced=True)
         assert line.startswith(
             f"no checkpoint in {folder}/checkpoints/adam can be used"
         )
@@ -324,7 +305,7 @@ def test_run_whose_checkpoints_are_gone_is_left_as_it_is(short_run, tmp_path, ca
     folder = shutil.copytree(short_run, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints")
     rows = read_rows(folder)
-    line = refused(capsys, "--resume", f"--output={folder}")
+    line = refused(capsys, "--resume", f"--output={folder}", announced=True)
     assert line.startswith(f"there is no checkpoint in {folder}/checkpoints/adam, but")
     assert "12 steps" in line
     assert read_rows(folder) == rows
@@ -335,7 +316,7 @@ def test_run_without_a_checkpoint_yet_begins_again_and_says_so(
 ):
     folder = shutil.copytree(short_run, tmp_path / "run")
     shutil.rmtree(folder / "checkpoints")
-    records.cut(folder / "metrics.jsonl", "adam", 7)
+    sinks.cut(folder / "metrics.jsonl", "adam", 7)
     capsys.readouterr()
     assert pretrain.main([*RESUME_SHORT, f"--output={folder}"]) == 0
     assert capsys.readouterr().err == (
@@ -360,13 +341,12 @@ def test_saved_states_are_those_of_their_steps(tmp_path, monkeypatch):
     flags = ["--checkpoint-every=2", "--keep-checkpoints=99", "--optimizer=adam"]
     assert pretrain.main([*SHORT, *flags, f"--output={tmp_path / 'run'}"]) == 0
 
-    config = RunConfig(**settings)
-    run = Run(config, None)
-    task, _ = pretrain.make_task(run, sharding.Parallelism(data=1))
+    config = RunConfig.from_settings(**settings)
+    task = make_task(config)
     optimizer = optimizers.make("adam", config)
     states = {}
     with jax.set_mesh(task.mesh):
-        state = training.initial_state(config, task.model, optimizer, task.faults)
+        state = train_step.initial_state(task, optimizer)
         loop.train(
             state,
             task,
@@ -402,7 +382,7 @@ def write_broken_set(folder):
 @pytest.mark.slow
 def test_broken_shard_ends_a_run_that_can_go_on(tmp_path, capsys, monkeypatch):
     pytest.importorskip("datasets")
-    monkeypatch.setattr(streaming, "SHUFFLED", 1)
+    monkeypatch.setattr(hf_stream, "SHUFFLED", 1)
     flags = [*SHORT, write_broken_set(tmp_path / "set"), "--optimizer", "adam", "spam"]
     flags += ["--no-spikes", "--steps=40", "--eval-every=40", "--eval-sequences=8"]
     folder, whole = tmp_path / "run", tmp_path / "whole"

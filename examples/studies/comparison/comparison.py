@@ -11,7 +11,7 @@ import numpy as np
 from spam_optax import functional
 from studies.comparison.experiments import Experiment, Spec
 from trainer.config import BURST_LENGTH, RunConfig
-from trainer.output import analysis
+from trainer.output import summary
 
 Record = dict[str, Any]  # of one run, as single_run.Program returns it
 
@@ -110,7 +110,7 @@ def recovery_steps(record: Record) -> float | None:
     losses, starts = losses_of(record), burst_starts(record)
     steps = []
     for start, next_start in itertools.pairwise([*starts, len(losses) + 1]):
-        before = losses[max(0, start - 1 - analysis.STEPS_BEFORE_FAULT) : start - 1]
+        before = losses[max(0, start - 1 - summary.STEPS_BEFORE_FAULT) : start - 1]
         after = losses[start - 1 + BURST_LENGTH : next_start - 1]
         if len(after) < RECOVERY_WINDOW or not len(before):
             continue
@@ -137,13 +137,13 @@ def spike_percent(record: Record) -> float:
 def gradient_spikes(record: Record) -> int:
     """Steps whose gradient norm is 10 times its running median, but for the faults."""
     norms = np.array(record["gradient_norms"], np.float64)
-    return int(np.delete(analysis.find_spikes(norms), fault_steps(record)).sum())
+    return int(np.delete(summary.find_spikes(norms), fault_steps(record)).sum())
 
 
 def worst_jump(record: Record) -> float | None:
     """Infinite if a loss is not finite, before a burst or after it."""
     skipped = BURST_LENGTH if has_corrupted_batches(record) else 1
-    jump = analysis.worst_loss_jump(losses_of(record), burst_starts(record), skipped)
+    jump = summary.worst_loss_jump(losses_of(record), burst_starts(record), skipped)
     return np.inf if jump is not None and np.isnan(jump) else jump
 
 
@@ -241,8 +241,8 @@ sensitivity (Wortsman et al., 2023): mean over all swept rates of the final loss
 at the loss of initialization, less the best. Spike score (AdaGC): percent of the steps
 whose training loss is 10 deviations from the mean of the {SPIKE_WINDOW} steps before,
 or of half the run's if they are fewer. Spikes from: the lowest of the swept rates at
-which, in any run, a gradient's norm was {analysis.SPIKE_FACTOR:g} times the median of
-the {analysis.MEDIAN_WINDOW} before, in a step without a fault. Worst jump: rise of the
+which, in any run, a gradient's norm was {summary.SPIKE_FACTOR:g} times the median of
+the {summary.MEDIAN_WINDOW} before, in a step without a fault. Worst jump: rise of the
 training loss within 40 steps after a burst, mean over the seeds; inf: it was not
 finite. Neither counts the loss of a batch that was corrupted. Steps to recover: from a
 burst's end until the mean loss of {RECOVERY_WINDOW} steps is no higher than before it,
@@ -253,7 +253,7 @@ fastest run, as a multiple of adam's; other work on the machine disturbs it.
 
 
 def cells(line: Line, seconds: dict[str, float]) -> dict[str, str]:
-    number = analysis.number
+    number = summary.number
     time = seconds[line.label] / seconds["adam"] if "adam" in seconds else None
     return {
         "label": line.label,
@@ -311,7 +311,7 @@ def spikes_by_rate(found: Sequence[Line]) -> list[str]:
             line.label,
             line.scenario,
             line.model,
-            *(analysis.number(line.gradient_spikes.get(r), ".1f") for r in rates),
+            *(summary.number(line.gradient_spikes.get(r), ".1f") for r in rates),
         ]
         for line in spiking
     ]

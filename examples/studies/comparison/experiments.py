@@ -13,8 +13,9 @@ import optax
 
 import spam_optax
 from trainer import optimizers
-from trainer.config import RunConfig, UsageError
-from trainer.optimizers import Row
+from trainer.config import RunConfig
+from trainer.errors import UsageError
+from trainer.optimizers import Entry
 
 SCENARIOS = ("clean", "noise", "coordinates", "batches")
 MAIN = (
@@ -51,7 +52,6 @@ STEPS = 300
 RESET_SHARE = 1 / 3
 BASE = RunConfig(
     optimizers=("adam",),
-    preset="tiny",
     steps=STEPS,
     batch_size=8,
     sequence_length=64,
@@ -69,7 +69,7 @@ class Spec(NamedTuple):
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the run's numbers, as JSON knows it."""
-        settings = dataclasses.asdict(self.config)
+        settings = self.config.settings()
         del settings["optimizers"]
         return {"label": self.label, "scenario": self.scenario} | settings
 
@@ -78,7 +78,7 @@ class Spec(NamedTuple):
 
         Settings that have their default do not count: a new one changes no name.
         """
-        defaults = dataclasses.asdict(RunConfig())
+        defaults = RunConfig().settings()
         settings = self.settings()
         given = {k: v for k, v in settings.items() if v != defaults.get(k)}
         text = json.dumps(given, sort_keys=True)
@@ -90,7 +90,7 @@ class Spec(NamedTuple):
     def read(self, folder: pathlib.Path, digest: str) -> dict[str, Any] | None:
         """The record of this run in `folder`; None if there is none.
 
-        `digest` is the text's, see `corpus.text_digest`; its path may have named
+        `digest` is the text's, see `text_files.text_digest`; its path may have named
         another one then. A record that has none is older than they are, and counts.
 
         Raises:
@@ -126,7 +126,7 @@ class Experiment(NamedTuple):
     models: tuple[dict[str, Any], ...] = ({},)  # settings of RunConfig
 
 
-def spam_with(**changes) -> Row:
+def spam_with(**changes) -> Entry:
     """SPAM with other arguments: interval and warm-up as shares of run and interval.
 
     Warm-up and grace change with the interval where they are not given.
@@ -142,10 +142,10 @@ def spam_with(**changes) -> Row:
             given["warmup_steps"] = round(given["warmup_steps"] * interval)
         return optimizers.spam(config, learning_rate, **given)
 
-    return Row(make, resets=changes.get("reset_interval", True) is not None)
+    return Entry(make, resets=changes.get("reset_interval", True) is not None)
 
 
-def behind(first: Callable[[], optax.GradientTransformation], name: str) -> Row:
+def behind(first: Callable[[], optax.GradientTransformation], name: str) -> Entry:
     """The trainer's optimizer `name` behind another transformation."""
     row = optimizers.TABLE[name]
 
@@ -155,12 +155,12 @@ def behind(first: Callable[[], optax.GradientTransformation], name: str) -> Row:
     return row._replace(make=make)
 
 
-def sparse(density: float) -> Row:
+def sparse(density: float) -> Entry:
     def make(config, learning_rate):
         config = dataclasses.replace(config, density=density)
         return optimizers.sparse_spam(config, learning_rate)
 
-    return Row(make, resets=True)
+    return Entry(make, resets=True)
 
 
 NEVER_CLIPS = 1e30
@@ -293,8 +293,7 @@ def specs(
         Spec(
             label,
             scenario,
-            dataclasses.replace(
-                base,
+            base.with_settings(
                 learning_rate=rate if rates else rate * RATE_SCALES.get(label, 1),
                 seed=seed,
                 **(model | faults(scenario) | resets(label, base.steps)),
@@ -318,7 +317,7 @@ def resets(label: str, steps: int) -> dict[str, Any]:
     return {}
 
 
-def row_of(label: str) -> Row:
+def row_of(label: str) -> Entry:
     return VARIANTS.get(label) or optimizers.TABLE[label]
 
 

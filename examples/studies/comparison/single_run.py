@@ -15,8 +15,8 @@ from flax import nnx
 import spam_optax
 from studies.comparison import experiments
 from studies.comparison.experiments import Spec
-from trainer import data, model, training
-from trainer.data import corpus
+from trainer import data, model, train_step
+from trainer.data import text_files
 
 Arrays = dict[str, Any]
 
@@ -27,15 +27,13 @@ class Program:
     def __init__(self, spec: Spec):
         self._spec = spec
         config = spec.config
-        tokenizer, self._tokens, _ = corpus.load(
+        tokenizer, self._tokens, _ = text_files.load(
             config.data, config.tokenizer, config.separator
         )
         self._vocabulary = tokenizer.vocabulary
-        self._model = model.configure(config, tokenizer.vocabulary, "cpu")
-        self._digest = corpus.text_digest(config.data)
-        self._graphdef, _ = nnx.split(
-            nnx.eval_shape(lambda: model.Decoder(self._model, rngs=nnx.Rngs(0)))
-        )
+        self._model = model.for_platform(config.model, tokenizer.vocabulary, "cpu")
+        self._digest = text_files.text_digest(config.data)
+        self._graphdef, _ = model.abstract(self._model)
         data.check_length("train", self._tokens.train, tokenizer, config)
         self._validation = data.evaluation_batches(
             self._tokens.validation, tokenizer, config
@@ -74,7 +72,7 @@ class Program:
 
     def _arguments(self, spec: Spec) -> tuple:
         config = spec.config
-        source = corpus.batches(
+        source = text_files.batches(
             self._tokens.train, config.sequence_length, config.batch_size, config.seed
         )
         batches = np.stack([source[step] for step in range(config.steps)])
@@ -119,7 +117,7 @@ class Program:
 
             def step(carry, batch):
                 params, state, fault_state = carry
-                loss, gradient = training.gradient_of_batch(
+                loss, gradient = train_step.gradient_of_batch(
                     params, batch[None], self._graphdef, self._spec.config.z_loss
                 )
                 gradient, fault_state = faults.update(gradient, fault_state, params)
@@ -130,7 +128,7 @@ class Program:
                     "gradient_norms": optax.tree.norm(gradient),
                 }
 
-            evaluate = functools.partial(training.evaluate, graphdef=self._graphdef)
+            evaluate = functools.partial(train_step.evaluate, graphdef=self._graphdef)
             first = evaluate(params, validation)
             carry = params, tx.init(params), faults.init(params)
             carry, curves = jax.lax.scan(step, carry, batches)

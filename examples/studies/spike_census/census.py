@@ -25,9 +25,10 @@ from flax import nnx
 import spam_optax
 from spam_optax import functional
 from studies.spike_census import architectures
-from trainer import model, optimizers, training
-from trainer.config import RunConfig, UsageError
-from trainer.data import corpus
+from trainer import model, optimizers, train_step
+from trainer.config import RunConfig
+from trainer.data import text_files
+from trainer.errors import UsageError
 
 MODELS = {
     "llama": (model.Decoder, "plain"),
@@ -36,7 +37,7 @@ MODELS = {
     "gpt2": (architectures.GPT2, "plain"),
     "hawk": (architectures.Hawk, "plain"),
 }
-TEXTS = {"shakespeare": corpus.SHAKESPEARE, "prose": corpus.PROSE}
+TEXTS = {"shakespeare": text_files.SHAKESPEARE, "prose": text_files.PROSE}
 HEAD_WIDTH = 16
 GSS_THRESHOLD = 50.0  # on |g| / mean |g|
 ONLINE_THRESHOLD = 5000.0  # on g**2 / v
@@ -103,7 +104,7 @@ class Pass(NamedTuple):
 def load_text(name: str, tokenizer: str) -> Text:
     """The training part of a text: a key of TEXTS, or a path."""
     path = str(TEXTS.get(name, name))
-    made, tokens, digest = corpus.load(path, tokenizer)
+    made, tokens, digest = text_files.load(path, tokenizer)
     return Text(tokens.train, made.vocabulary, digest)
 
 
@@ -128,7 +129,7 @@ def make_task(setting: Setting, text: Text) -> Task:
     return Task(
         graphdef,
         nnx.to_pure_dict(state),
-        corpus.batches(
+        text_files.batches(
             text.tokens, setting.sequence_length, setting.batch_size, setting.seed
         ),
         np.asarray(schedule(np.arange(setting.steps))),
@@ -224,7 +225,7 @@ def first_state(params: optax.Params, mean: optax.Params) -> State:
 def loss_and_gradient(
     params: optax.Params, windows: jax.Array, *, graphdef: nnx.GraphDef
 ) -> tuple[jax.Array, optax.Updates]:
-    return jax.value_and_grad(training.loss_fn)(params, windows, graphdef)
+    return jax.value_and_grad(train_step.loss_fn)(params, windows, graphdef)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -9,7 +9,7 @@ import matplotlib.figure
 import numpy as np
 
 from studies.spike_census.census_analysis import GSS_THRESHOLD, Record
-from trainer.output import analysis
+from trainer.output import summary
 
 COLUMNS = 1000  # of a heat map at most: more than it has pixels
 LOSS = "#0072B2"
@@ -51,7 +51,7 @@ def draw_scores(panel, record: Record):
     names = list(record.tensors)
     order = sorted(range(len(names)), key=lambda i: depth(names[i]))
     table = record.counts["gss_max"].T[order]
-    size = analysis.bucket_size(table.shape[1], COLUMNS)
+    size = summary.bucket_size(table.shape[1], COLUMNS)
     starts = np.arange(0, table.shape[1], size)
     shown = np.maximum.reduceat(table, starts, axis=1)
     colors = matplotlib.colors.LogNorm(SCORES[0], SCORES[-1])

@@ -18,7 +18,7 @@ from studies.spike_census.census_analysis import (
     ONLINE_THRESHOLD,
     Record,
 )
-from trainer.output.analysis import number
+from trainer.output.summary import number
 
 WORST_KINDS = 6  # of a model's tensors
 EMBEDDINGS = ("llama", "llama-scaled", "llama-normed")

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from trainer.config import RunConfig, UsageError
-from trainer.data import corpus, streaming, tokenization
-from trainer.data.streaming import Host
+from trainer.config import RunConfig
+from trainer.data import hf_stream, text_files, tokenization
+from trainer.data.hf_stream import Host
 from trainer.data.tokenization import BYTES, Tokenizer
+from trainer.errors import UsageError
 
 THREADS = 2  # that make batches of text files
 READY = 4  # batches made ahead of their use
@@ -47,7 +48,7 @@ def load(config: RunConfig, host: Host = ONE_HOST, *, skip_bad_data: int = 0) ->
     be read of them is left out.
     """
     rows = rows_per_host(config, host)
-    if config.data is not None and config.data.startswith(streaming.PREFIX):
+    if config.data is not None and config.data.startswith(hf_stream.PREFIX):
         return load_stream(config, host, rows, skip_bad_data)
     return load_files(config, host, rows)
 
@@ -66,36 +67,38 @@ def rows_per_host(config: RunConfig, host: Host) -> int:
 
 def load_files(config: RunConfig, host: Host, rows: int) -> Data:
     """Text files, of which any batch can be made from its number."""
-    tokenizer, tokens, digest = corpus.load(
+    tokenizer, tokens, digest = text_files.load(
         config.data, config.tokenizer, config.separator
     )
     check_length("train", tokens.train, tokenizer, config)
-    windows = corpus.shuffled_windows(tokens.train, config.sequence_length, config.seed)
+    windows = text_files.shuffled_windows(
+        tokens.train, config.sequence_length, config.seed
+    )
     mine = windows[host.index :: host.count]
-    batches = corpus.batched(mine, rows, config.accumulate)
+    batches = text_files.batched(mine, rows, config.accumulate)
     train = batches.to_iter_dataset(grain.ReadOptions(THREADS, READY))
     validation = evaluation_batches(tokens.validation, tokenizer, config)
-    return Data(tokenizer, train, validation, digest, corpus.describe(config.data))
+    return Data(tokenizer, train, validation, digest, text_files.describe(config.data))
 
 
 def load_stream(config: RunConfig, host: Host, rows: int, skip_bad_data: int) -> Data:
     """A data set that is read from its beginning on."""
-    source = streaming.open_source(config.data, skip_bad_data)
+    source = hf_stream.open_source(config.data, skip_bad_data)
     tokenizer = tokenization.load(
         config.tokenizer,
-        lambda: streaming.texts(source.train),
-        corpus.user_cache(),
+        lambda: hf_stream.texts(source.train),
+        text_files.user_cache(),
         config.separator,
     )
     length = config.sequence_length
-    windows = streaming.windows(source, tokenizer, length, config.seed, host)
-    batches = corpus.batched(windows, rows, config.accumulate)
-    train = streaming.Prefetched(batches, READY)
-    held_out = streaming.first_tokens(
+    windows = hf_stream.windows(source, tokenizer, length, config.seed, host)
+    batches = text_files.batched(windows, rows, config.accumulate)
+    train = hf_stream.Prefetched(batches, READY)
+    held_out = hf_stream.first_tokens(
         source.validation, tokenizer, config.eval_sequences * length + 1
     )
     validation = evaluation_batches(held_out, tokenizer, config)
-    digest = streaming.digest(source, tokenizer)
+    digest = hf_stream.digest(source, tokenizer)
     left_out = source.shards.left_out
     return Data(tokenizer, train, validation, digest, source.files, left_out)
 
@@ -104,7 +107,7 @@ def evaluation_batches(
     tokens: np.ndarray, tokenizer: Tokenizer, config: RunConfig
 ) -> np.ndarray:
     check_length("validation", tokens, tokenizer, config)
-    return corpus.evaluation_batches(
+    return text_files.evaluation_batches(
         tokens, config.sequence_length, config.batch_size, config.eval_sequences
     )
 

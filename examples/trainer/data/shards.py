@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainer import hosts
-from trainer.config import DataError
+from trainer.errors import DataError
 
 COLUMN = "text"
 DELAYS = (1, 2, 4, 8, 16)  # seconds before each new attempt at the same place
@@ -81,7 +81,7 @@ class Shards:
                     self.leave_out(name, rows, error)
                     return
                 delay, attempts = DELAYS[attempts], attempts + 1
-                hosts.say(
+                hosts.log(
                     f"cannot read {name}, of which {rows:,} rows were read:"
                     f" {reason(error)}; trying again in {delay} s ({attempts} of"
                     f" {len(DELAYS)})"
@@ -98,7 +98,7 @@ class Shards:
                 " file out)"
             ) from error
         if name not in self.left_out:  # it recurs in every epoch
-            hosts.say(f"leaving out the rest of {line}")
+            hosts.log(f"leaving out the rest of {line}")
             self.left_out[name] = line
 
 

@@ -7,14 +7,14 @@ import itertools
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import rich
 
-from trainer.config import UsageError
+from trainer.errors import UsageError
+from trainer.files import replacing
 
 END = "<|endoftext|>"
 # What pretrained tokenizers call the end of a document. The token that a tokenizer
@@ -308,20 +308,6 @@ def digest_of(texts: Iterable[str]) -> str:
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass") + b"\xff")  # not in UTF-8
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new path beside `path` to write to, which replaces it if all goes well.
-
-    Several processes may do this at once, and none ever sees half a file.
-    """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------- pretrained

@@ -1,11 +1,10 @@
-"""What a run shows while it goes and when it ends."""
+"""The output on the terminal while a run goes on, and at its end."""
 
 import math
 import sys
 import textwrap
 
 import jax
-import optax
 import rich
 import rich.box
 import rich.console
@@ -14,24 +13,24 @@ import rich.table
 import rich.text
 
 import spam_optax
-from trainer import hosts, optimizers, training
+from trainer import hosts, metrics, optimizers
 from trainer.config import BURST_LENGTH, RunConfig
-from trainer.output import analysis
-from trainer.output.records import Row
-from trainer.training import Task, TrainState
+from trainer.output import summary
+from trainer.output.sinks import Row
+from trainer.train_step import Task, TrainState
 
-WIDE = 120  # of the table where there is no terminal
+TABLE_WIDTH = 120  # where there is no terminal
 
 
 class StatusColumn(rich.progress.ProgressColumn):
-    """The latest numbers of a run, right of its bar."""
+    """Shows the latest numbers of a run, to the right of its bar."""
 
     def render(self, task: rich.progress.Task) -> rich.text.Text:
         return rich.text.Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
 
 
 class Progress:
-    """A bar for each optimizer on a terminal; elsewhere a line an evaluation.
+    """Shows a bar per optimizer on a terminal, elsewhere a line per evaluation.
 
     Only host 0 shows anything.
     """
@@ -65,8 +64,8 @@ class Progress:
             self._bars.stop()
 
     def start(self, optimizer: str, state: TrainState) -> None:
-        """Begins to show `optimizer`, which may have been trained in part."""
-        self._clipped = int(optax.tree.get(state.opt_state, "spike_total", 0))
+        """Begins to show `optimizer`, which may already be trained in part."""
+        self._clipped = metrics.clipped_so_far(state.opt_state)
         if self._bars:
             self._task = self._bars.add_task(
                 optimizer,
@@ -96,28 +95,28 @@ class Progress:
         return (
             f"loss {row['loss']:.3f} clipped {self._clipped:,}"
             f" lr {row['learning_rate']:.1e}"
-            f" {analysis.number(row['tokens_per_second'], ',.0f')} tokens/s"
+            f" {summary.number(row['tokens_per_second'], ',.0f')} tokens/s"
             + ("" if share is None else f" MFU {share:.1%}")
         )
 
 
-def announce(task: Task) -> None:
-    """Says what is going to be trained."""
+def print_run(task: Task) -> None:
+    """Prints what is going to be trained, and on which devices."""
     config = task.config
-    size = sum(leaf.size for leaf in jax.tree.leaves(training.abstract_params(task)))
+    size = sum(leaf.size for leaf in jax.tree.leaves(task.shapes))
     devices = task.mesh.devices
     axes = " x ".join(f"{name} {length}" for name, length in task.mesh.shape.items())
     print(
-        f"{config.preset} model, {size:,} parameters, on {devices.size}"
+        f"{config.model.preset} model, {size:,} parameters, on {devices.size}"
         f" {devices.flat[0].platform}{f' ({axes})' if devices.size > 1 else ''};"
         f" {work(config)}\n{faults(config)}",
         flush=True,
     )
 
 
-def describe(task: Task) -> None:
-    """Prints which moments the optimizers keep, in one line for equal ones."""
-    params = training.abstract_params(task)
+def print_moments(task: Task) -> None:
+    """Prints which moments the optimizers keep; equal ones share a line."""
+    params = task.shapes
     names: dict[str, list[str]] = {}
     for name in task.config.optimizers:
         transform = optimizers.make(name, task.config).transform
@@ -132,7 +131,7 @@ def describe(task: Task) -> None:
 
 
 def moments(tensors: spam_optax.TensorDescriptions) -> str:
-    """The moments of an optimizer; tensors that are treated alike are named by role."""
+    """Describes the moments of an optimizer; names tensors of one kind by role."""
     groups: dict[tuple, list[spam_optax.TensorDescription]] = {}
     for tensor in tensors:
         second = tensor.second_moments
@@ -170,26 +169,26 @@ def faults(config: RunConfig) -> str:
     return f"Faults in steps {bursts}" if bursts else "No faults"
 
 
-def table(summary: dict[str, dict], config: RunConfig) -> rich.table.Table:
-    """The summary as a table; a dash where there is no finite number."""
-    shown = analysis.columns(summary, config)
+def table(summaries: dict[str, dict], config: RunConfig) -> rich.table.Table:
+    """Returns the summary as a table, with a dash where no number is finite."""
+    shown = summary.columns(summaries, config)
     result = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     result.add_column("\noptimizer", no_wrap=True)
     for column in shown.values():
         result.add_column(column.heading, justify="right")
-    for name, values in summary.items():
-        result.add_row(name, *analysis.cells(values, shown))
+    for name, values in summaries.items():
+        result.add_row(name, *summary.cells(values, shown))
     return result
 
 
-def notes(summary: dict[str, dict], config: RunConfig) -> str:
-    """What to know when reading the table."""
+def notes(summaries: dict[str, dict], config: RunConfig) -> str:
+    """Explains the columns of the table."""
     meanings = (
         f"{' '.join(column.heading.split())}: {column.meaning}."
-        for column in analysis.columns(summary, config).values()
+        for column in summary.columns(summaries, config).values()
         if column.meaning
     )
-    sentences = f"Losses are in {analysis.loss_unit(config)}.", *meanings
+    sentences = f"Losses are in {summary.loss_unit(config)}.", *meanings
     text = " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
     return textwrap.fill(text, 88)
 
@@ -204,13 +203,13 @@ every coordinate still reached the moments at up to {left:.0f} x the usual norm.
 --threshold, or clip_by_global_norm before SPAM (clip_spam), closes the gap."""
 
 
-def show(summary: dict[str, dict], config: RunConfig) -> None:
-    """Prints the table and what to know when reading it."""
-    width = None if sys.stdout.isatty() else WIDE
-    rich.console.Console(width=width).print(table(summary, config))
-    print(notes(summary, config))
-    left = summary.get("spam", {}).get("worst_burst")
-    if left is None or left <= analysis.SPIKE_FACTOR:
+def print_summaries(summaries: dict[str, dict], config: RunConfig) -> None:
+    """Prints the table and the explanation of its columns."""
+    width = None if sys.stdout.isatty() else TABLE_WIDTH
+    rich.console.Console(width=width).print(table(summaries, config))
+    print(notes(summaries, config))
+    left = summaries.get("spam", {}).get("worst_burst")
+    if left is None or left <= summary.SPIKE_FACTOR:
         return
     if config.unclipped_bursts:
         steps = ", ".join(map(str, config.unclipped_bursts))
@@ -222,10 +221,10 @@ def show(summary: dict[str, dict], config: RunConfig) -> None:
 
 
 def warn(message: str) -> None:
-    say(f"pretrain.py: {message}")
+    log(f"pretrain.py: {message}")
 
 
-def say(message: str) -> None:
-    """One line for the person at the terminal, not for what reads the output."""
+def log(message: str) -> None:
+    """Prints one line to the standard error stream, on host 0 alone."""
     if hosts.is_main():
         print(message, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import pretrain
-from trainer import ahead_of_time, config, hardware, optimizers, sharding
+from trainer import compile_only, config, hardware, optimizers, sharding
 
 # A program for a device that is not here is stored in the suite's cache of compiled
 # programs, cannot be loaded from it, and is then compiled again.
@@ -29,11 +29,11 @@ V5E = hardware.DEVICES["TPU v5e"]
 
 
 def compile_for(target, optimizer, parallelism, **given):
-    settings = config.complete(given)
-    devices = ahead_of_time.find_devices(target)
+    settings = config.RunConfig.from_settings(**given)
+    devices = compile_only.find_devices(target)
     rows = settings.batch_size // settings.accumulate
     mesh = sharding.make_mesh(parallelism, rows, devices)
-    return ahead_of_time.measure(optimizer, settings, mesh)
+    return compile_only.measure(optimizer, settings, mesh)
 
 
 def state_bytes(preset, bytes_per_parameter, devices):
@@ -71,7 +71,7 @@ def test_1b_fits_sixteen_chips_and_sparse_momentum_saves_memory():
 def large_results(compiled, tensors):
     """Collectives by kind and shape, but for those of a number or so a tensor."""
     found = Counter()
-    for result, kind, _ in ahead_of_time.COLLECTIVE.findall(compiled.as_text()):
+    for result, kind, _ in compile_only.COLLECTIVE.findall(compiled.as_text()):
         for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
             size = 1
             for axis in filter(None, shape.split(",")):
@@ -88,12 +88,12 @@ def test_optimizer_adds_only_scalar_collectives(monkeypatch):
     """On a mesh with all three axes: SPAM's step sends what plain SGD's does."""
     sgd = optimizers.Row(lambda _, rate: optax.sgd(rate), momentum_decay=None)
     monkeypatch.setitem(optimizers.TABLE, "sgd", sgd)
-    settings = config.complete({"preset": "9m", "batch_size": 16, "remat": "none"})
-    devices = ahead_of_time.find_devices("tpu:v5e:2x4")
+    settings = config.RunConfig.from_settings(preset="9m", batch_size=16, remat="none")
+    devices = compile_only.find_devices("tpu:v5e:2x4")
     parallelism = sharding.Parallelism(data=2, fsdp=2, tensor=2)
     mesh = sharding.make_mesh(parallelism, 16, devices)
     plain, spam, sparse = (
-        large_results(ahead_of_time.compile_step(name, settings, mesh), tensors=12)
+        large_results(compile_only.compile_step(name, settings, mesh), tensors=12)
         for name in ("sgd", "spam", "sparse_spam")
     )
     assert plain
@@ -134,9 +134,9 @@ def test_without_any_plugin_of_jax_the_compiler_for_gpus_is_named(monkeypatch):
             raise ModuleNotFoundError("No module named 'jax_plugins'")
         return None
 
-    monkeypatch.setattr(ahead_of_time.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(compile_only.importlib.util, "find_spec", find_spec)
     with pytest.raises(config.UsageError, match="pip install jax-cuda13-plugin"):
-        ahead_of_time.find_devices("gpu:h100:8")
+        compile_only.find_devices("gpu:h100:8")
 
 
 @pytest.mark.slow
@@ -151,11 +151,11 @@ def test_60m_on_one_h100():
 def test_flops_are_those_of_the_model_asked_for(capsys):
     """Not the preset's: with gates, and with another vocabulary."""
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    measured = ahead_of_time.Measurement("adam", 0, 0, 0, None, None, {}, 0.0)
+    measured = compile_only.Measurement("adam", 0, 0, 0, None, None, {}, 0.0)
 
     def teraflops(**given):
-        settings = config.complete({"preset": "60m", **given})
-        ahead_of_time.show(measured, None, settings, mesh)
+        settings = config.RunConfig.from_settings(preset="60m", **given)
+        compile_only.show(measured, None, settings, mesh)
         output = capsys.readouterr().out
         return float(re.search(r"FLOPs of the model\s+([\d.]+) T", output)[1])
 
@@ -176,7 +176,7 @@ def test_collectives_are_counted_with_their_bytes():
   %c = (bf16[2]{0}, bf16[8]{0}) all-gather-start(%w)
   %d = f32[4] add(%a, %b)
 """
-    assert ahead_of_time.collectives(text) == {
+    assert compile_only.collectives(text) == {
         "all-gather": (2, 4 * 8 * 4 + 16),
         "all-reduce": (1, 4 + 32),
     }

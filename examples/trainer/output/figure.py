@@ -1,4 +1,4 @@
-"""The picture of a run: loss, gradient norms and clipped coordinates."""
+"""The figure of a run: loss, gradient norms and clipped coordinates."""
 
 import pathlib
 from collections.abc import Callable
@@ -10,32 +10,10 @@ import numpy as np
 
 from trainer.config import BURST_LENGTH, RunConfig
 from trainer.optimizers import TABLE
-from trainer.output import analysis
-from trainer.output.analysis import column
-from trainer.output.records import Row, evaluations_of, steps_of
+from trainer.output import summary
+from trainer.output.sinks import Row, evaluations_of, steps_of
+from trainer.output.summary import column
 
-# Okabe and Ito's palette, less the yellow of the faults: told apart with any color
-# vision. Optimizers of one color, and all in grey, are told apart by the lines' styles.
-STYLES = {
-    "adam": ("#D55E00", "-"),
-    "adam_clip": ("#0072B2", "--"),
-    "adamw": ("#E69F00", "-"),
-    "adamw_clip": ("#E69F00", "--"),
-    "adafactor": ("#56B4E9", "-"),
-    "lion": ("#56B4E9", ":"),
-    "spam": ("#009E73", "-"),
-    "clip_spam": ("#000000", "--"),
-    "spam_chain": ("#CC79A7", "-"),
-    "sparse_spam": ("#CC79A7", "-."),
-    "stable_spam": ("#009E73", "--"),
-    "stabilizer_adam": ("#009E73", ":"),
-    "adam_mini": ("#D55E00", ":"),
-    "stable_adamw": ("#E69F00", ":"),
-    "zclip_adam": ("#0072B2", "-."),
-    "adagc_adam": ("#0072B2", ":"),
-    "galore": ("#000000", "-."),
-    "muon": ("#000000", "-"),
-}
 MARKERS = {"o": "circles", "v": "triangles", "s": "squares", "D": "diamonds"}
 FAULT = "#F0E442"
 BEFORE = "#999999"
@@ -46,7 +24,7 @@ NARROWEST_FAULT = 1 / 400  # of a panel's width: in a long run three steps are n
 
 
 class Curves(NamedTuple):
-    """The records of one optimizer, and how to draw them."""
+    """The rows of one optimizer, and how to draw them."""
 
     color: str
     style: str
@@ -58,32 +36,33 @@ class Curves(NamedTuple):
     def thin(self, name: str, reduce: Callable) -> tuple[np.ndarray, np.ndarray]:
         """Step numbers and values of a column."""
         numbers, values = column(self.steps, "step"), column(self.steps, name)
-        return analysis.thin(numbers, values, reduce, self.bucket)
+        return summary.thin(numbers, values, reduce, self.bucket)
 
 
 def draw(
-    path: pathlib.Path, rows: list[Row], summary: dict[str, dict], config: RunConfig
+    path: pathlib.Path, rows: list[Row], summaries: dict[str, dict], config: RunConfig
 ) -> None:
     """Draws the optimizers of a run that have finished or halted."""
-    figure(rows, summary, config).savefig(path)
+    make_figure(rows, summaries, config).savefig(path)
 
 
-def figure(
-    rows: list[Row], summary: dict[str, dict], config: RunConfig
+def make_figure(
+    rows: list[Row], summaries: dict[str, dict], config: RunConfig
 ) -> matplotlib.figure.Figure:
-    bucket = analysis.bucket_size(config.steps)
+    bucket = summary.bucket_size(config.steps)
     curves = {
         name: Curves(
-            *STYLES[name],
+            TABLE[name].color,
+            TABLE[name].line,
             steps_of(rows, name),
             evaluations_of(rows, name),
             values["halted_at"],
             bucket,
         )
-        for name, values in summary.items()
+        for name, values in summaries.items()
     }
     panels = make_panels(list(curves))
-    draw_losses(panels["loss"], curves, summary, config)
+    draw_losses(panels["loss"], curves, summaries, config)
     for name, curve in curves.items():
         draw_norms(panels[name], name, curve)
     share_norm_axis([panels[name] for name in curves])
@@ -95,9 +74,9 @@ def figure(
 
 
 def make_panels(names: list[str]) -> dict[str, matplotlib.axes.Axes]:
-    """One for the losses, one an optimizer for its norms, one for what SPAM clipped.
+    """Makes panels for the losses, each optimizer's norms, and clipped coordinates.
 
-    The last is there if one of the optimizers is a SPAM.
+    The last one is there if one of the optimizers is a SPAM.
     """
     across = min(len(names), PANELS_IN_A_ROW)
     rows = [names[start : start + across] for start in range(0, len(names), across)]
@@ -133,13 +112,13 @@ def thousands(step: float, position: int) -> str:
 
 
 def draw_losses(
-    panel, curves: dict[str, Curves], summary: dict[str, dict], config: RunConfig
+    panel, curves: dict[str, Curves], summaries: dict[str, dict], config: RunConfig
 ) -> None:
     """Training losses, raw and smoothed, labeled at their ends; validation losses."""
     low, high = loss_limits(curves, config)
     panel.set_ylim(low, high)
-    panel.set_ylabel(f"loss ({analysis.loss_unit(config)})")
-    smoothing = SMOOTHING * analysis.bucket_size(config.steps)
+    panel.set_ylabel(f"loss ({summary.loss_unit(config)})")
+    smoothing = SMOOTHING * summary.bucket_size(config.steps)
     panel.set_title(
         f"Training loss (thick: mean of {smoothing:,} steps)."
         f"{' Yellow: faults.' if config.burst_starts else ''}"
@@ -149,7 +128,7 @@ def draw_losses(
     ends = {}
     for name, curve in curves.items():
         color, style = curve.color, curve.style
-        numbers, loss = curve.thin("loss", analysis.mean)
+        numbers, loss = curve.thin("loss", summary.mean)
         smooth = trailing_mean(loss)
         panel.plot(numbers, loss, color=color, alpha=0.2, linewidth=0.8)
         panel.plot(numbers, smooth, color=color, linestyle=style, linewidth=1.8)
@@ -157,12 +136,12 @@ def draw_losses(
         ends[name] = float(np.clip(end, low, high))
         draw_evaluations(panel, curve)
         mark_halt(panel, curve, ends[name])
-    label_ends(panel, ends, curves, summary)
+    label_ends(panel, ends, curves, summaries)
 
 
 def loss_limits(curves: dict[str, Curves], config: RunConfig) -> tuple[float, float]:
     """Limits that show the faults: without the descent of the run's first tenth."""
-    parts = [curve.thin("loss", analysis.mean) for curve in curves.values()]
+    parts = [curve.thin("loss", summary.mean) for curve in curves.values()]
     parts += [thin_evaluations(curve) for curve in curves.values()]
     numbers, values = (np.concatenate(part) for part in zip(*parts, strict=True))
     known = np.isfinite(values)
@@ -192,8 +171,8 @@ def thin_evaluations(curve: Curves) -> tuple[np.ndarray, np.ndarray]:
     numbers, losses = (
         column(curve.evaluations, name) for name in ("step", "eval_loss")
     )
-    bucket = analysis.bucket_size(len(losses))
-    return analysis.thin(numbers, losses, analysis.mean, bucket)
+    bucket = summary.bucket_size(len(losses))
+    return summary.thin(numbers, losses, summary.mean, bucket)
 
 
 def draw_evaluations(panel, curve: Curves) -> None:
@@ -221,7 +200,7 @@ def mark_halt(panel, curve: Curves, height: float) -> None:
 
 
 def label_ends(
-    panel, ends: dict[str, float], curves: dict[str, Curves], summary: dict[str, dict]
+    panel, ends: dict[str, float], curves: dict[str, Curves], summaries: dict[str, dict]
 ) -> None:
     """Names at the ends of the curves, with the lines' styles where colors repeat."""
     low, high = panel.get_ylim()
@@ -240,7 +219,7 @@ def label_ends(
                 clip_on=False,
             )
         panel.annotate(
-            f"{name}  {final_loss(summary[name])}",
+            f"{name}  {final_loss(summaries[name])}",
             (1.05 if repeat else 1.01, place),
             xycoords="axes fraction",
             color=color,
@@ -269,8 +248,8 @@ def spread(ends: dict[str, float], low: float, high: float) -> dict[str, float]:
 
 def draw_norms(panel, name: str, curve: Curves) -> None:
     """Gradient norm before and after clipping."""
-    numbers, before = curve.thin("grad_norm", analysis.largest)
-    _, after = curve.thin("clipped_grad_norm", analysis.largest)
+    numbers, before = curve.thin("grad_norm", summary.largest)
+    _, after = curve.thin("clipped_grad_norm", summary.largest)
     panel.semilogy(numbers, before, color=BEFORE, linewidth=2.2)
     panel.semilogy(numbers, after, color=curve.color, linewidth=1.0)
     mark_halt(panel, curve, last_finite(before, 1.0))
@@ -303,12 +282,12 @@ def share_norm_axis(panels: list[matplotlib.axes.Axes]) -> None:
 
 def draw_spikes(panel, curves: dict[str, Curves], config: RunConfig) -> None:
     """Coordinates that SPAM clipped, step by step."""
-    bucket = analysis.bucket_size(config.steps)
+    bucket = summary.bucket_size(config.steps)
     sparse = bucket == 1
     panel.set_ylabel("coordinates" if sparse else f"most in {bucket:,} steps")
     draw_resets(panel, config)
     points = {
-        name: curve.thin("spikes_clipped", analysis.largest)
+        name: curve.thin("spikes_clipped", summary.largest)
         for name, curve in curves.items()
         if any(row["spikes_clipped"] for row in curve.steps)
     }

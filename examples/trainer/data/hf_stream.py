@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from trainer.config import DataError, UsageError
-from trainer.data import corpus, tokenization
+from trainer.data import text_files, tokenization
 from trainer.data.shards import COLUMN, STRINGS, Shards, may_pass
 from trainer.data.tokenization import Tokenizer
+from trainer.errors import DataError, UsageError
 
 PREFIX = "hf:"
 SHUFFLED = 1024  # windows
@@ -188,7 +188,9 @@ def describe(builder: Any, name: str) -> str:
         return text
     used = {os.path.realpath(path) for path in itertools.chain(*paths_of(builder))}
     kinds = tuple({pathlib.Path(path).suffix for path in used})
-    below = {os.path.realpath(path) for path in corpus.files_below(pathlib.Path(name))}
+    below = {
+        os.path.realpath(path) for path in text_files.files_below(pathlib.Path(name))
+    }
     others = sum(path.endswith(kinds) for path in below - used) if kinds else 0
     text += f", {sum(map(os.path.getsize, used)):,} bytes"
     left_out = f"; files left out (hidden, linked folders, no split): {others:,}"

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import rich
 import rich.box
 import rich.table
-from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from trainer import data, hardware, model, optimizers, sharding, training
-from trainer.config import RunConfig, UsageError, complete
+from trainer import data, hardware, model, optimizers, sharding, train_step
+from trainer.config import RunConfig
+from trainer.errors import UsageError
 
 TARGETS = "tpu:TOPOLOGY, such as tpu:v5e:4x4, or gpu:h100:N"
 # XLA's description of the device, without which it would ask one.
@@ -71,13 +71,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(given: dict[str, Any], parallelism, options: argparse.Namespace) -> int:
     """Compiles the step of every optimizer asked for; 1 if one does not fit."""
     jax.config.update("jax_platforms", "cpu")  # or JAX looks for the device
-    config = complete(given)
+    config = RunConfig.from_settings(**given)
     rows = data.rows_per_host(config, data.Host(0, 1))
     devices = find_devices(options.target)
     mesh = sharding.make_mesh(parallelism, rows, devices)
     device = hardware.find(devices[0].device_kind)
     print(
-        f"{config.preset} on {mesh.size} x {devices[0].device_kind}, mesh"
+        f"{config.model.preset} on {mesh.size} x {devices[0].device_kind}, mesh"
         f" {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())};"
         f" {config.batch_size} x {config.sequence_length} tokens a step",
         flush=True,
@@ -184,28 +184,21 @@ def measure(name: str, config: RunConfig, mesh: Mesh) -> Measurement:
 
 def compile_step(name: str, config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
     """The very step that training runs, for the devices of `mesh`."""
-    model_config = configure(config, mesh)
+    task = train_step.make_task(config, configure(config, mesh), mesh)
     optimizer = optimizers.make(name, config)
-    faults = training.make_faults(config)
     with jax.set_mesh(mesh):
-        state = sharding.abstract(
-            jax.eval_shape(
-                lambda: training.initial_state(config, model_config, optimizer, faults)
-            ),
-            mesh,
-        )
+        state = jax.eval_shape(lambda: train_step.initial_state(task, optimizer))
         rows = config.batch_size // config.accumulate
         batch = jax.ShapeDtypeStruct(
             (config.accumulate, rows, config.sequence_length + 1),
             jnp.uint16,
             sharding=NamedSharding(mesh, sharding.BATCH),
         )
-        decoder = nnx.eval_shape(lambda: model.Decoder(model_config, rngs=nnx.Rngs(0)))
-        lowered = training.train_step.lower(
-            state,
+        lowered = train_step.train_step.lower(
+            sharding.abstract(state, mesh),
             batch,
-            graphdef=nnx.graphdef(decoder),
-            faults=faults,
+            graphdef=task.graphdef,
+            faults=task.faults,
             optimizer=optimizer,
             z_loss=config.z_loss,
         )
@@ -215,7 +208,7 @@ def compile_step(name: str, config: RunConfig, mesh: Mesh) -> jax.stages.Compile
 def configure(config: RunConfig, mesh: Mesh) -> model.ModelConfig:
     """The model of a run on the devices of `mesh`."""
     platform = mesh.devices.flat[0].platform
-    return model.configure(config, vocabulary(config), platform)
+    return model.for_platform(config.model, vocabulary(config), platform)
 
 
 def vocabulary(config: RunConfig) -> int:
@@ -223,7 +216,7 @@ def vocabulary(config: RunConfig) -> int:
     name, _, size = config.tokenizer.partition(":")
     if name == "bpe" and size.isdecimal():
         return int(size)
-    return model.PRESETS[config.preset].vocabulary
+    return config.model.vocabulary
 
 
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8}

@@ -18,9 +18,10 @@ import grain
 import numpy as np
 import rich.progress
 
-from trainer.config import DataError, UsageError
 from trainer.data import tokenization
 from trainer.data.tokenization import BYTES, Tokenizer
+from trainer.errors import DataError, UsageError
+from trainer.files import replacing
 
 DATA = pathlib.Path(__file__).parents[2] / "data"
 SHAKESPEARE = DATA / "shakespeare.txt"
@@ -263,7 +264,7 @@ def unpacked(path: pathlib.Path) -> pathlib.Path:
             text.parent.mkdir(parents=True, exist_ok=True)
             with (
                 lzma.open(path) as packed,
-                tokenization.replacing(text) as temporary,
+                replacing(text) as temporary,
                 temporary.open("wb") as file,
             ):
                 shutil.copyfileobj(packed, file)
@@ -395,7 +396,7 @@ def write_tokens(
     path: pathlib.Path, arrays: Iterable[np.ndarray], dtype: np.dtype
 ) -> None:
     """Writes the arrays, one behind the other, as one .npy file."""
-    with tokenization.replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         write_header(file, 0, dtype)
         count = 0
         for tokens in arrays:

@@ -1,4 +1,4 @@
-"""What a run showed, computed from its records alone."""
+"""The summary of a run, computed from its metrics.jsonl alone."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.config import RunConfig
-from trainer.output.records import Row, evaluations_of, finite, steps_of
+from trainer.output.sinks import Row, evaluations_of, finite, steps_of
 
 SPIKE_FACTOR = 10.0  # times the running median of the gradient norm
 SPIKE_SCORE = 10.0  # the same for one tensor, over its running mean: track_spikes'
@@ -84,7 +84,7 @@ def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
     `flops_utilization`. A value that is not finite, not known, or that the run does not
     have, is None.
     """
-    summary = {}
+    summaries = {}
     for name in config.optimizers:
         steps, evaluations = steps_of(rows, name), evaluations_of(rows, name)
         final = next((row for row in evaluations if row["step"] == config.steps), None)
@@ -104,8 +104,8 @@ def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
             "tokens_per_second": median(column(steps, "tokens_per_second")),
             "flops_utilization": median(column(steps, "flops_utilization")),
         }
-        summary[name] = finite(values)
-    return summary
+        summaries[name] = finite(values)
+    return summaries
 
 
 def median(values: np.ndarray) -> float | None:
@@ -122,7 +122,6 @@ class TensorSpikes(NamedTuple):
     nonfinite: int  # steps with one that is not finite
     largest: float | None  # finite score; None if there is none
     largest_step: int | None
-    scores: np.ndarray  # of every step; NaN if not finite
 
 
 def tensor_spikes(steps: list[Row], names: Sequence[str]) -> list[TensorSpikes]:
@@ -143,7 +142,6 @@ def tensor_spikes(steps: list[Row], names: Sequence[str]) -> list[TensorSpikes]:
                 nonfinite=len(score) - len(known),
                 largest=None if at is None else float(score[at]),
                 largest_step=None if at is None else steps[at]["step"],
-                scores=score,
             )
         )
     return sorted(found, key=lambda t: (-t.steps, -t.nonfinite, -(t.largest or 0)))
@@ -233,14 +231,14 @@ def loss_unit(config: RunConfig) -> str:
     return f"nats per {'byte' if config.tokenizer == 'bytes' else 'token'}"
 
 
-def columns(summary: dict[str, dict], config: RunConfig) -> dict[str, Column]:
+def columns(summaries: dict[str, dict], config: RunConfig) -> dict[str, Column]:
     """The columns that have something to say of this run."""
     left_out = set()
     if config.tokenizer == "bytes":
         left_out.add("final_eval_perplexity")
     if not config.burst_starts:
         left_out.update(["worst_loss_jump", "worst_burst"])
-    if all(values["flops_utilization"] is None for values in summary.values()):
+    if all(values["flops_utilization"] is None for values in summaries.values()):
         left_out.add("flops_utilization")
     return {key: column for key, column in COLUMNS.items() if key not in left_out}
 

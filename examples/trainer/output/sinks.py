@@ -22,7 +22,6 @@ NaN or infinity: a number that is not finite is null.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -36,9 +35,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
-from trainer import hosts, training
-from trainer.config import RunConfig, UsageError
-from trainer.data import tokenization
+from trainer import files, hosts
+from trainer.config import RunConfig
+from trainer.errors import UsageError
 
 Row = dict[str, Any]
 
@@ -170,7 +169,7 @@ def import_wandb():
     return wandb
 
 
-class Writers:
+class MetricSinks:
     """Everything that takes the rows of one optimizer; on host 0 alone."""
 
     def __init__(
@@ -181,18 +180,18 @@ class Writers:
         self._metrics = None
         if not hosts.is_main():
             return
-        names = training.tensor_names(task)
+        names = task.tensor_names
         self._metrics = Metrics(folder.metrics)
         tensorboard = TensorBoard(folder.tensorboard / optimizer, step + 1, names)
         writers = [self._metrics, tensorboard]
         if wandb_project:
             run_id = f"{folder.path.name}-{optimizer}"
-            settings = dataclasses.asdict(task.config)
+            settings = task.config.settings()
             writers.append(Wandb(wandb_project, run_id, settings, names))
         self._writers = [self._open.enter_context(writer) for writer in writers]
         self._writers.append(progress)
 
-    def __enter__(self) -> "Writers":
+    def __enter__(self) -> "MetricSinks":
         return self
 
     def __exit__(self, kind, *exception) -> None:
@@ -247,13 +246,9 @@ def cut(path: pathlib.Path, optimizer: str, step: int) -> None:
         for row in read(path)
         if row["optimizer"] != optimizer or row["step"] <= step
     )
-    replace(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
-def replace(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or, if the program is killed, not at all."""
-    with tokenization.replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    files.replace(
+        path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    )
 
 
 def steps_of(rows: Iterable[Row], optimizer: str) -> list[Row]:
