@@ -57,7 +57,7 @@ def measure(batch: np.ndarray, steps: int) -> dict[str, list[float] | int]:
 
 def measure_on_device(preset, name, batch, remat, steps, hardware):
     """Returns speed and memory of one optimizer's step, with bfloat16 activations."""
-    settings = config.RunConfig(
+    settings = config.RunConfig.from_settings(
         preset=preset,
         optimizers=(name,),
         untied_head=True,
@@ -70,15 +70,17 @@ def measure_on_device(preset, name, batch, remat, steps, hardware):
     )
     device = jax.devices()[0]
     mesh = sharding.make_mesh(sharding.Parallelism(data=1), batch, [device])
-    shape = model.configure(settings, model.PRESETS[preset].vocabulary, device.platform)
+    shape = model.for_platform(
+        settings.model, settings.model.vocabulary, device.platform
+    )
     optimizer = optimizers.make(name, settings)
     tokens = np.random.default_rng(0).integers(0, 32_000, (1, batch, 257), np.uint16)
     with jax.set_mesh(mesh):
-        task = training.make_task(settings, shape, mesh, None, tokens)
-        state = training.initial_state(settings, shape, optimizer, task.faults)
+        task = train_step.make_task(settings, shape, mesh)
+        state = train_step.initial_state(task, optimizer)
         on_device = sharding.put_batch(tokens, mesh)
         began = time.perf_counter()
-        step = training.train_step.lower(
+        step = train_step.train_step.lower(
             state,
             on_device,
             graphdef=task.graphdef,
