@@ -136,7 +136,7 @@ def _initial_state(
     for tree in (updates,) if params is None else _possible_params(updates, params):
         try:
             initial = inner.init(tree)
-        except (TypeError, ValueError) as error:  # `inner` has no state for it.
+        except (TypeError, ValueError) as error:  # `inner` raises for this tree.
             cause = error
             continue
         if jax.tree.structure(initial) == jax.tree.structure(inner_state):
@@ -163,7 +163,8 @@ def _possible_params(
     def of_part(kind, g, part):
         return part if g is not None else jax.tree.map(partial(of_kind, kind), part)
 
-    for kind in (np.generic, np.inexact, np.void):  # All arrays, then only floats, then none.
+    # All arrays, then only floats, then none.
+    for kind in (np.generic, np.inexact, np.void):
         is_none = lambda x: x is None  # noqa: E731
         yield jax.tree.map(partial(of_part, kind), updates, params, is_leaf=is_none)
 

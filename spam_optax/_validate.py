@@ -97,7 +97,7 @@ def check_number(
         raise ValueError(f"{message[:-1]}, which is {above} in float32.")
     if whole and value != int(value):
         raise ValueError(message)
-    return value if whole else float(value)  # May exceed JAX's integers.
+    return value if whole else float(value)  # An int may exceed JAX's.
 
 
 def to_python(value: Any) -> Any:
