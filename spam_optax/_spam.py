@@ -326,7 +326,7 @@ def spam_adam(
       average, and at most 2.7 times, in the 136th step after a reset (with the
       defaults). To compare with Adam, tune the learning rate of each. With
       ``restart_bias_correction=True`` the bias corrections count :math:`t` from the
-      reset, and the steps are as long as Adam's.
+      reset, and apart from the ramp the steps are as long as Adam's.
 
     A non-finite coordinate (NaN, infinite, or with an overflowing square) is set to 0,
     and ``dropped_count`` in the state counts it. This function does not clip spikes:
@@ -496,8 +496,6 @@ def spam(
     * Moments of bfloat16 parameters are float32 by default.
     * ``reset_interval=None`` and intervals of any length work.
 
-    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
-
     Args:
       learning_rate: The learning rate: a number >= 0 or a schedule.
       b1: Decay of the first moment, in [0, 1).
@@ -566,7 +564,8 @@ def spam(
       Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
       <https://arxiv.org/abs/2501.06842>`_, 2025.
 
-    .. seealso:: :func:`spam_clip`, :func:`spam_adam`
+    .. seealso::
+      :func:`spam_clip`, :func:`spam_adam`, :func:`spam_optax.inject_hyperparams`
     """
     return _moments.optimizer(
         scale_by_spam(

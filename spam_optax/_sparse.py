@@ -160,8 +160,6 @@ def sparse_spam(
     only entries with momentum, because the others have no second moment.
     ``nonfinite_count`` counts all entries.
 
-    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
-
     Other arguments are those of :func:`spam_optax.spam`. A matrix with sparse momentum
     must be real.
 
@@ -230,7 +228,9 @@ def sparse_spam(
       <https://arxiv.org/abs/2501.06842>`_, 2025, section 3: sparse momentum. In the
       paper the mask is drawn over the whole matrix, here within groups.
 
-    .. seealso:: :func:`spam_optax.spam`, :func:`matrices_only`, :func:`momentum_mask`
+    .. seealso::
+      :func:`spam_optax.spam`, :func:`matrices_only`, :func:`momentum_mask`,
+      :func:`spam_optax.inject_hyperparams`
     """
     learning_rate, weight_decay = _moments.check_optimizer(learning_rate, weight_decay)
     return optax.chain(
