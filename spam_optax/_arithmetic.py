@@ -1,7 +1,7 @@
-"""Arithmetic that every module shares: its dtype, complex numbers, counts.
+"""Shared arithmetic: the compute dtype, complex numbers, norms, counts.
 
-Arithmetic is done in float32, for float64 leaves in float64; what is stored and what
-comes out may be narrower.
+Arithmetic is done in float32, or in float64 for 64-bit arrays: the compute dtype.
+Stored moments and updates may have a narrower dtype.
 """
 
 import jax
@@ -13,32 +13,35 @@ _LARGEST_COUNT = 2.0**31 - 128  # The largest float32 that is an int32.
 
 
 def compute_dtype(x: jax.typing.ArrayLike) -> np.dtype:
-    """The real dtype of arithmetic on `x`: float64 for 64-bit parts, else float32."""
+    """Returns the real compute dtype of `x`: float64 for 64-bit parts, else float32."""
     return promote_types(jnp.finfo(jnp.result_type(x)).dtype, jnp.float32)
 
 
 def promote_types(one: jax.typing.DTypeLike, other: jax.typing.DTypeLike) -> np.dtype:
-    """The dtype that both fit into, even where JAX's strict promotion raises."""
+    """Returns the common dtype of both, also under JAX's strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(one, other)
 
 
 def widen(x: jax.typing.ArrayLike) -> jax.Array:
-    """`x` in the dtype that arithmetic is done in, complex if it was."""
+    """Casts `x` to the compute dtype. Complex arrays stay complex."""
     x = jnp.asarray(x)
     return x.astype(promote_types(x.dtype, compute_dtype(x)))
 
 
 def ema(mean: jax.Array, value: jax.Array, decay: jax.typing.ArrayLike) -> jax.Array:
-    """Returns an exponential moving average after `value`, in the wide dtype."""
+    """Updates an exponential moving average with `value`.
+
+    The result has the compute dtype.
+    """
     mean = widen(mean)
     dtype = promote_types(mean.dtype, value.dtype)
-    # Cast: an injected float64 decay must not widen a float32 moment.
+    # The cast keeps float32 moments float32 if an injected decay is float64.
     return (decay * mean + (1 - decay) * value).astype(dtype)
 
 
 def abs_sq(x: jax.Array) -> jax.Array:
-    """``|x|**2`` in the real compute dtype, without the square root of `abs`."""
+    """Returns ``|x|**2`` in the real compute dtype, without the root of `abs`."""
     x = widen(x)
     if jnp.iscomplexobj(x):
         return x.real**2 + x.imag**2
@@ -46,13 +49,13 @@ def abs_sq(x: jax.Array) -> jax.Array:
 
 
 def is_nonfinite(x: jax.Array) -> jax.Array:
-    """Returns which coordinates have no finite square."""
+    """Marks coordinates whose square is not finite."""
     return ~jnp.isfinite(abs_sq(x))
 
 
 def norm(x: jax.Array) -> jax.Array:
-    """Euclidean norm of finite numbers, though their squares or the sum overflow."""
-    # The sum is then finite of 2**60 numbers, each the largest there is.
+    """Returns the Euclidean norm of finite numbers, also if their squares overflow."""
+    # With this unit the sum of 2**60 squares of the largest number is finite.
     unit = 2.0 ** (-3 * jnp.finfo(compute_dtype(x)).maxexp // 4)
     total, scaled = jnp.sum(abs_sq(x)), jnp.sum(abs_sq(widen(x) * unit))
     return jnp.where(jnp.isfinite(total), root(total), root(scaled) / unit)
@@ -60,11 +63,11 @@ def norm(x: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def root(x: jax.Array) -> jax.Array:
-    """Square root of a number >= 0, its derivative 0 where it would be infinite.
+    """Returns the square root of a number >= 0. Its derivative at 0 is 0.
 
-    An infinite derivative turns every gradient taken through it into NaN, even in the
-    branch of a `where` that is not chosen. The root itself is the plain one: a guard of
-    its argument would make compilers round what is around it differently.
+    An infinite derivative makes every gradient through it NaN, even through a branch
+    of `where` that is not selected. The value is the plain root, because a guard on the
+    argument would change how compilers round the surrounding operations.
     """
     return jnp.sqrt(x)
 
@@ -81,12 +84,15 @@ def _root_jvp(
 
 
 def stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A vector of one number per tensor; empty if there is no tensor."""
+    """Stacks one scalar per tensor. The vector is empty if there are no tensors."""
     return jnp.stack(scalars).astype(dtype) if scalars else jnp.zeros([0], dtype)
 
 
 def narrow_like(x: jax.Array, nu: jax.Array) -> jax.Array:
-    """`x` no wider than arithmetic with `nu`: what does not fit becomes infinite."""
+    """Casts `x` to the compute dtype of `nu` if `x` is wider.
+
+    Values that do not fit become infinite.
+    """
     x, real = jnp.asarray(x), compute_dtype(nu)
     if jnp.finfo(x.dtype).max <= jnp.finfo(real).max:
         return x
@@ -94,7 +100,10 @@ def narrow_like(x: jax.Array, nu: jax.Array) -> jax.Array:
 
 
 def direction(x: jax.Array) -> jax.Array:
-    """``x / |x|``, 0 for 0, in the compute dtype; infinite parts outweigh the rest."""
+    """Returns ``x / |x|`` in the compute dtype, and 0 for 0.
+
+    In a complex number with an infinite part, finite parts count as 0.
+    """
     x = widen(x)
     if not jnp.iscomplexobj(x):
         return jnp.sign(x)
@@ -102,8 +111,9 @@ def direction(x: jax.Array) -> jax.Array:
     infinite = jnp.isinf(parts)
     has_infinite = infinite.any(axis=0, keepdims=True)
     parts = jnp.where(has_infinite, jnp.where(infinite, jnp.sign(parts), 0), parts)
-    # Scaled before the norm is taken: squares of 1e20 would overflow. Twice, since the
-    # reciprocal of 1e38, which XLA multiplies by, would be a denormal and flushed to 0.
+    # The parts are scaled before the norm, because the square of 1e20 overflows. They
+    # are scaled twice, because XLA multiplies by the reciprocal, and the reciprocal of
+    # 1e38 is subnormal and flushed to 0.
     parts = jnp.where(jnp.abs(parts).max(axis=0, keepdims=True) > 1, parts / 16, parts)
     largest = jnp.abs(parts).max(axis=0, keepdims=True)
     parts = parts / jnp.where(largest > 0, largest, 1)
@@ -113,9 +123,10 @@ def direction(x: jax.Array) -> jax.Array:
 
 
 def largest_like(x: jax.Array) -> float:
-    """The largest number of the dtype of `x` whose square does not overflow.
+    """Returns the largest number of the dtype of `x` whose square does not overflow.
 
-    A little less for complex numbers, whose squared size is a sum of rounded squares.
+    For complex numbers it is a little smaller, because ``|x|**2`` is a sum of two
+    rounded squares.
     """
     narrow, wide = jnp.finfo(x.dtype), jnp.finfo(compute_dtype(x))
     steps_below = 8 if jnp.iscomplexobj(x) else 1
@@ -124,7 +135,7 @@ def largest_like(x: jax.Array) -> float:
 
 
 def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`x` in another dtype; what is too large for it becomes its largest number."""
+    """Casts `x`. Values too large for the new dtype become its largest number."""
     if jnp.finfo(dtype).max >= jnp.finfo(x.dtype).max:
         return x.astype(dtype)
     if jnp.iscomplexobj(x):
@@ -135,13 +146,15 @@ def cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def totals(*masks: jax.Array) -> tuple[jax.Array, ...]:
-    """Sum of each array of booleans or small whole numbers, all of one shape, int32.
+    """Sums each of several masks of the same shape, as int32.
 
-    Exact up to 2**24, above that at least 2**24. Summed in float32, one by one: on TPU
-    that is fused with what made the masks, where an integer sum reads it again; and on
-    a mesh the only collective is that of a scalar, where row sums would need one of a
-    vector. XLA:CPU runs such a sum in a scalar loop, but not one of several integers at
-    once, which is four times as fast; on a mesh it would gather a number a device.
+    Masks are booleans or small whole numbers. Counts are exact up to 2**24; larger
+    counts are at least 2**24. The sums are taken in float32, one by one. On TPU they
+    are then fused with the computation of the masks, which an int32 sum would read
+    again. On a mesh they need only a scalar all-reduce, and row sums would need one of
+    a vector. XLA:CPU does not vectorize a float32 sum, so there all masks are summed as
+    int32 in one reduction, which is four times as fast. On a mesh of CPU devices that
+    reduction would need an all-gather, so float32 is used.
     """
 
     def one_by_one(*masks):
@@ -160,10 +173,10 @@ def totals(*masks: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def read_first(x: jax.Array, count: jax.Array) -> jax.Array:
-    """`x`, for use after `count`, a number >= 0 that was counted with it.
+    """Returns `x`, but makes XLA:CPU compute `count` (>= 0) before `x` is used.
 
-    XLA:CPU overwrites a donated array in place only if it can tell that all who read
-    its old value come first; without this it copies. Elsewhere it does nothing.
+    XLA:CPU overwrites a donated array in place only if all reads of the old value come
+    first; otherwise it copies. On other platforms this function only returns `x`.
     """
     return jax.lax.platform_dependent(
         x,
@@ -174,5 +187,5 @@ def read_first(x: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def saturating_add(total: jax.Array, count: jax.Array) -> jax.Array:
-    """Sum of two non-negative int32 that stops at the largest int32."""
+    """Adds two non-negative int32. The sum stops at the largest int32."""
     return total + jnp.minimum(count, _INT32_MAX - total)

@@ -1,7 +1,7 @@
-"""What all optimizers with moments share: their state, one step of it, casts, decay.
+"""Shared by all optimizers with moments: state, updates, casts, weight decay.
 
-A moment is an exponential moving average of a power of the gradient, stored in a dtype
-of its own.
+A moment is an exponential moving average of a power of the gradient. It has a storage
+dtype of its own.
 """
 
 import functools
@@ -19,14 +19,17 @@ Mask = optax.Params | Callable[[optax.Params], Any]
 
 
 def check_optimizer(learning_rate: Any, weight_decay: Any) -> tuple[Any, Any]:
-    """The learning rate and the weight decay; raises if one is out of range."""
+    """Checks and returns the learning rate and the weight decay."""
     learning_rate = _validate.check_learning_rate(learning_rate)
     weight_decay = _validate.check_number("weight_decay", weight_decay, at_least=0)
     return learning_rate, weight_decay
 
 
 def init_mu(params: optax.Params, dtype: Any) -> optax.Updates:
-    """First moments: in `dtype`, or wide; complex ones stay complex."""
+    """Returns zero first moments in `dtype`, or in the compute dtype.
+
+    Those of complex parameters are complex and have the compute dtype.
+    """
 
     def zeros(path, p):
         wide = _validate.check_inexact(path, p)
@@ -37,7 +40,7 @@ def init_mu(params: optax.Params, dtype: Any) -> optax.Updates:
 
 
 def init_nu(params: optax.Params, dtype: Any) -> optax.Updates:
-    """Second moments, always real."""
+    """Returns zero second moments, which are always real."""
 
     def zeros(path, p):
         wide = _validate.check_inexact(path, p)
@@ -47,12 +50,12 @@ def init_nu(params: optax.Params, dtype: Any) -> optax.Updates:
 
 
 def init_counters(is_counted: bool, n: int) -> tuple[jax.Array | None, ...]:
-    """`n` counters, or in their places None."""
+    """Returns `n` counters, or `n` times None."""
     return tuple(jnp.zeros([], jnp.int32) if is_counted else None for _ in range(n))
 
 
 def zero_at_reset(moments: optax.Updates, position: jax.Array) -> optax.Updates:
-    """Returns the moments, or zeros in a reset step, whose `position` is 0."""
+    """Returns the moments, or zeros in a reset step. Its `position` is 0."""
     return jax.tree.map(
         lambda x: jnp.where(position == 0, jnp.zeros_like(x), x), moments
     )
@@ -64,7 +67,7 @@ def move_all(
     decay: jax.typing.ArrayLike,
     power: Callable[[jax.Array], jax.Array],
 ) -> optax.Updates:
-    """Moves all moments towards that power of their gradients."""
+    """Updates all moments with a power of their gradients."""
     return map_moments(
         lambda m, g: _arithmetic.ema(m, power(g), decay), moments, gradients
     )
@@ -75,16 +78,16 @@ def map_tensors(
 ) -> tuple[Any, ...]:
     """Applies `f` to the gradient and the moments of each tensor.
 
-    Inside a traced update `f` is traced and lowered once for each shape, not for each
-    tensor: models have hundreds of tensors and few shapes.
+    Under `jax.jit`, `f` is traced and lowered once per shape and not once per tensor.
+    A model has hundreds of tensors but few shapes.
 
     Args:
-      f: Takes a gradient, which may be None, and its moments; returns a tuple.
+      f: Function from a gradient, which may be None, and its moments to a tuple.
       updates: The gradients.
       *moments: Trees of one structure.
 
     Returns:
-      A list for each element of the tuples, in the order of the moments.
+      One list per element of the tuple that `f` returns, in the order of the moments.
     """
     structure = jax.tree.structure(moments[0])
     columns = [structure.flatten_up_to(tree) for tree in (updates, *moments)]
@@ -97,7 +100,10 @@ def map_tensors(
 def map_moments(
     f: Callable[..., jax.Array], moments: optax.Updates, gradients: Any, *rest: Any
 ) -> optax.Updates:
-    """Maps `f` over moments and gradients; without a gradient a moment stays."""
+    """Maps `f` over moments and gradients.
+
+    A moment whose gradient is None does not change.
+    """
     leaves, structure = jax.tree.flatten(moments)
     trees = [structure.flatten_up_to(tree) for tree in (gradients, *rest)]
     return jax.tree.unflatten(
@@ -112,14 +118,20 @@ def map_moments(
 def screen(
     updates: optax.Updates, nu: optax.Updates
 ) -> tuple[optax.Updates, optax.Updates]:
-    """The gradients with 0 for what has no square in `nu`, and where that was."""
+    """Sets non-finite coordinates to 0. Also returns their mask.
+
+    A coordinate is non-finite if its square is, in the compute dtype of `nu`.
+    """
     gradients = map_leaves(_arithmetic.narrow_like, updates, nu)
     bad = map_leaves(functional.nonfinite_mask, gradients)
     return map_leaves(functional.zero_nonfinite, gradients), bad
 
 
 def hold(moved: optax.Updates, moments: optax.Updates, bad: Any) -> optax.Updates:
-    """`moved`; as before where all of a tensor is `bad`: 0 says nothing about it."""
+    """Keeps the old moments of tensors without a finite gradient coordinate.
+
+    Returns the new moments of all others.
+    """
     return map_moments(
         lambda old, bad, new: jnp.where(jnp.all(bad), old.astype(new.dtype), new),
         moments,
@@ -129,7 +141,7 @@ def hold(moved: optax.Updates, moments: optax.Updates, bad: Any) -> optax.Update
 
 
 def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Maps `f` over the leaves; None, a parameter without a gradient, stays None."""
+    """Maps `f` over the leaves. None, a missing gradient, stays None."""
     return jax.tree.map(
         lambda x, *xs: None if x is None else f(x, *xs),
         tree,
@@ -139,14 +151,14 @@ def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def total(counts: list[jax.Array]) -> jax.Array:
-    """Sum of counts that stops at the largest int32."""
+    """Adds counts. The sum stops at the largest int32."""
     return functools.reduce(
         _arithmetic.saturating_add, counts, jnp.zeros([], jnp.int32)
     )
 
 
 def vector(scalars: Any, moments: optax.Updates) -> jax.Array:
-    """One float32 a moment, in order; 0 where there was no gradient."""
+    """Stacks one float32 scalar per moment. A missing gradient gives 0."""
     leaves = jax.tree.structure(moments).flatten_up_to(scalars)
     return _arithmetic.stack(
         [jnp.zeros([]) if x is None else x for x in leaves], "float32"
@@ -154,7 +166,10 @@ def vector(scalars: Any, moments: optax.Updates) -> jax.Array:
 
 
 def count(masks: Any, before: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """How many booleans of a tree are true, and that added to the total `before`."""
+    """Counts the true entries of a tree of masks.
+
+    Returns the count, and its sum with the total `before`.
+    """
     counts = [_arithmetic.totals(mask)[0] for mask in jax.tree.leaves(masks)]
     number = total(counts)
     return number, _arithmetic.saturating_add(before, number)
@@ -170,7 +185,10 @@ def cast_like(tree: Any, like: Any) -> Any:
 def cast_updates(
     direction: optax.Updates, updates: optax.Updates, params: optax.Params | None
 ) -> optax.Updates:
-    """Casts to the parameters' dtype, or the gradients'; None where no gradient was."""
+    """Casts updates to the dtype of the parameters, or of the gradients without them.
+
+    Missing gradients stay None.
+    """
     like = updates if params is None else params
     return map_leaves(
         lambda g, d, y: _arithmetic.cast(d, jnp.asarray(y).dtype),
@@ -183,14 +201,17 @@ def cast_updates(
 def cast_to_params(
     updates: optax.Updates, params: optax.Params | None
 ) -> optax.Updates:
-    """Undoes the widening by an injected learning rate or weight decay."""
+    """Casts updates to the dtype of the parameters.
+
+    An injected learning rate or weight decay may have widened them.
+    """
     return updates if params is None else cast_like(updates, params)
 
 
 def decay_weights(
     weight_decay: jax.typing.ArrayLike, mask: Mask | None
 ) -> optax.GradientTransformation | None:
-    """Decoupled weight decay; None if there is nothing to decay."""
+    """Returns decoupled weight decay, or None if it is 0."""
     if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
         return None
     return optax.add_decayed_weights(weight_decay, mask)
@@ -202,7 +223,7 @@ def optimizer(
     weight_decay: jax.typing.ArrayLike,
     mask: Mask | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale` with decoupled weight decay and a learning rate."""
+    """Chains `scale` with decoupled weight decay and a learning rate."""
     learning_rate, weight_decay = check_optimizer(learning_rate, weight_decay)
     return optax.chain(
         scale,

@@ -1,4 +1,4 @@
-"""What clips by the norms of whole tensors share."""
+"""Shared by the transformations that clip by norms of whole tensors."""
 
 from collections.abc import Iterable
 
@@ -22,9 +22,9 @@ def check_updates(updates: optax.Updates) -> None:
 
 
 def screen(updates: optax.Updates) -> tuple[optax.Updates, optax.Updates]:
-    """The gradients with 0 for what is not finite, and where that was.
+    """Sets non-finite coordinates to 0. Also returns their mask.
 
-    Not finite is what has no square in float32, since the norms are float32.
+    A coordinate is non-finite if its square is, in float32, the dtype of the norms.
     """
     single = jnp.zeros([], jnp.float32)
 
@@ -41,20 +41,26 @@ def screen(updates: optax.Updates) -> tuple[optax.Updates, optax.Updates]:
 def finite(
     updates: optax.Updates, total: jax.Array
 ) -> tuple[optax.Updates, tuple[jax.Array, jax.Array]]:
-    """The gradients of :func:`screen`; how many were not finite, and the new total."""
+    """Sets non-finite coordinates to 0, and counts them.
+
+    Returns the gradients, and a tuple of the count and the new total.
+    """
     check_updates(updates)
     gradients, bad = screen(updates)
     return gradients, _moments.count(bad, total)
 
 
 def of_tensors(gradients: optax.Updates) -> jax.Array:
-    """The norm of every tensor, float32."""
+    """Returns one float32 norm per tensor."""
     norms = [_arithmetic.norm(g) for g in jax.tree.leaves(gradients)]
     return _arithmetic.stack(norms, jnp.float32)
 
 
 def factor(norm: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
-    """What brings `norm` down to `limit`: 1 if it is not above, so for a norm of 0."""
+    """Returns the factor that scales `norm` down to `limit`.
+
+    It is 1 if the norm is not above the limit.
+    """
     is_above = norm > limit
     return jnp.where(is_above, limit / jnp.where(is_above, norm, 1), 1).astype(
         jnp.float32
@@ -64,7 +70,7 @@ def factor(norm: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
 def scale(
     tensors: list[jax.Array | None], factors: Iterable[jax.Array]
 ) -> list[jax.Array | None]:
-    """The tensors times one factor each, in their dtypes; None stays None."""
+    """Multiplies each tensor by its factor and keeps its dtype. None stays None."""
     return [
         None if x is None else (_arithmetic.widen(x) * by).astype(jnp.asarray(x).dtype)
         for x, by in zip(tensors, factors, strict=True)

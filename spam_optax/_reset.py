@@ -16,7 +16,7 @@ class ResetMomentsState(NamedTuple):
     """State of :func:`reset_moments`.
 
     Attributes:
-      reset_step: Steps taken.
+      reset_step: Number of steps taken.
       inner_state: State of the inner transformation.
     """
 
@@ -30,28 +30,28 @@ def reset_moments(
     *,
     fields: Collection[str] = ("mu", "nu", "trace"),
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum reset for any Optax transformation.
+    r"""Resets the momentum of any Optax transformation at regular intervals.
 
     In steps ``interval``, ``2 * interval``, ... the named fields of the inner state go
     back to their initial values before the gradient of that step is used. Everything
-    else stays, step counters included, so schedules and bias corrections run on.
+    else stays, including step counters, so schedules and bias corrections continue.
 
     .. warning::
-      Since the step counter stays, Adam's moments start from 0 without bias correction,
-      and its steps are 2.6 times the learning rate on average and at most 6.6 times (in
-      the 12th step after a reset; interval 500, a constant gradient). Huang et al. use
-      a warm-up after each reset: :func:`spam_optax.spam_adam` has it built in, and for
-      others chain ``optax.scale_by_schedule`` with
+      The step counter stays, so after a reset Adam's moments start from 0 without bias
+      correction. Its steps are then 2.6 times the learning rate on average and at most
+      6.6 times, in the 12th step after a reset (interval 500, constant gradient). Huang
+      et al. use a ramp after each reset. :func:`spam_optax.spam_adam` includes it. For
+      other optimizers chain ``optax.scale_by_schedule`` with
       :func:`spam_optax.functional.reset_ramp`. Sign-based optimizers such as Lion are
       not affected.
 
     Args:
       inner: The transformation whose momentum is reset: ``optax.scale_by_adam``,
         ``scale_by_lion``, ``trace``, ``contrib.muon``, a whole chain, ...
-      interval: Steps between resets. None: never.
-      fields: Names of the state fields that are reset, at any depth of the inner state,
-        so also attributes of parameters that are named tuples; keys of dictionaries
-        are not meant.
+      interval: Number of steps between resets. None: no resets.
+      fields: Names of the state fields that are reset, at any depth of the inner state.
+        Keys of dictionaries do not count. Attributes of named tuples count, also in
+        parameters.
 
     Returns:
       The wrapped transformation. It passes extra arguments on to `inner`.
@@ -127,15 +127,16 @@ def _initial_state(
     inner_state: optax.OptState,
     params: optax.Params | None,
 ) -> optax.OptState:
-    """The state of `inner` before its first step, in the structure of `inner_state`.
+    """Returns the initial state of `inner`, in the structure of `inner_state`.
 
-    It is made anew, not stored: initial moments are constants to the compiler.
+    It is computed in every step and not stored, because the compiler sees initial
+    moments as constants.
     """
     cause = None
     for tree in (updates,) if params is None else _possible_params(updates, params):
         try:
             initial = inner.init(tree)
-        except (TypeError, ValueError) as error:  # `inner` refuses this tree.
+        except (TypeError, ValueError) as error:  # `inner` raises for this tree.
             cause = error
             continue
         if jax.tree.structure(initial) == jax.tree.structure(inner_state):
@@ -149,10 +150,10 @@ def _initial_state(
 def _possible_params(
     updates: optax.Updates, params: optax.Params
 ) -> Iterator[optax.Params]:
-    """The trees that init may have been called with, when `params` holds more.
+    """Yields the trees that ``init`` may have been called with.
 
-    A whole Equinox model holds functions and numbers, which have no updates. A
-    parameter that takes no part in a step has no update either.
+    `params` may contain more. An Equinox model also contains functions and numbers,
+    which have no updates. A parameter that is not used in a step has no update either.
     """
 
     def of_kind(kind, leaf):
@@ -162,13 +163,14 @@ def _possible_params(
     def of_part(kind, g, part):
         return part if g is not None else jax.tree.map(partial(of_kind, kind), part)
 
-    for kind in (np.generic, np.inexact, np.void):  # All arrays, floats, none.
+    # All arrays, then only floats, then none.
+    for kind in (np.generic, np.inexact, np.void):
         is_none = lambda x: x is None  # noqa: E731
         yield jax.tree.map(partial(of_part, kind), updates, params, is_leaf=is_none)
 
 
 def _like(new: jax.Array, old: jax.Array) -> jax.Array:
-    """`new` with the dtype of `old`, and on an explicit mesh its sharding."""
+    """Casts `new` to the dtype of `old`, and on an explicit mesh to its sharding."""
     new = new.astype(old.dtype)
     wanted = jax.typeof(old).sharding
     if jax.typeof(new).sharding == wanted:
@@ -185,7 +187,7 @@ def _check_fields(fields: Collection[str]) -> None:
 
 
 def _has_field(state: optax.OptState, name: str) -> bool:
-    """Whether a named tuple, not a dictionary, in `state` has the field `name`."""
+    """Checks whether a named tuple, not a dictionary, in `state` has a field `name`."""
     return any(
         path[-1:] and getattr(path[-1], "name", None) == name
         for path, _ in optax.tree.get_all_with_path(state, name)
@@ -193,7 +195,7 @@ def _has_field(state: optax.OptState, name: str) -> bool:
 
 
 def _names_any(path: tuple, fields: Collection[str]) -> bool:
-    """Whether an attribute, not a key of a parameter dictionary, is one of `fields`."""
+    """Checks whether an attribute, not a dictionary key, in `path` is in `fields`."""
     return any(
         isinstance(key, jax.tree_util.GetAttrKey) and key.name in fields for key in path
     )

@@ -1,4 +1,4 @@
-"""SPAM: spike-aware clipping, Adam with momentum reset, and both as one.
+"""SPAM, and its two halves: spike-aware clipping, and Adam with momentum reset.
 
 Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
 <https://arxiv.org/abs/2501.06842>`_, ICLR 2025.
@@ -16,15 +16,16 @@ from spam_optax._spikes import SpikeRule
 
 
 class SpamClipState(NamedTuple):
-    """State of :func:`spam_clip`. The counters are None when spikes are not counted.
+    """State of :func:`spam_clip`. The counters are None without `count_spikes`.
 
     Attributes:
-      clip_step: Steps taken.
+      clip_step: Number of steps taken.
       clip_nu: Second moment of the clipped gradients.
-      spike_count: Coordinates clipped as spikes in the last step.
-      spike_total: The same, of all steps.
-      nonfinite_count: NaN, infinite or overflowing coordinates in the last step.
-      nonfinite_total: The same, of all steps.
+      spike_count: Number of coordinates clipped as spikes in the last step.
+      spike_total: The same, summed over all steps.
+      nonfinite_count: Number of NaN, infinite or overflowing coordinates in the last
+        step.
+      nonfinite_total: The same, summed over all steps.
     """
 
     clip_step: jax.Array  # shape=(), dtype=jnp.int32.
@@ -39,13 +40,12 @@ class ScaleBySpamAdamState(NamedTuple):
     """State of :func:`scale_by_spam_adam`.
 
     Attributes:
-      count: Steps taken.
+      count: Number of steps taken.
       mu: First moment.
       nu: Second moment.
-      dropped_count: Coordinates of the last step that were not finite and so were
-        taken as 0; None when they are not counted. The name differs from
-        :class:`SpamClipState`'s, for a chain has both states.
-      dropped_total: The same, of all steps.
+      dropped_count: Number of NaN, infinite or overflowing coordinates in the last
+        step, which were set to 0. None if `count_dropped` is False.
+      dropped_total: The same, summed over all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
@@ -56,16 +56,18 @@ class ScaleBySpamAdamState(NamedTuple):
 
 
 class ScaleBySpamState(NamedTuple):
-    """State of :func:`scale_by_spam`. The counters are None when nothing is counted.
+    """State of :func:`scale_by_spam`. The counters are None without `count_spikes`.
 
     Attributes:
-      count: Steps taken.
+      count: Number of steps taken.
       mu: First moment.
-      nu: Second moment, which the spikes are measured against.
-      spike_count: Coordinates clipped as spikes in the last step.
-      spike_total: The same, of all steps.
-      nonfinite_count: NaN, infinite or overflowing coordinates in the last step.
-      nonfinite_total: The same, of all steps.
+      nu: Second moment. A coordinate is a spike if its square exceeds `threshold` times
+        this moment.
+      spike_count: Number of coordinates clipped as spikes in the last step.
+      spike_total: The same, summed over all steps.
+      nonfinite_count: Number of NaN, infinite or overflowing coordinates in the last
+        step.
+      nonfinite_total: The same, summed over all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
@@ -87,39 +89,37 @@ def spam_clip(
     count_spikes: bool = True,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    r"""Spike-aware gradient clipping with a second moment of its own.
+    r"""Clips each coordinate of the gradient by its own second moment.
 
-    Each coordinate :math:`g` of the gradient is limited by its own history :math:`v`:
+    Each coordinate :math:`g` of the gradient is clipped by its second moment
+    :math:`v`:
 
     .. math::
       g &\leftarrow \mathrm{sign}(g) \sqrt{\theta v}
         \quad \text{where } g^2 > \theta v \\
       v &\leftarrow \beta_2 v + (1 - \beta_2) g^2
 
-    where :math:`\theta` is the `threshold`. The history starts anew every
-    `reset_interval` steps, and nothing is clipped in the `grace_steps` after that, or
-    at the start. Coordinates that are not finite never get through: NaN becomes 0, and
-    an infinity (or a number whose square overflows) the limit
-    :math:`\sqrt{\theta v}`, or 0 where nothing is clipped or there is no history.
+    where :math:`\theta` is the `threshold`. The second moment is set to 0 every
+    `reset_interval` steps. Nothing is clipped in the `grace_steps` at the start of the
+    run and after each reset. The updates are always finite. NaN becomes 0. An infinite
+    coordinate, or one whose square overflows, becomes the limit
+    :math:`\sqrt{\theta v}` where clipping is active and :math:`v > 0`, and 0 elsewhere.
 
-    Use it before any optimizer: ``optax.chain(spam_clip(), optax.adamw(1e-3))``.
-    Before :func:`spam_adam` prefer :func:`spam`, which shares the second moment.
+    Use it before any optimizer: ``optax.chain(spam_clip(), optax.adamw(1e-3))``. In
+    place of ``optax.chain(spam_clip(), spam_adam())`` use :func:`spam`, which needs
+    only one second moment for both. Other arguments are those of :func:`spam`.
 
     Args:
-      threshold: Limit on ``g**2 / v``; 5000 is about 70.7 times the running root mean
-        square. Not the 50 of :func:`spam_optax.functional.gradient_spike_score`. Since
-        ``v`` is not bias corrected, keep it above ``1 / (1 - b2**grace_steps)`` (51
-        with the defaults), or ordinary gradients are clipped after a reset.
-      b2: Decay of the second moment, in [0, 1).
-      reset_interval: Steps between resets, larger than `grace_steps`. None: never.
-      grace_steps: Steps without clipping at the start and after each reset.
-      clip_unseen: Whether a coordinate whose second moment is 0 is clipped, to 0, as in
-        the reference implementation. Such a coordinate, an embedding row first seen
-        after the grace window for one, then stays frozen until the next reset.
-      count_spikes: Whether clipped and non-finite coordinates are counted in the state,
-        over the whole array: turn it off inside ``jax.shard_map``.
-      nu_dtype: Storage dtype of the second moment, with the range of float32. None:
-        float32, float64 for float64 and complex128 parameters.
+      threshold: Limit on ``g**2 / v``. The default of 5000 allows 70.7 times the
+        running root mean square. The 50 of
+        :func:`spam_optax.functional.gradient_spike_score` belongs to another formula.
+        Keep the threshold above ``1 / (1 - b2**grace_steps)``, which is 51 with the
+        defaults. Below it, ordinary gradients are clipped after a reset, because ``v``
+        is not bias corrected.
+      clip_unseen: Whether a coordinate without history (``v == 0``) is clipped to 0, as
+        in the authors' implementation. Such a coordinate then stays at 0 until the next
+        reset. An example is an embedding row whose token first occurs after the grace
+        steps.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.
@@ -203,32 +203,12 @@ def scale_by_spam_adam(
 ) -> optax.GradientTransformation:
     """Rescales by Adam with momentum reset and a ramp after each reset.
 
-    :func:`spam_adam` without learning rate and weight decay; the formulas are there.
-
-    Args:
-      b1: Decay of the first moment, in [0, 1).
-      b2: Decay of the second moment, in [0, 1).
-      eps: Term added to the root of the uncorrected second moment, > 0.
-      reset_interval: Steps between resets. None: never.
-      warmup_steps: Steps over which the step size rises from 0.01 to 1 after each
-        reset, and not at the start; no part of the learning rate's own warm-up.
-      restart_bias_correction: Whether the bias corrections restart with the moments.
-      count_dropped: Whether non-finite coordinates are counted in the state. Turn it
-        off behind :func:`spam_clip`, which counts them and lets none through: on TPU
-        the second count costs the chain more than all the rest.
-      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
-        parameters. Complex parameters keep a complex first moment.
-      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
-        for the first, but real.
+    This is :func:`spam_adam` without learning rate and weight decay. See there for
+    formulas, arguments and errors.
 
     Returns:
-      The transformation. Its updates have the dtype of the parameters, or without
-      these of the gradients.
-
-    Raises:
-      ValueError: If an argument is out of range; by ``update``, if the tree of updates
-        is not that of the parameters.
-      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+      The transformation. Its updates have the dtype of the parameters, or of the
+      gradients if ``update`` gets no parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -324,8 +304,8 @@ def spam_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with momentum reset and a ramp of the step size after each reset.
 
-    The momentum half of SPAM, a complete optimizer. In step :math:`t` with gradient
-    :math:`g`, learning rate :math:`\alpha` and weight decay :math:`\lambda`:
+    This is SPAM without its clipping, and a complete optimizer. In step :math:`t` with
+    gradient :math:`g`, learning rate :math:`\alpha` and weight decay :math:`\lambda`:
 
     .. math::
       m, v &\leftarrow 0 \quad \text{if } t \bmod D = 0 \\
@@ -340,47 +320,29 @@ def spam_adam(
     `warmup_steps` after each reset and is 1 before the first one.
 
     .. note::
-      As published, the bias correction is *not* restarted by a reset. The moments then
-      start from 0 without correction, and since the root of :math:`v` grows more
-      slowly than :math:`m`, the steps are about 1.9 times Adam's on average (at most
-      2.7 times, in the 136th step after a reset, with the defaults). So compare it with
-      Adam at each one's own best learning rate. ``restart_bias_correction=True`` counts
-      :math:`t` in the bias corrections from the reset, and the steps are Adam's.
+      As in the paper, the bias correction is *not* restarted by a reset. After a reset
+      the moments start from 0 without correction. The root of :math:`v` then grows more
+      slowly than :math:`m`, so the steps are longer than Adam's: about 1.9 times on
+      average, and at most 2.7 times, in the 136th step after a reset (with the
+      defaults). To compare with Adam, tune the learning rate of each. With
+      ``restart_bias_correction=True`` the bias corrections count :math:`t` from the
+      reset, and apart from the ramp the steps are as long as Adam's.
 
-    A coordinate that is not finite (NaN, infinite, or its square overflows) is taken as
-    0 and counted in the state as ``dropped_count``; clip spikes with :func:`spam_clip`
-    before, or use :func:`spam`.
+    A non-finite coordinate (NaN, infinite, or with an overflowing square) is set to 0,
+    and ``dropped_count`` in the state counts it. This function does not clip spikes:
+    use :func:`spam_clip` before it, or :func:`spam`. Other arguments are those of
+    :func:`spam`. So are the errors.
 
     Args:
-      learning_rate: The learning rate, a number >= 0 or a schedule.
-      b1: Decay of the first moment, in [0, 1).
-      b2: Decay of the second moment, in [0, 1).
-      eps: Term added to the root of the uncorrected second moment, > 0.
-      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate and
-        not by the ramp. 0 adds nothing and needs no parameters.
-      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
-        of them, or a function from parameters to such a tree. None: everything.
-      reset_interval: Steps between resets. None: never.
-      warmup_steps: Steps over which the step size rises from 0.01 to 1 after each
-        reset, and not at the start; no part of the learning rate's own warm-up.
-      restart_bias_correction: Whether the bias corrections restart with the moments.
-      count_dropped: Whether non-finite coordinates are counted in the state. Turn it
-        off behind :func:`spam_clip`, which counts them and lets none through: on TPU
-        the second count costs the chain more than all the rest.
-      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
-        parameters. Complex parameters keep a complex first moment.
-      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
-        for the first, but real.
+      reset_interval: Number of steps between momentum resets. None: no resets.
+      count_dropped: Whether the state counts non-finite coordinates. Turn it off after
+        :func:`spam_clip`, whose updates are always finite. On TPU this second count
+        costs more than the rest of the chain.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or of the gradients
-      if `params` is not passed, and are rounded to it before weight decay and learning
-      rate are applied, as Optax's are.
-
-    Raises:
-      ValueError: If an argument is out of range; by ``update``, if the tree of updates
-        is not that of the parameters, or weight decay is asked for without parameters.
-      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+      if ``update`` gets no parameters. They are rounded to this dtype before weight
+      decay and learning rate are applied, as in Optax.
 
     Examples:
       >>> import jax
@@ -439,11 +401,12 @@ def scale_by_spam(
 ) -> optax.GradientTransformation:
     """Rescales by SPAM: spike-aware clipping and Adam with momentum reset.
 
-    :func:`spam` without learning rate and weight decay; arguments and errors are there.
+    This is :func:`spam` without learning rate and weight decay. See there for formulas,
+    arguments and errors.
 
     Returns:
-      The transformation. Its updates have the dtype of the parameters, or without
-      these of the gradients.
+      The transformation. Its updates have the dtype of the parameters, or of the
+      gradients if ``update`` gets no parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -505,16 +468,17 @@ def spam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SPAM: Adam with spike-aware gradient clipping and momentum reset.
 
-    For pre-training that spikes. The same as ``optax.chain(spam_clip(...),
-    spam_adam(...))``, whose docstrings have the formulas, with one second moment for
-    both halves and so the memory of Adam. The two agree to float32 rounding when both
-    halves of the chain have the same `b2`, `reset_interval` and `nu_dtype` and the
-    gradients are float32; narrower gradients are clipped here in float32.
+    SPAM is for pre-training in which gradients spike. It computes what
+    ``optax.chain(spam_clip(...), spam_adam(...))`` computes; see these functions for
+    the formulas. It needs only one second moment, so its state is as large as Adam's.
+    Both agree to float32 rounding if the halves have the same `b2`, `reset_interval`
+    and `nu_dtype` and the gradients are float32. Clipped 16-bit gradients stay in
+    float32 here. The chain rounds them to 16 bits.
 
-    Statistics are in the state, for example ``optax.tree.get(state, "spike_count")``;
-    the others are ``spike_total``, ``nonfinite_count`` and ``nonfinite_total``.
+    Statistics are in the state, for example ``optax.tree.get(state, "spike_count")``.
+    The others are ``spike_total``, ``nonfinite_count`` and ``nonfinite_total``.
 
-    What happens to a coordinate of the gradient:
+    How each coordinate of the gradient is handled:
 
     ============================  ====================================================
     NaN                           0, counted as non-finite
@@ -529,44 +493,49 @@ def spam(
 
     * A coordinate without history is not clipped to 0; ``clip_unseen=True`` does that.
     * Non-finite gradients do not reach the moments or the parameters.
-    * Moments are float32 for bfloat16 parameters unless asked otherwise.
+    * Moments of bfloat16 parameters are float32 by default.
     * ``reset_interval=None`` and intervals of any length work.
 
-    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
-
     Args:
-      learning_rate: The learning rate, a number >= 0 or a schedule.
+      learning_rate: The learning rate: a number >= 0 or a schedule.
       b1: Decay of the first moment, in [0, 1).
       b2: Decay of the second moment, in [0, 1).
-      eps: Term added to the root of the uncorrected second moment, > 0.
-      threshold: Limit on ``g**2 / v``; 5000 is about 70.7 times the running root mean
-        square, so a burst of 40 times the usual gradient passes.
-      grace_steps: Steps without clipping at the start and after each reset.
-      clip_unseen: Whether a coordinate whose second moment is 0 is clipped, to 0.
-      count_spikes: Whether clipped and non-finite coordinates are counted in the state,
-        over the whole array: turn it off inside ``jax.shard_map``.
-      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate and
-        not by the ramp. 0 adds nothing and needs no parameters.
-      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
-        of them, or a function from parameters to such a tree. None: everything.
-      reset_interval: Steps between resets, larger than `grace_steps`. None: never.
-      warmup_steps: Steps over which the step size rises from 0.01 to 1 after each
-        reset, and not at the start; no part of the learning rate's own warm-up.
-      restart_bias_correction: Whether the bias corrections restart with the moments;
-        see the note in :func:`spam_adam` on the effective learning rate.
-      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
+      eps: Term added to the root of the second moment, > 0. It is added before the bias
+        correction.
+      threshold: Limit on ``g**2 / v``. The default of 5000 allows 70.7 times the
+        running root mean square, so 40 times the usual gradient is not a spike.
+      grace_steps: Number of steps without clipping, at the start and after each reset.
+      clip_unseen: Whether a coordinate without history (``v == 0``) is clipped to 0, as
+        in the authors' implementation.
+      count_spikes: Whether the state counts clipped and non-finite coordinates. The
+        counters are sums over whole arrays, so leave this off inside
+        ``jax.shard_map``.
+      weight_decay: Decoupled weight decay, >= 0. It is multiplied by the learning rate,
+        and not by the ramp after a reset. 0 adds no decay, and ``update`` then needs no
+        parameters.
+      mask: Which parameters are decayed: a tree of booleans like the parameters or a
+        prefix of it, or a function from parameters to such a tree. None: all.
+      reset_interval: Number of steps between momentum resets. It must be larger than
+        `grace_steps`. None: no resets.
+      warmup_steps: Number of steps after each reset over which the step size rises from
+        0.01 to 1. There is no ramp at the start of training. This is not the warm-up of
+        the learning rate.
+      restart_bias_correction: Whether a reset also restarts the bias corrections. See
+        the note in :func:`spam_adam`.
+      mu_dtype: Storage dtype of the first moment. None: float32, or float64 for float64
         parameters. Complex parameters keep a complex first moment.
-      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
-        for the first, but real.
+      nu_dtype: Storage dtype of the second moment. It must have the range of float32.
+        None: float32, or float64 for float64 and complex128 parameters.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or of the gradients
-      if `params` is not passed, and are rounded to it before weight decay and learning
-      rate are applied, as Optax's are.
+      if ``update`` gets no parameters. They are rounded to this dtype before weight
+      decay and learning rate are applied, as in Optax.
 
     Raises:
-      ValueError: If an argument is out of range; by ``update``, if the tree of updates
-        is not that of the parameters, or weight decay is asked for without parameters.
+      ValueError: If an argument is out of range. The message names the argument.
+        ``update`` raises it if the tree of updates is not that of the parameters, or if
+        weight decay has no parameters.
       TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
 
     Examples:
@@ -595,7 +564,8 @@ def spam(
       Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
       <https://arxiv.org/abs/2501.06842>`_, 2025.
 
-    .. seealso:: :func:`spam_clip`, :func:`spam_adam`
+    .. seealso::
+      :func:`spam_clip`, :func:`spam_adam`, :func:`spam_optax.inject_hyperparams`
     """
     return _moments.optimizer(
         scale_by_spam(
@@ -618,18 +588,18 @@ def spam(
     )
 
 
-# What the transformations above share: checks, initial state, one step.
+# Shared by the transformations above: argument checks, initial state, one step.
 
 
 def _check_clip(threshold, b2, reset_interval, grace_steps) -> tuple:
-    """Returns the arguments, checked, in the same order."""
+    """Checks the arguments and returns them in the same order."""
     threshold = _validate.check_number("threshold", threshold, above=0)
     b2 = _validate.check_decay("b2", b2)
     return threshold, b2, *_validate.check_reset(reset_interval, grace_steps)
 
 
 def _check_adam(b1, b2, eps, reset_interval, warmup_steps) -> tuple:
-    """Returns the arguments, checked, in the same order."""
+    """Checks the arguments and returns them in the same order."""
     b1 = _validate.check_decay("b1", b1)
     b2 = _validate.check_decay("b2", b2)
     eps = _validate.check_number("eps", eps, above=0)
@@ -639,7 +609,7 @@ def _check_adam(b1, b2, eps, reset_interval, warmup_steps) -> tuple:
 
 
 class SpamSettings(NamedTuple):
-    """The arguments of :func:`scale_by_spam`, shared with its sparse sibling."""
+    """The arguments of :func:`scale_by_spam` and :func:`scale_by_sparse_spam`."""
 
     b1: jax.typing.ArrayLike
     b2: jax.typing.ArrayLike
@@ -655,7 +625,10 @@ class SpamSettings(NamedTuple):
     nu_dtype: jax.typing.DTypeLike | None
 
     def checked(self) -> "SpamSettings":
-        """These, with plain numbers and dtypes; raises if one is out of range."""
+        """Returns the settings with Python numbers and canonical dtypes.
+
+        Raises if one is invalid.
+        """
         clip = ("threshold", "b2", "reset_interval", "grace_steps")
         adam = ("b1", "b2", "eps", "reset_interval", "warmup_steps")
         numbers = {}
@@ -672,7 +645,7 @@ class SpamSettings(NamedTuple):
 
 
 def init_spam(params: optax.Params, settings: SpamSettings) -> ScaleBySpamState:
-    """The state of :func:`scale_by_spam` for moments shaped like `params`."""
+    """Returns the initial state of SPAM for moments shaped like `params`."""
     return ScaleBySpamState(
         jnp.zeros([], jnp.int32),
         _moments.init_mu(params, settings.mu_dtype),
@@ -687,17 +660,17 @@ def spam_step(
     settings: SpamSettings,
     nonfinite: Any = None,
 ) -> tuple[optax.Updates, ScaleBySpamState]:
-    """One step of SPAM on trees shaped like the moments.
+    """Takes one step of SPAM on trees shaped like the moments.
 
     Args:
       gradients: The gradients.
       state: The state before the step.
       settings: The hyper-parameters.
-      nonfinite: Number of non-finite coordinates that each moment stands for, where it
-        stands for several. None: whether the gradient's coordinate is non-finite.
+      nonfinite: Number of non-finite gradient coordinates per entry of the moments, for
+        moments that stand for a group. None: computed from `gradients`.
 
     Returns:
-      The direction, in the dtype of arithmetic, and the state after the step.
+      The direction in the compute dtype, and the new state.
     """
     b1, b2 = settings.b1, settings.b2
     step = optax.safe_increment(state.count)
@@ -717,7 +690,7 @@ def spam_step(
         mu, nu = _moments.zero_at_reset((old_mu, old_nu), position)
         if g is None:
             return None, mu, nu, ()
-        # Widened: nothing forces a clipped bfloat16 gradient back to bfloat16.
+        # In the compute dtype: a clipped gradient need not be rounded to bfloat16.
         g, counts = _arithmetic.widen(_arithmetic.narrow_like(g, nu)), ()
         if settings.count_spikes:
             bad = _arithmetic.is_nonfinite(g) if nonfinite is None else nonfinite
@@ -742,7 +715,7 @@ def spam_step(
 def _add_counts(
     counts: list[tuple[jax.Array, ...]], state: SpamClipState | ScaleBySpamState
 ) -> tuple[jax.Array, ...]:
-    """Adds the counts of all tensors; returns the four counters of a state."""
+    """Adds the counts of all tensors. Returns the four counters of a state."""
     spikes, nonfinite = (_moments.total([c[i] for c in counts if c]) for i in (0, 1))
     return (
         spikes,

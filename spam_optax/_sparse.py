@@ -2,10 +2,11 @@ r"""SPAM with momentum for a fraction of each matrix.
 
 The layout. A matrix of `rows` rows is cut into `row_blocks` blocks of rows, and a block
 of :math:`R` rows into slabs of :math:`n = \mathrm{round}(\rho R)` rows, for the density
-:math:`\rho`; the last slab may be shorter. Row :math:`r` of the moments of a block
-belongs to the rows :math:`r, n + r, 2n + r, \dots`: for each column, one of these
-entries, the *lane*, has momentum. Picking gradients and placing updates are thus
-elementwise over the slabs, with no index, and on a mesh no group need leave its device.
+:math:`\rho`; the last slab may be shorter. Row :math:`r` of a block's moments stands
+for rows :math:`r, n + r, 2n + r, \dots` of the block. In each column these entries form
+a group. One of them, the selected member or *lane*, has momentum. Gathering gradients
+and placing updates are therefore elementwise operations over the slabs, without
+indices. On a mesh every group can stay on one device.
 """
 
 import functools
@@ -41,11 +42,11 @@ class ScaleBySparseSpamState(NamedTuple):
     """State of :func:`scale_by_sparse_spam`.
 
     Attributes:
-      mask_seeds: What the random masks of this window are made from: the sum of these
-        numbers, one for each of the `row_blocks`, so that the state tells its layout.
-      mask_lanes: The lanes in force, shaped like the moments, where they are chosen by
-        size: None for dense parameters. None altogether if they are random, for then
-        they are made from the seeds whenever they are needed.
+      mask_seeds: Seed of the current random masks, stored as `row_blocks` numbers whose
+        sum is the seed. Their number shows which `row_blocks` the state was made with.
+      mask_lanes: The selected members, shaped like the moments, if `selection` depends
+        on size; None for dense parameters. With random selection the whole field is
+        None, because the selection is computed from `mask_seeds` in every step.
       inner_state: The state of SPAM on the entries with momentum.
     """
 
@@ -76,12 +77,12 @@ def scale_by_sparse_spam(
 ) -> optax.GradientTransformation:
     """Rescales by SPAM with momentum for a fraction of each matrix.
 
-    :func:`sparse_spam` without learning rate and weight decay; arguments and errors are
-    there.
+    This is :func:`sparse_spam` without learning rate and weight decay. See there for
+    formulas, arguments and errors.
 
     Returns:
-      The transformation. Its updates have the dtype of the parameters, or without
-      these of the gradients; entries without momentum get 0.
+      The transformation. Its updates have the dtype of the parameters, or of the
+      gradients if ``update`` gets no parameters. Entries without momentum get 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -136,85 +137,71 @@ def sparse_spam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""SPAM with sparse momentum: moments for a fraction of each chosen matrix.
 
-    For training short of memory. Of every group of about ``1 / density`` entries,
-    evenly spaced in a column, one has momentum and moves by :func:`spam_optax.spam`;
-    the others stay where they are, to the bit. At each momentum reset every group draws
-    anew. Parameters that are not chosen follow :func:`spam_optax.spam` as they are.
+    It is for training with little memory. About ``1 / density`` evenly spaced entries
+    of a column form a group. One entry of each group has momentum and is updated by
+    :func:`spam_optax.spam`. The other entries do not change, bit for bit. At each
+    momentum reset a new entry of each group is drawn. Parameters without sparse
+    momentum are updated by :func:`spam_optax.spam`.
 
-    With density :math:`\rho` the two moments of a matrix take :math:`8 \rho` bytes for
-    each of its float32 entries, against 8 for Adam; random masks take none, since they
-    are made from a few numbers in the state whenever they are needed.
+    With density :math:`\rho` the two moments of a matrix take :math:`8 \rho` bytes per
+    float32 entry, where Adam's take 8. Random masks take no memory, because every step
+    computes them from a few numbers in the state.
 
-    :func:`momentum_mask` shows which entries have momentum now, and
-    :func:`momentum_density` the density a matrix really has: of a block of :math:`R`
-    rows :math:`n = \max(1, \mathrm{round}(\rho R))` have moments. Within a group all
-    entries are equally likely. Where :math:`n` does not divide :math:`R`, some groups
-    have an entry less and so choose each of theirs a little more often; above a density
-    of 1/2 these are groups of one, always on.
+    :func:`momentum_mask` returns which entries have momentum now. The actual density
+    may differ from `density`: a block of :math:`R` rows has
+    :math:`n = \max(1, \mathrm{round}(\rho R))` rows of moments, and :math:`n` of 128 or
+    more is rounded to a multiple of 8. :func:`momentum_density` returns the actual
+    density. Within a group all entries are equally likely. If :math:`n` does not divide
+    :math:`R`, some groups have one entry less, and each of their entries is drawn a
+    little more often. Above a density of 1/2 such a group has a single entry, which
+    always has momentum.
 
-    Statistics are in the state as in :func:`spam_optax.spam`: ``spike_count`` counts
-    entries with momentum, since the others have no history; ``nonfinite_count`` all.
+    Statistics are in the state as in :func:`spam_optax.spam`. ``spike_count`` counts
+    only entries with momentum, because the others have no second moment.
+    ``nonfinite_count`` counts all entries.
 
-    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
+    Other arguments are those of :func:`spam_optax.spam`. A matrix with sparse momentum
+    must be real.
 
     Args:
-      learning_rate: The learning rate, a number >= 0 or a schedule.
       density: Fraction of each chosen matrix that has momentum, in (0, 1]. It decides
         shapes, so it must be a Python number.
-      b1: Decay of the first moment, in [0, 1).
-      b2: Decay of the second moment, in [0, 1).
-      eps: Term added to the root of the uncorrected second moment, > 0.
-      sparse_params: Which parameters have sparse momentum: a tree of booleans shaped
-        like the parameters or a prefix of them, or a function from parameters to such a
-        tree. None: :func:`matrices_only`. Parameters of fewer than 2 dimensions stay
-        dense in any case; those of more are stacks of matrices, over the leading ones.
-        Rows are therefore axis -2, whatever it holds: a group has entries of several
-        layers in MaxText's stacked kernels, and of several heads in Flax's attention
-        kernels. The length of this axis limits the densities that are possible.
-      key: What the masks are drawn from, a PRNG key or a number to make one from. It is
-        not part of the state: pass the same one when a run is resumed.
-      selection: Which entry of a group gets momentum at a reset. ``"random"``: any.
-        ``"max_gradient"`` and ``"max_weight"``: the one with the largest gradient or
-        parameter; chosen in the first step too, and stored, a byte per group (two above
-        256 entries per group). Huang et al. found random ones best.
-      row_blocks: Into how many blocks the rows of a matrix are cut before they are
-        grouped. Where rows are sharded, a multiple of the number of shards keeps each
-        group on one device. Part of the layout of the state, so fixed for a run; the
-        same key and `row_blocks` give the same masks on any number of devices. A matrix
-        whose rows it does not divide has the greatest common divisor of the two.
-      threshold: Limit on ``g**2 / v``; see :func:`spam_optax.spam_clip`.
-      grace_steps: Steps without clipping at the start and after each reset.
-      clip_unseen: Whether a coordinate whose second moment is 0 is clipped, to 0.
-      count_spikes: Whether clipped and non-finite coordinates are counted in the state,
-        over the whole array: turn it off inside ``jax.shard_map``.
-      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate and
-        not by the ramp, for entries that have momentum. 0 adds nothing and needs no
-        parameters.
-      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
-        of them, or a function from parameters to such a tree. None: everything.
-      reset_interval: Steps between resets, larger than `grace_steps`. None: never, and
-        the masks stay as they are drawn first.
-      warmup_steps: Steps over which the step size rises from 0.01 to 1 after each
-        reset, and not at the start; no part of the learning rate's own warm-up.
-      restart_bias_correction: Whether the bias corrections restart with the moments;
-        see the note in :func:`spam_adam` on the effective learning rate.
-      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
-        parameters.
-      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
-        for the first.
+      sparse_params: Which parameters have sparse momentum: a tree of booleans like the
+        parameters or a prefix of it, or a function from parameters to such a tree.
+        None: :func:`matrices_only`. Parameters with fewer than 2 dimensions are always
+        dense. Parameters with more are stacks of matrices along the leading axes, so
+        the rows are axis -2. In MaxText's stacked kernels this is the axis of layers,
+        and in Flax's attention kernels the axis of heads. A group then has entries of
+        several layers or heads. The length of this axis limits the possible densities.
+      key: PRNG key of the masks, or a number to make one from. The key is not stored in
+        the state, so pass the same key when you resume a run.
+      selection: Which entry of a group gets momentum at a reset. ``"random"``: a random
+        entry. ``"max_gradient"``, ``"max_weight"``: the entry with the largest gradient
+        or parameter. These two also select in the first step. They store the selection
+        in one byte per group, or two if groups have more than 256 entries. Random
+        selection was best in Huang et al.
+      row_blocks: Number of blocks of rows in each matrix. Every group lies within one
+        block. If rows are sharded, use a multiple of the number of shards, so that each
+        group stays on one device. It decides the layout of the state, so do not change
+        it during a run. The same key and `row_blocks` give the same masks on any number
+        of devices. If it does not divide the number of rows, the greatest common
+        divisor of both is used.
+      weight_decay: As in :func:`spam_optax.spam`, but only for entries with momentum.
+      reset_interval: Number of steps between momentum resets. It must be larger than
+        `grace_steps`. None: no resets, and the masks do not change.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or of the gradients
-      if `params` is not passed.
+      if ``update`` gets no parameters.
 
     Raises:
-      ValueError: If an argument is out of range; by ``init``, if `sparse_params` is no
-        tree like the parameters or the rows of the moments cannot be sharded like the
-        parameter's; by ``update``, if the tree of updates is not that of the
-        parameters, the state was made with another layout of the masks, or parameters
-        are needed and not passed.
-      TypeError: If an argument, or the dtype of a parameter, is of the wrong type: a
-        `density` that is traced, a complex matrix with sparse momentum.
+      ValueError: If an argument is out of range. ``init`` raises it if `sparse_params`
+        is not a tree like the parameters, or if the rows of the moments cannot be
+        sharded like those of the parameter. ``update`` raises it if the tree of updates
+        is not that of the parameters, if the state has another layout of the masks, or
+        if parameters are needed and not passed.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+        Examples are a traced `density` and a complex matrix with sparse momentum.
 
     Examples:
       >>> import jax
@@ -238,10 +225,12 @@ def sparse_spam(
 
     References:
       Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
-      <https://arxiv.org/abs/2501.06842>`_, 2025, section 3: sparse momentum. There the
-      mask is drawn over the whole matrix, here within groups.
+      <https://arxiv.org/abs/2501.06842>`_, 2025, section 3: sparse momentum. In the
+      paper the mask is drawn over the whole matrix, here within groups.
 
-    .. seealso:: :func:`spam_optax.spam`, :func:`matrices_only`, :func:`momentum_mask`
+    .. seealso::
+      :func:`spam_optax.spam`, :func:`matrices_only`, :func:`momentum_mask`,
+      :func:`spam_optax.inject_hyperparams`
     """
     learning_rate, weight_decay = _moments.check_optimizer(learning_rate, weight_decay)
     return optax.chain(
@@ -277,20 +266,22 @@ def matrices_only(
     excluded name. A part is compared by its words, which underscores, capitals and
     numbers separate: ``norm`` excludes ``attention_norm/weight`` and
     ``LayerNorm_0/scale``, ``head`` excludes ``lm_head/kernel``. A name may have several
-    words, as ``embed_out`` has. The place of a part counts too:
+    words, as ``embed_out`` has. Some names count only in certain places:
 
-    - A ``head`` of attention is not excluded (``MultiHeadAttention_0``, ``kv_head``).
+    - A ``head`` inside attention is not a model's head and is not excluded
+      (``MultiHeadAttention_0``, ``kv_head``).
     - ``output`` outside layers and attention is a ``head``, as in Meta's LLaMA, and
       ``proj_out``.
-    - ``norm``, ``bias`` and other names of vectors are looked for in the last two parts
-      only, and above a ``kernel`` only norms: ``PreNorm_0/Dense_0/kernel`` is chosen,
-      and so is ``scale/kernel``.
+    - ``norm``, ``bias`` and other names of vectors are recognized only in the last two
+      parts of a path. Above a ``kernel`` only norms are recognized:
+      ``PreNorm_0/Dense_0/kernel`` is chosen, and so is ``scale/kernel``.
 
-    :func:`spam_optax.describe_tensors` lists what was chosen.
+    :func:`spam_optax.describe_tensors` lists the chosen parameters.
 
     Args:
-      exclude: The excluded names. The default has those of embeddings and heads, and
-        of biases, norms and WeSaR's factors, which have 2 dimensions in stacked layers.
+      exclude: The excluded names. The default contains the names of embeddings and
+        heads, and of biases, norms and WeSaR's factors, which have 2 dimensions in
+        stacked layers.
 
     Returns:
       A function from parameters to a tree of booleans, for `sparse_params`.
@@ -314,21 +305,22 @@ def matrices_only(
 
 
 def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
-    """Which entries of the parameters have momentum now.
+    """Returns which entries of the parameters have momentum now.
 
     Args:
-      opt_state: A state of :func:`sparse_spam`, or one that contains such a state: of a
-        chain, of a wrapper.
+      opt_state: A state of :func:`sparse_spam`, or one that contains such a state, for
+        example that of a chain or a wrapper.
       params: The parameters, or arrays shaped like them.
 
     Returns:
-      A tree like `params` of booleans, shaped like the parameters. All true where a
-      parameter is dense, all false where another optimizer holds it. What is chosen by
-      size is chosen in the first step; before it, the first entry of each group.
+      A tree like `params` of boolean arrays, shaped like the parameters. Dense
+      parameters are all true. Parameters of another optimizer are all false. With
+      ``"max_gradient"`` and ``"max_weight"`` the selection is made in the first step;
+      before it the mask marks the first entry of each group.
 
     Raises:
-      ValueError: If there is no state of :func:`sparse_spam` in `opt_state`, or it is
-        not one for such parameters.
+      ValueError: If there is no state of :func:`sparse_spam` in `opt_state`, or if it
+        does not fit the parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -351,7 +343,7 @@ def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
 
 
 def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
-    """The fraction of each parameter that has momentum.
+    """Returns the fraction of each parameter that has momentum.
 
     :func:`spam_optax.describe_tensors` shows it with names and roles.
 
@@ -360,9 +352,8 @@ def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
       params: The parameters, or arrays shaped like them.
 
     Returns:
-      A tree like `params` of Python numbers: for a matrix with sparse momentum the
-      density that its rows allow, 1 where a parameter is dense, 0 where another
-      optimizer holds it.
+      A tree like `params` of Python numbers: the actual density of a matrix with sparse
+      momentum, 1 for a dense parameter, 0 for a parameter of another optimizer.
 
     Raises:
       ValueError: As for :func:`momentum_mask`.
@@ -389,7 +380,7 @@ def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
 
 
 class _MaskSettings(NamedTuple):
-    """The arguments of :func:`sparse_spam` that say which entries have momentum."""
+    """The arguments of :func:`sparse_spam` that decide which entries have momentum."""
 
     density: float
     sparse_params: SparseParams | None
@@ -398,7 +389,7 @@ class _MaskSettings(NamedTuple):
     row_blocks: int
 
     def checked(self) -> "_MaskSettings":
-        """These, with a choice of parameters; raises if one is bad."""
+        """Returns the settings with defaults filled in. Raises if one is invalid."""
         for name in ("density", "row_blocks"):
             _validate.check_static(name, getattr(self, name))
         _validate.check_number("density", self.density, above=0, at_most=1)
@@ -413,7 +404,10 @@ class _MaskSettings(NamedTuple):
         )
 
     def layout(self, shape: tuple[int, ...]) -> "_Layout":
-        """How a matrix of this shape is grouped: large slabs in whole tiles."""
+        """Returns the layout of a matrix of this shape.
+
+        Large slabs have whole TPU tiles of 8 rows.
+        """
         blocks = math.gcd(shape[-2], self.row_blocks)
         rows = shape[-2] // blocks
         kept = max(1, round(self.density * rows))
@@ -423,7 +417,7 @@ class _MaskSettings(NamedTuple):
         return _Layout(shape, blocks, min(rows, max(kept, fewest)))
 
     def seeds(self, window: jax.typing.ArrayLike) -> jax.Array:
-        """What the masks of a window, from one reset to the next, are made from."""
+        """Returns the seeds of the masks of a window, from one reset to the next."""
         key = jax.random.fold_in(_validate.make_key(self.key), window)
         return jax.random.bits(key, (self.row_blocks,), jnp.uint32)
 
@@ -433,13 +427,17 @@ def _scale_and_decay(
     masks: _MaskSettings,
     decay: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """SPAM on the entries with momentum, and on these `decay`, a stateless one."""
+    """Returns SPAM on the entries with momentum.
+
+    `decay`, a stateless transformation, applies to these entries too.
+    """
     settings, masks = settings.checked(), masks.checked()
 
     def init_fn(params: optax.Params) -> ScaleBySparseSpamState:
         compact = _compact(params, masks)
         if decay is not None:
-            decay.init(params)  # Raises if its mask does not fit.
+            # This call raises an error if the mask does not fit the parameters.
+            decay.init(params)
         lanes = None
         if masks.selection != "random":
             lanes = jax.tree.map(
@@ -474,7 +472,7 @@ def _scale_and_decay(
         place = lambda x, group: group.place(x)  # noqa: E731
         updates = _moments.map_leaves(place, direction, groups)
         if decay is not None:
-            # Not with the parameters, which may have leaves that are not arrays.
+            # init gets the updates: some leaves of the parameters may not be arrays.
             updates, _ = decay.update(updates, decay.init(updates), params)
             keep = lambda x, group: jnp.where(group.mask, x, 0)  # noqa: E731
             updates = _moments.map_leaves(keep, updates, groups)
@@ -484,12 +482,12 @@ def _scale_and_decay(
 
 
 class _Layout(NamedTuple):
-    """How the entries of a matrix, or of a stack of them, are grouped.
+    """The grouping of the entries of a matrix or of a stack of matrices.
 
     Attributes:
-      shape: Of the parameter.
-      blocks: Into how many blocks its rows are cut.
-      kept: Rows of the moments of a block.
+      shape: Shape of the parameter.
+      blocks: Number of blocks of rows.
+      kept: Number of rows of moments per block.
     """
 
     shape: tuple[int, ...]
@@ -502,12 +500,12 @@ class _Layout(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """Entries of the largest groups."""
+        """Number of entries in the largest groups."""
         return -(-self.rows // self.kept)
 
     @property
     def missing_rows(self) -> int:
-        """By how many rows the last slab is short."""
+        """Number of rows by which the last slab is shorter than the others."""
         return self.lanes * self.kept - self.rows
 
     @property
@@ -523,7 +521,7 @@ class _Layout(NamedTuple):
         return (*self.shape[:-2], self.blocks, self.kept, self.shape[-1])
 
     def slabs(self, x: jax.Array, fill: Any = 0) -> jax.Array:
-        """`x` cut into slabs: (..., blocks, lanes, kept, columns)."""
+        """Returns the slabs of `x`, of shape (..., blocks, lanes, kept, columns)."""
         *leading, _, columns = self.shape
         x = x.reshape(*leading, self.blocks, self.rows, columns)
         if self.missing_rows:
@@ -531,14 +529,17 @@ class _Layout(NamedTuple):
         return x.reshape(*leading, self.blocks, self.lanes, self.kept, columns)
 
     def join(self, slabs: jax.Array) -> jax.Array:
-        """Undoes :meth:`slabs`."""
+        """Reverses :meth:`slabs`."""
         *leading, _, columns = self.shape
         padded = self.lanes * self.kept
         x = slabs.reshape(*leading, self.blocks, padded, columns)
         return x[..., : self.rows, :].reshape(self.shape)
 
     def each_slab(self, x: jax.Array) -> list[jax.Array]:
-        """The slabs of `x` by slices, which compilers fuse with what uses them."""
+        """Returns the slabs as slices.
+
+        Compilers fuse slices with the operations that use them.
+        """
         *leading, _, columns = self.shape
         x = x.reshape(*leading, self.blocks, self.rows, columns)
         slabs = [
@@ -553,10 +554,11 @@ class _Layout(NamedTuple):
         return jnp.pad(x, padding, constant_values=fill)
 
     def random_lanes(self, seeds: jax.Array, name: str, moment: jax.Array) -> jax.Array:
-        """Lanes of the groups, each entry of a group equally likely.
+        """Returns the selected member of each group. All members are equally likely.
 
-        A hash of the seeds, the tensor's name and the group's place, elementwise: it
-        costs no memory, and on a mesh every device makes its own part.
+        The selection is a hash of the seeds, the tensor's name and the place of the
+        group. It is computed elementwise, so it takes no memory, and on a mesh every
+        device computes its own part.
         """
         shape = self.blocked_moment_shape
         sharding = jax.typeof(moment.reshape(shape)).sharding
@@ -566,7 +568,7 @@ class _Layout(NamedTuple):
             shape,
             out_sharding=None if sharding.mesh.empty else sharding,
         )
-        # On the whole shape from the start: a mesh would gather what is smaller.
+        # All iotas have the full shape: on a mesh, XLA would gather smaller arrays.
         *outer, column = map(iota, range(len(shape)))
         index = column
         stride = 1
@@ -574,33 +576,34 @@ class _Layout(NamedTuple):
             stride *= size
             index = index + place * np.uint32(stride % 2**32)
         salt = np.uint32(zlib.crc32(name.encode()))
-        # A scalar: the seeds themselves may be sharded.
+        # The sum is a scalar. The seeds may be sharded.
         seed = seeds.sum(dtype=jnp.uint32)
-        # Twice: two tensors, or windows, whose first numbers overlap part ways here.
+        # Two rounds of mixing: after one, the sequences of two tensors or windows could
+        # overlap.
         bits = _mix(_mix(index ^ _mix(seed ^ salt)) ^ _mix(seed + salt))
         in_last_slab = self.kept - self.missing_rows
         choices = np.uint32(self.lanes) - (outer[-1] >= in_last_slab).astype(jnp.uint32)
         return _scale_bits(bits, choices).astype(self.lane_dtype)
 
     def largest_lanes(self, x: jax.Array) -> jax.Array:
-        """Lanes of the entries of `x` of the largest size, the finite ones."""
+        """Returns the members of `x` with the largest finite absolute value."""
         size = jnp.abs(functional.zero_nonfinite(x))
         return jnp.argmax(self.slabs(size, fill=-1), axis=-3).astype(self.lane_dtype)
 
 
 class _Sparse(NamedTuple):
-    """A parameter with sparse momentum, and the lanes in force."""
+    """A parameter with sparse momentum, and its selected members."""
 
     layout: _Layout
     lanes: jax.Array  # shape=(..., blocks, kept, columns)
 
     @property
     def mask(self) -> jax.Array:
-        """Which entries have momentum."""
+        """Marks the entries that have momentum."""
         return self.layout.join(_slab_mask(self.lanes, self.layout))
 
     def pick(self, x: jax.Array) -> jax.Array:
-        """The entries of `x` that have momentum, shaped like the moments."""
+        """Returns the entries of `x` with momentum, in the shape of the moments."""
 
         def by_reduction(x, lanes):
             slabs = jnp.where(_slab_mask(lanes, self.layout), self.layout.slabs(x), 0)
@@ -618,13 +621,17 @@ class _Sparse(NamedTuple):
     def count(
         self, predicate: Callable[[jax.Array], jax.Array], x: jax.Array
     ) -> jax.Array:
-        """For how many entries of each group `predicate` holds, like the moments."""
+        """Counts the entries of each group for which `predicate` holds.
+
+        The counts have the shape of the moments.
+        """
 
         def by_reduction(x):
             return predicate(self.layout.slabs(x)).astype(jnp.float32).sum(axis=-3)
 
         def by_slices(x):
-            # Asked of every slab: of the whole, it would be a pass over memory.
+            # The predicate is evaluated slab by slab. On the whole array it would be a
+            # separate pass over memory.
             holds = map(predicate, self.layout.each_slab(x))
             return functools.reduce(jnp.add, [x.astype(jnp.float32) for x in holds])
 
@@ -634,10 +641,11 @@ class _Sparse(NamedTuple):
     def _over_slabs(
         self, by_reduction: Callable, by_slices: Callable, *arrays: jax.Array
     ) -> jax.Array:
-        """What both functions return, by the one that moves less memory.
+        """Calls the function that moves less memory. Both return the same.
 
-        XLA:CPU would store the slabs before it reduces them. Elsewhere a reduction
-        moves least, if no slab is short: one that is must be padded.
+        XLA:CPU stores the slabs before a reduction, so it gets slices. On other
+        platforms the reduction moves least, unless the last slab is short and must be
+        padded.
         """
         if self.layout.lanes > _MOST_SLICES:
             return by_reduction(*arrays)
@@ -645,14 +653,17 @@ class _Sparse(NamedTuple):
         return jax.lax.platform_dependent(*arrays, cpu=by_slices, default=default)
 
     def place(self, x: jax.Array) -> jax.Array:
-        """What is shaped like the moments at its place in the parameter, else 0."""
+        """Puts `x`, in the shape of the moments, at its places in the parameter.
+
+        All other entries are 0.
+        """
         x = x.reshape(self.layout.blocked_moment_shape)
         mask = _slab_mask(self.lanes, self.layout)
         return self.layout.join(jnp.where(mask, jnp.expand_dims(x, -3), 0))
 
 
 def _slab_mask(lanes: jax.Array, layout: _Layout) -> jax.Array:
-    """Which entries of the slabs have momentum."""
+    """Marks the entries of the slabs that have momentum."""
     lanes = jnp.expand_dims(lanes, -3)
     shape = [1] * lanes.ndim
     shape[-3] = layout.lanes
@@ -660,7 +671,7 @@ def _slab_mask(lanes: jax.Array, layout: _Layout) -> jax.Array:
 
 
 class _Dense(NamedTuple):
-    """A parameter all of whose entries have momentum."""
+    """A parameter in which all entries have momentum."""
 
     shape: tuple[int, ...]
 
@@ -680,7 +691,7 @@ class _Dense(NamedTuple):
 
 
 class _Absent(NamedTuple):
-    """A parameter that another optimizer holds."""
+    """A parameter that another optimizer updates."""
 
     shape: tuple[int, ...]
 
@@ -690,7 +701,7 @@ class _Absent(NamedTuple):
 
 
 def _mix(bits: jax.Array) -> jax.Array:
-    """A bijection of uint32 in which every bit of the result hangs on every bit.
+    """Mixes uint32: a bijection in which every output bit depends on every input bit.
 
     Wellons, `hash-prospector <https://github.com/skeeto/hash-prospector>`_.
     """
@@ -700,7 +711,7 @@ def _mix(bits: jax.Array) -> jax.Array:
 
 
 def _scale_bits(bits: jax.Array, n: jax.Array) -> jax.Array:
-    """``bits * n // 2**32`` without 64-bit numbers, for ``n < 2**16``."""
+    """Returns ``bits * n // 2**32`` without 64-bit numbers, for ``n < 2**16``."""
     return ((bits >> 16) * n + ((bits & 0xFFFF) * n >> 16)) >> 16
 
 
@@ -709,8 +720,8 @@ def _is_none(x: Any) -> bool:
 
 
 def _chosen(params: optax.Params, sparse_params: SparseParams) -> Any:
-    """Whether each parameter is to have sparse momentum."""
-    # A tree may be callable too, as a module of booleans is.
+    """Returns a tree of booleans: which parameters have sparse momentum."""
+    # A tree may be callable, for example a module of booleans.
     is_function = all(map(callable, jax.tree.leaves(sparse_params)))
     is_function = is_function and callable(sparse_params)
     tree = sparse_params(params) if is_function else sparse_params
@@ -735,8 +746,8 @@ def _chosen(params: optax.Params, sparse_params: SparseParams) -> Any:
 
 
 def _compact(params: optax.Params, masks: _MaskSettings) -> optax.Params:
-    """The parameters, but for the sparse ones the shape of their moments."""
-    # Optax looks for parameter-shaped parts with a placeholder, a tree without leaves.
+    """Replaces parameters with sparse momentum by the shapes of their moments."""
+    # `optax.tree.map_params` calls init with a placeholder that has no leaves.
     if not jax.tree.leaves(params):
         return params
 
@@ -766,7 +777,7 @@ def _init_lanes(p: jax.Array, moment: Any, masks: _MaskSettings) -> jax.Array | 
 
 
 def _moments_like(where: str, p: jax.Array, layout: _Layout) -> jax.ShapeDtypeStruct:
-    """The shape of moments, with the dtype and the sharding of `p`."""
+    """Returns the shape of the moments, with the dtype and the sharding of `p`."""
     shape = layout.moment_shape
     sharding = getattr(p, "sharding", None)
     if isinstance(p, jax.core.Tracer):
@@ -775,7 +786,8 @@ def _moments_like(where: str, p: jax.Array, layout: _Layout) -> jax.ShapeDtypeSt
         sharding = None
     if not isinstance(sharding, jax.NamedSharding) or sharding.mesh.empty:
         return jax.ShapeDtypeStruct(shape, p.dtype)
-    # On an explicit mesh only: on others XLA may send parts of groups around.
+    # This is checked on explicit meshes only. On others XLA may move parts of groups
+    # between devices.
     rows_of_a_device = jax.typeof(p).sharding.shard_shape(p.shape)[-2]
     try:
         sharding.shard_shape(shape)
@@ -846,7 +858,7 @@ def _draw(
     settings: _spam.SpamSettings,
     masks: _MaskSettings,
 ) -> tuple[jax.Array, Any]:
-    """The seeds and the stored lanes, new ones in a reset step."""
+    """Returns the seeds and the stored selection. A reset step makes new ones."""
     step = optax.safe_increment(state.inner_state.count)
     is_reset = functional.reset_position(step, settings.reset_interval) == 0
     if masks.selection == "random":
@@ -881,7 +893,10 @@ def _draw(
 def _groups(
     seeds: jax.Array, lanes: Any, moments: optax.Updates, like: optax.Updates
 ) -> Any:
-    """What has momentum in each array of `like`, which may have None in places."""
+    """Returns a description of each array of `like`: sparse, dense or absent.
+
+    None stays None.
+    """
 
     def of_leaf(name, x, moment, lanes):
         if x is None:
@@ -922,7 +937,7 @@ def _sparse_states(opt_state: optax.OptState) -> list[ScaleBySparseSpamState]:
 
 
 def _moments_for(state: ScaleBySparseSpamState, params: optax.Params) -> optax.Updates:
-    """The first moments of a state; raises unless they are those of `params`."""
+    """Returns the first moments of a state. Raises if they do not fit `params`."""
     if state.mask_seeds.ndim != 1:
         raise ValueError(
             f"{_validate.caller()}: opt_state must be the state of one run, got one of "
@@ -958,11 +973,11 @@ def _moments_for(state: ScaleBySparseSpamState, params: optax.Params) -> optax.U
 
 
 def spread_absent(tree: Any, params: optax.Params) -> Any:
-    """`tree` with what stands for a whole part of the parameters at each of them."""
+    """Replaces each `MaskedNode`, which stands for a subtree, by one per parameter."""
     is_absent = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
     return jax.tree.map(
         lambda x, part: jax.tree.map(lambda _: x, part) if is_absent(x) else x,
         tree,
         params,
-        is_leaf=lambda x: x is None or is_absent(x),  # None: no lanes to choose from.
+        is_leaf=lambda x: x is None or is_absent(x),  # None: a dense parameter.
     )

@@ -1,7 +1,7 @@
-"""The rule of SPAM: what a spike is, and how its size and its square are limited.
+"""SPAM's rule for spikes: which coordinates are spikes, and how they are clipped.
 
-The arguments are not checked here: :mod:`spam_optax.functional` does that for callers,
-and transformations do it when they are built.
+These functions do not check their arguments. :mod:`spam_optax.functional` checks them
+for callers, and transformations check them when they are built.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,13 @@ from spam_optax import _arithmetic
 
 
 class SpikeRule(NamedTuple):
-    """What a spike is in one step.
+    """Defines which coordinates are spikes in one step.
 
     Attributes:
       threshold: A coordinate with ``g**2 > threshold * v`` is a spike.
-      active: Booleans, a scalar or shaped like the gradient: where there are spikes.
-      clip_unseen: Whether a coordinate without a history, ``v == 0``, can be a spike.
+      active: Where clipping is active: a boolean scalar, or booleans shaped like the
+        gradient.
+      clip_unseen: Whether a coordinate without history (``v == 0``) can be a spike.
     """
 
     threshold: jax.typing.ArrayLike
@@ -29,28 +30,28 @@ class SpikeRule(NamedTuple):
 def square_limit(
     g: jax.Array, v: jax.Array, rule: SpikeRule
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the square above which `g` is a spike, and where there is such a limit.
+    """Returns the limit on ``|g|**2``, and a mask of where the limit applies.
 
-    The limit is wide enough for the largest float64 gradient beside a float32 second
-    moment, and small enough for its root to fit the dtype of the gradient.
+    The dtype of the limit holds the square of a float64 gradient, also if the second
+    moment is float32. The limit is so small that its root fits the dtype of `g`.
     """
     v = _arithmetic.widen(v)
     limit = jnp.asarray(rule.threshold, v.dtype) * v
-    limit = jnp.where(v > 0, limit, 0)  # Even if an injected threshold is infinite.
+    limit = jnp.where(v > 0, limit, 0)  # An infinite threshold times 0 is NaN.
     dtype = _arithmetic.promote_types(v.dtype, _arithmetic.compute_dtype(g))
     limit = jnp.minimum(limit.astype(dtype), _arithmetic.largest_like(g) ** 2)
     return limit, rule.active if rule.clip_unseen else rule.active & (v > 0)
 
 
 def is_spike(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
-    """Returns which finite coordinates are above their limit."""
+    """Marks the finite coordinates that are above their limit."""
     limit, has_limit = square_limit(g, v, rule)
     square = _arithmetic.abs_sq(g)
     return has_limit & (square > limit) & jnp.isfinite(square)
 
 
 def clip(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
-    """Limits the size of spikes and infinities, and sets NaN to 0."""
+    """Clips spikes and infinite coordinates to their limits, and sets NaN to 0."""
     limit, has_limit = square_limit(g, v, rule)
     direction, size = _arithmetic.direction(g), _arithmetic.root(limit)
     dtype = _arithmetic.promote_types(direction.dtype, size.dtype)
@@ -67,7 +68,7 @@ def clipped_square(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
 
 
 def _passes(g: jax.Array, limit: jax.Array, has_limit: jax.Array) -> jax.Array:
-    """Returns which coordinates are finite and within their limit."""
+    """Marks the coordinates that are finite and within their limit."""
     square = _arithmetic.abs_sq(g)
     return jnp.isfinite(square) & ((square <= limit) | ~jnp.asarray(has_limit))
 
@@ -75,24 +76,24 @@ def _passes(g: jax.Array, limit: jax.Array, has_limit: jax.Array) -> jax.Array:
 def clip_and_update_nu(
     g: jax.Array, v: jax.Array, b2: jax.typing.ArrayLike, rule: SpikeRule
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Clips a gradient and updates its second moment; returns both.
+    r"""Clips a gradient and updates its second moment. Returns both.
 
-    The moment is updated first, and the limit of the gradient read off the new one.
-    XLA:CPU can then overwrite the old moment in place; the other order takes 4 to 8
-    bytes of temporary memory per parameter. For a spike
+    The second moment is updated first, and the limit is then computed from the new
+    moment. XLA:CPU can therefore overwrite the old moment in place. The other order
+    takes 4 to 8 bytes of temporary memory per parameter. For a spike
     :math:`v' = (\beta_2 + (1 - \beta_2) \theta) v`, so its limit is
 
     .. math::
       \sqrt{\theta v} = \sqrt{c v'}, \quad
       c = \frac{\theta}{\beta_2 + (1 - \beta_2) \theta}
 
-    and a gradient within its limit is within this one too. This does not hold where
-    there was no history; there :math:`v'` is exactly what it would be for
-    :math:`v = 0`.
+    A gradient within the old limit is also within this one. The formula does not hold
+    for :math:`v = 0`. Unless `clip_unseen` is set, such coordinates are recognized
+    because :math:`v'` then equals :math:`(1 - \beta_2) g^2` exactly.
     """
     v = _arithmetic.ema(v, clipped_square(g, v, rule), b2)
     is_seen = v != _arithmetic.ema(jnp.zeros_like(v), _arithmetic.abs_sq(g), b2)
-    # The margin is for rounding: what is within its limit must pass bit for bit.
+    # The margin covers rounding: gradients within their limit pass bit for bit.
     margin = 1 + 16 * float(jnp.finfo(v.dtype).eps)
     share = rule.threshold / (b2 + (1 - b2) * rule.threshold) * margin
     return clip(g, v, SpikeRule(share, rule.active & is_seen, rule.clip_unseen)), v
@@ -101,6 +102,9 @@ def clip_and_update_nu(
 def count(
     g: jax.Array, v: jax.Array, nonfinite: jax.Array, rule: SpikeRule
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Counts spikes and non-finite coordinates; returns `v` to be used from here on."""
+    """Counts spikes and non-finite coordinates.
+
+    Returns `v`, for use after the count, and both counts.
+    """
     counts = _arithmetic.totals(is_spike(g, v, rule), nonfinite)
     return _arithmetic.read_first(v, counts[0]), counts

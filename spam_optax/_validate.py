@@ -1,7 +1,8 @@
-"""Checks of arguments: one line naming the function, the argument and what it may be.
+"""Checks arguments.
 
-Only Python and NumPy numbers are checked. Arrays and tracers pass, since
-`optax.inject_hyperparams` hands those in and their values are unknown while tracing.
+Error messages are one line with the function, the argument and what is allowed. Only
+Python and NumPy numbers are checked. Arrays and tracers are accepted, because
+`optax.inject_hyperparams` passes them, and the values of tracers are unknown.
 """
 
 import math
@@ -19,8 +20,8 @@ from spam_optax import _arithmetic
 def caller() -> str:
     """Returns the name of the public function that the user called, for a message.
 
-    That is the outermost factory: ``spam``, though ``scale_by_spam`` checks. Inside
-    ``init`` and ``update`` it is the factory that made them.
+    It is the outermost factory: ``spam``, even if ``scale_by_spam`` checks. Inside
+    ``init`` and ``update`` it is the factory that returned them.
     """
     name, frame = "", sys._getframe(1)
     while frame is not None:
@@ -63,8 +64,8 @@ def check_number(
       whole: Whether only whole numbers are allowed.
 
     Returns:
-      `value`. A scalar of NumPy or ml_dtypes becomes a Python number, because JAX
-      would round to the scalar's dtype, or could not add the scalar to an array.
+      `value`. A NumPy or ml_dtypes scalar becomes a Python number. JAX would otherwise
+      round to the dtype of the scalar, or could not add it to an array.
 
     Raises:
       TypeError: If `value` is neither a real number nor an array.
@@ -96,11 +97,11 @@ def check_number(
         raise ValueError(f"{message[:-1]}, which is {above} in float32.")
     if whole and value != int(value):
         raise ValueError(message)
-    return value if whole else float(value)  # JAX has no whole numbers as large.
+    return value if whole else float(value)  # An int may exceed JAX's.
 
 
 def to_python(value: Any) -> Any:
-    """A NumPy or ml_dtypes scalar as a Python number; all else unchanged."""
+    """Converts a NumPy or ml_dtypes scalar to a Python number. Others are unchanged."""
     if not isinstance(value, np.generic):
         return value
     for kind, convert in ((jnp.integer, int), (jnp.floating, float)):
@@ -110,7 +111,7 @@ def to_python(value: Any) -> Any:
 
 
 def _is_array(value: Any) -> bool:
-    """Whether `value` is an array, perhaps traced, of real numbers."""
+    """Checks whether `value` is an array or a tracer of real numbers."""
     return isinstance(value, (jax.Array, np.ndarray)) and (
         jnp.issubdtype(value.dtype, jnp.integer)
         or jnp.issubdtype(value.dtype, jnp.floating)
@@ -118,7 +119,10 @@ def _is_array(value: Any) -> bool:
 
 
 def _as_float32(value: int | float) -> float:
-    """`value` as arithmetic sees it: large is infinite, subnormal is 0."""
+    """Returns `value` as float32 arithmetic treats it.
+
+    Large values are infinite and subnormal values are 0.
+    """
     info = np.finfo(np.float32)
     if not abs(value) <= float(info.max):
         return math.inf
@@ -133,7 +137,10 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_transformation(value: Any, name: str = "inner") -> None:
-    """Raises unless `value` is a gradient transformation, and not what makes one."""
+    """Raises unless `value` is a gradient transformation.
+
+    A function that returns one is an error.
+    """
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(
             f"{caller()}: {name} must be a gradient transformation, got {value!r}."
@@ -151,10 +158,11 @@ def check_steps(name: str, value: Any, *, low: int) -> Any:
 
 
 def instead_of_optax(value: Any) -> str:
-    """Advice for a message if `optax.inject_hyperparams` may have made `value`.
+    """Returns advice for an error message, or an empty string.
 
-    Optax turns numbers into arrays and calls functions with the step, an array. A
-    function from a tree of arrays to a tree of tuples then returns ().
+    The advice is for a `value` that may come from `optax.inject_hyperparams`, which
+    turns numbers into arrays and calls functions with the step, an array. A function
+    from a tree of arrays to a tree of tuples then returns ().
     """
     if not isinstance(value, (jax.Array, np.ndarray, tuple)):
         return ""
@@ -191,10 +199,10 @@ def check_key(key: Any) -> None:
 
 
 def make_key(key: Any) -> jax.Array:
-    """Returns `key`, which :func:`check_key` let pass, as a PRNG key.
+    """Returns `key`, which :func:`check_key` accepts, as a PRNG key.
 
-    Only ``init`` and ``update`` may call it. A key lives on a device, and
-    ``jax.distributed.initialize`` fails once a device has been used.
+    Call it only in ``init`` and ``update``. It uses a device, and
+    ``jax.distributed.initialize`` fails after a device was used.
     """
     if _is_key(key):
         return jnp.asarray(key)
@@ -202,7 +210,7 @@ def make_key(key: Any) -> jax.Array:
 
 
 def _is_key(key: Any) -> bool:
-    """Whether `key` is an array, and not a scalar number."""
+    """Checks whether `key` is an array other than a scalar number."""
     return isinstance(key, (jax.Array, np.ndarray)) and (
         jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 0
     )
@@ -221,7 +229,10 @@ def check_names(
     others: str = "",
     kind: str = "parts of paths",
 ) -> None:
-    """Raises unless `value` is a collection of strings; `others` are allowed too."""
+    """Raises unless `value` is a collection of strings.
+
+    The message also lists `others`, which the caller accepts.
+    """
     if isinstance(value, str) or not (
         isinstance(value, Collection) and all(isinstance(x, str) for x in value)
     ):
@@ -239,7 +250,7 @@ def check_learning_rate(value: Any) -> Any:
 
 
 def check_reset(reset_interval: Any, grace_steps: Any = 0) -> tuple[Any, Any]:
-    """Raises unless the interval is None, or leaves steps outside the grace window."""
+    """Raises unless the interval is None or larger than `grace_steps`."""
     grace_steps = check_steps("grace_steps", grace_steps, low=0)
     if reset_interval is None:
         return None, grace_steps
@@ -255,9 +266,10 @@ def check_reset(reset_interval: Any, grace_steps: Any = 0) -> tuple[Any, Any]:
 
 
 def check_moment_dtype(name: str, dtype: Any) -> np.dtype | None:
-    """Returns `dtype` canonicalised; raises unless it is None or a real float type.
+    """Returns the canonical `dtype`. Raises unless it is None or a real float type.
 
-    Of 16 bits at least; for squares, which ``nu`` holds, with the range of float32.
+    It must have 16 bits or more. `nu_dtype` must have the range of float32, because it
+    stores squares.
     """
     if dtype is None:
         return None
@@ -281,7 +293,7 @@ def check_moment_dtype(name: str, dtype: Any) -> np.dtype | None:
 
 
 def check_inexact(path: tuple, leaf: Any, what: str = "parameter") -> np.dtype:
-    """Returns the dtype arithmetic on `leaf` is done in; raises if it is no float."""
+    """Returns the compute dtype of `leaf`. Raises if it is not floating or complex."""
     try:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     except TypeError as error:
@@ -295,12 +307,12 @@ def check_inexact(path: tuple, leaf: Any, what: str = "parameter") -> np.dtype:
             "must have a floating or complex dtype of 16 bits or more, "
             f"got {dtype}."
         )
-    # JAX may not have the float64 of a NumPy array.
+    # A float64 NumPy array is float32 in JAX without x64.
     return _arithmetic.promote_types(jax.dtypes.canonicalize_dtype(dtype), jnp.float32)
 
 
 def check_not_complex(updates: Any, mu: Any) -> None:
-    """Raises if an update is complex where its parameter, so the moment, is not."""
+    """Raises if an update is complex and its parameter is real."""
     is_none = lambda x: x is None  # noqa: E731
     leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
     for (path, g), m in zip(leaves, jax.tree.leaves(mu, is_leaf=is_none), strict=True):
@@ -312,9 +324,10 @@ def check_not_complex(updates: Any, mu: Any) -> None:
 
 
 def check_same_structure(updates: Any, moments: Any) -> None:
-    """Raises unless `updates` has the leaves of the state's `moments`, and floats.
+    """Raises unless `updates` has the tree structure of `moments` and floating leaves.
 
-    A leaf may be None in `updates` alone: a parameter without a gradient.
+    A leaf of `updates` may be None, for a parameter without a gradient. Floating
+    includes complex.
     """
     is_none = lambda x: x is None  # noqa: E731
     flatten = jax.tree_util.tree_flatten_with_path
@@ -341,7 +354,7 @@ def check_same_structure(updates: Any, moments: Any) -> None:
 
 
 def check_same_tree(updates: Any, moments: Any) -> None:
-    """Raises unless `updates` has the leaves and shapes of the state's `moments`."""
+    """Raises unless `updates` has the tree structure and the shapes of `moments`."""
     check_same_structure(updates, moments)
     is_none = lambda x: x is None  # noqa: E731
     leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
@@ -358,7 +371,7 @@ def check_same_tree(updates: Any, moments: Any) -> None:
 
 
 def check_tensors(updates: Any, number: int) -> None:
-    """Raises unless `updates` has as many leaves as the parameters of init had."""
+    """Raises unless `updates` has as many leaves as the parameters given to init."""
     got = len(jax.tree.leaves(updates))
     if got != number:
         raise ValueError(
