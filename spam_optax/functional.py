@@ -327,7 +327,7 @@ def reset_ramp(
     interval: jax.typing.ArrayLike | None,
     warmup_steps: jax.typing.ArrayLike,
 ) -> jax.Array:
-    r"""Returns the factor on the step size after a momentum reset, from 0.01 to 1.
+    r"""Returns the factor on the step size after a reset, which rises from 0.01 to 1.
 
     .. math::
       1 - \frac{0.99}{2} \left(1 + \cos\frac{\pi c}{N + 1}\right)
