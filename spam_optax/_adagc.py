@@ -14,15 +14,19 @@ from spam_optax import _arithmetic, _norms, _validate
 
 
 class AdaGCState(NamedTuple):
-    """State of :func:`adagc`: an entry a tensor, in `tensor_names`' order.
+    """State of :func:`adagc`.
+
+    The vectors have one entry per tensor, in the order of :func:`tensor_names`.
 
     Attributes:
-      adagc_steps: Steps that entered the running norm.
-      adagc_norm: Running norm of the clipped gradient; 0: no history yet.
-      adagc_scale: Factor by which the last gradient was scaled; 1: not clipped.
-      adagc_nonfinite_count: Coordinates of the last gradient that were not finite, of
-        all tensors.
-      adagc_nonfinite_total: The same, of all steps.
+      adagc_steps: Number of steps in the running norm.
+      adagc_norm: Running norm of the clipped gradient. 0 means that there is no history
+        yet.
+      adagc_scale: Factor that the last gradient was multiplied by. 1 means that it was
+        not clipped.
+      adagc_nonfinite_count: Number of NaN, infinite or overflowing coordinates in the
+        last step, in all tensors.
+      adagc_nonfinite_total: The same, summed over all steps.
     """
 
     adagc_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
@@ -56,20 +60,20 @@ def adagc(
 
     with the norm :math:`N` of all tensors together and `max_norm` :math:`n_{\max}`.
 
-    Coordinates that are not finite, or whose square overflows, become 0 first. A tensor
-    whose norm then is 0, for it is all zeros or has no finite coordinate, keeps its
-    running norm and its place in the warm-up.
+    Coordinates that are not finite, or whose square overflows, become 0 first. If the
+    norm of a tensor is then 0, because the gradient is zero or has no finite
+    coordinate, its running norm and its step count do not change.
 
-    Differences from the paper: there, one gradient of zeros in the warm-up would make
-    :math:`\gamma` 0 and so freeze the tensor for good; and each tensor here has a
-    warm-up of its own, which differs where gradients are 0.
+    Differences from the paper: a zero gradient in the warm-up is ignored (in the paper
+    it makes :math:`\gamma` 0 and freezes the tensor), and each tensor counts its own
+    warm-up steps.
 
     Args:
-      threshold: Limit on the norm over the running norm, > 1, for with 1 the running
-        norm could only fall.
+      threshold: Limit on the norm divided by the running norm, > 1. With 1 the running
+        norm could never grow.
       decay: Decay of the running norm, in [0, 1).
       max_norm: Limit on the norm of all tensors in the warm-up, > 0.
-      warmup_steps: Steps of the warm-up. With 0 the first gradient passes whole.
+      warmup_steps: Number of warm-up steps. With 0 the first gradient is not clipped.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.

@@ -3,8 +3,8 @@
 Zhang et al., `Adam-mini: Use Fewer Learning Rates To Gain More
 <https://arxiv.org/abs/2406.16793>`_, ICLR 2025.
 
-The second moment of a parameter has its rank, and along each axis as many entries as
-there are blocks: entry i of an axis stands for the i-th of that many equal parts.
+A second moment has the rank of its parameter, and along each axis one entry per block.
+Each axis is cut into blocks of equal size.
 """
 
 import math
@@ -38,11 +38,12 @@ class ScaleByAdamMiniState(NamedTuple):
     """State of :func:`scale_by_adam_mini`.
 
     Attributes:
-      count: Steps taken.
-      mu: First moment, shaped like the parameters.
-      nu: Second moment, one value per block: shaped as `partition` said.
-      dropped_count: Coordinates of the last gradient that were not finite.
-      dropped_total: The same, of all steps.
+      count: Number of steps taken.
+      mu: First moments, shaped like the parameters.
+      nu: Second moments, one per block. `partition` gives their shape.
+      dropped_count: Number of NaN, infinite or overflowing coordinates in the last
+        step.
+      dropped_total: The same, summed over all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
@@ -63,27 +64,12 @@ def scale_by_adam_mini(
 ) -> optax.GradientTransformation:
     """Rescales by Adam with one second moment per block.
 
-    :func:`adam_mini` without learning rate and weight decay; the formulas are there.
-
-    Args:
-      b1: Decay of the first moment, in [0, 1).
-      b2: Decay of the second moment, in [0, 1).
-      eps: Term added to the root of the second moment, > 0.
-      partition: Function from parameters to a tree of numbers of blocks, as
-        :func:`adam_mini_partition` returns. None: ``adam_mini_partition()``.
-      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
-        parameters.
-      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
-        for the first.
+    This is :func:`adam_mini` without learning rate and weight decay. See there for
+    formulas and arguments.
 
     Returns:
-      The transformation. Its updates have the dtype of the parameters, or without
-      these of the gradients.
-
-    Raises:
-      ValueError: If an argument is out of range; by ``init``, if the partition does not
-        fit the parameters; by ``update``, if the tree of updates is not theirs.
-      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+      The transformation. Its updates have the dtype of the parameters, or of the
+      gradients if ``update`` gets no parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -130,7 +116,7 @@ def scale_by_adam_mini(
         _validate.check_same_tree(updates, state.mu)
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
-        # The state's second moments are in no boxes: they get the others' structure.
+        # The state's second moments have no boxes. They get the structure of `mu`.
         old_nu = _structured_like(state.mu, state.nu)
         gradients, bad = _moments.screen(updates, old_nu)
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
@@ -166,7 +152,7 @@ def adam_mini(
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam-mini: Adam with one second moment per block, so with half its memory.
+    r"""Adam-mini: Adam with one second moment per block, in half of Adam's memory.
 
     In step :math:`t`, for each block with gradient :math:`g`, learning rate
     :math:`\alpha` and weight decay :math:`\lambda`:
@@ -179,45 +165,35 @@ def adam_mini(
       p &\leftarrow p - \alpha \left( \frac{\hat m}{\sqrt{\hat v} + \varepsilon}
         + \lambda p \right)
 
-    where :math:`v` is one number for the whole block. A block should be as large as the
-    part of the loss's Hessian that is dense. Which blocks there are is for `partition`
-    to say; see :func:`adam_mini_partition` for the paper's choice.
+    where :math:`v` is one number for the whole block. A block should be a part of the
+    parameter whose Hessian is dense. `partition` defines the blocks. See
+    :func:`adam_mini_partition` for the blocks of the paper.
 
-    Coordinates that are not finite, or whose square overflows, become 0 first, and
-    still count in the mean. A tensor without a finite coordinate keeps its moments, and
-    they do not move it. Complex parameters are refused.
+    Coordinates that are not finite, or whose square overflows, become 0 first and are
+    included in the mean. If a tensor has no finite coordinate, its moments do not
+    change and its update is 0, apart from weight decay. Complex parameters raise a
+    TypeError.
 
-    On a mesh the mean over blocks that are spread over devices takes an all-reduce, of
-    one number per output where the blocks are heads. A second moment has the rank of
-    its parameter but fewer entries. It therefore keeps the parameter's sharding only
-    along axes with one block per entry; along the others every device has all of it.
+    On a mesh the mean over a block on several devices needs an all-reduce. For heads
+    this is one number per output. A second moment has the rank of its parameter but
+    fewer entries. It therefore keeps the parameter's sharding only along axes with one
+    block per entry. Along the others every device has all of it.
 
-    In place of ``optax.inject_hyperparams`` use :func:`spam_optax.inject_hyperparams`.
+    Other arguments are those of :func:`spam`.
 
     Args:
-      learning_rate: The learning rate, a number >= 0 or a schedule.
-      b1: Decay of the first moment, in [0, 1).
-      b2: Decay of the second moment, in [0, 1).
       eps: Term added to the root of the second moment, > 0.
-      partition: Function from parameters to a tree of numbers of blocks, as
-        :func:`adam_mini_partition` returns. None: ``adam_mini_partition()``.
-      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate. 0
-        adds nothing and needs no parameters.
-      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
-        of them, or a function from parameters to such a tree. None: everything.
-      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
-        parameters.
-      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
-        for the first.
+      partition: Function from parameters to a tree of tuples: the number of blocks
+        along each axis. None: ``adam_mini_partition()``.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or of the gradients
-      if `params` is not passed.
+      if ``update`` gets no parameters.
 
     Raises:
       ValueError: If an argument is out of range; by ``init``, if the partition does not
         fit the parameters; by ``update``, if the tree of updates is not theirs, or
-        weight decay is asked for without parameters.
+        weight decay is used without parameters.
       TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
 
     Examples:
@@ -237,6 +213,8 @@ def adam_mini(
     References:
       Zhang et al., `Adam-mini: Use Fewer Learning Rates To Gain More
       <https://arxiv.org/abs/2406.16793>`_, 2024.
+
+    .. seealso:: :func:`inject_hyperparams` in place of ``optax.inject_hyperparams``.
     """
     return _moments.optimizer(
         scale_by_adam_mini(
@@ -256,12 +234,12 @@ def adam_mini_partition(
     layer_axis: int | None = None,
     stacked: Collection[str] | None = None,
 ) -> Partition:
-    """The blocks of a transformer, by the names and shapes of its parameters.
+    """Returns the paper's partition of a transformer, by names and shapes.
 
-    A partition gives each parameter a tuple: along each of its axes, into how many
-    equal parts it is cut. This tuple is also the shape of the second moment. The table
-    is for kernels (in, out), as in Flax. Axes of stacked layers or experts come before
-    these, and each layer has blocks of its own:
+    A partition gives each parameter a tuple: the number of equal parts along each of
+    its axes. This tuple is also the shape of the second moment. The table is for
+    kernels (in, out), as in Flax. Axes of stacked layers or experts come before these,
+    and each layer has blocks of its own:
 
     ==========================================  =======================  ===============
     parameter                                   one block for            tuple
@@ -275,34 +253,35 @@ def adam_mini_partition(
     ``alpha`` of a WeSaR layer                  a number                 ()
     ==========================================  =======================  ===============
 
-    So queries, keys and values fused in one kernel have a block for each output neuron,
-    and LoRA's factors too. A convolution (window, in, out) has one for each output
-    neuron and place of the window. A matrix whose name is not known is treated in the
-    same way, with a warning that lists such matrices.
+    A kernel with fused queries, keys and values therefore has one block per output
+    neuron, and so have LoRA's factors. A convolution (window, in, out) has one block
+    per output neuron and window position. A matrix with an unknown name also has one
+    block per output neuron, and a warning lists these matrices.
 
     Names are compared by words, as for :func:`matrices_only`: queries are ``query``,
-    ``q``, ``q_proj``, ``wq``, ``q_einsum``, and so on. The shape of each tensor shows
-    which of its axes are heads: those in a place where heads may be and as long as
-    there are heads. If ``nnx.Param`` or ``nn.Partitioned`` give names to the axes,
-    these mark layers, experts and the vocabulary.
+    ``q``, ``q_proj``, ``wq``, ``q_einsum``, and so on. The axes of heads are found by
+    their position and by their length, which must equal the number of heads. If
+    ``nnx.Param`` or ``nn.Partitioned`` give names to the axes, these mark layers,
+    experts and the vocabulary.
 
     Args:
-      num_heads: Heads of the queries. None: there must be no queries or keys.
-      num_kv_heads: Heads of the keys and values. None: as many as of the queries.
+      num_heads: Number of query heads. None is allowed if there are no queries or keys.
+      num_kv_heads: Number of heads of the keys and values. None: the same as
+        `num_heads`.
       outputs_first: Whether matrices are (out, in), as those of PyTorch, Equinox and
-        Levanter are; or names of parts of paths, where they are so. Embeddings are
-        (vocabulary, width) in any case. None: matrices are (in, out); refused is one
-        called ``weight``, for that can be either, and a ``c_attn``, ``c_fc`` or
-        ``gating_einsum`` that would then have more inputs than outputs.
-      layer_axis: The axis of layers of tensors that have one; 1 for MaxText. None: the
-        first one; a kernel that would then have more layers than inputs is refused.
-      stacked: Names of parts of paths, such as ``("layers",)``: tensors with one of
-        them in their path have an axis of layers, and no others have. None: the rank
-        of a tensor decides.
+        Levanter are; or names of the parts of paths whose matrices are. Embeddings are
+        (vocabulary, width) in any case. None: matrices are (in, out). A matrix called
+        ``weight`` then raises an error, because it can have either order. So does a
+        ``c_attn``, ``c_fc`` or ``gating_einsum`` with more inputs than outputs.
+      layer_axis: The axis of stacked layers; 1 for MaxText. None: the first axis. A
+        kernel that would have more layers than inputs then raises an error.
+      stacked: Names of parts of paths, such as ``("layers",)``. Tensors with one of
+        these names in their path have an axis of layers, and others do not. None:
+        decided by the rank.
 
     Returns:
       A function from parameters to a tree of tuples, for `partition`. Call it to see
-      the blocks, or write another one in its place.
+      the blocks. You can also write your own function.
 
     Raises:
       ValueError: If an argument is out of range. The returned function raises it if
@@ -366,7 +345,8 @@ def adam_mini_partition(
             for name in (*told, *(stacked or ()))
             if not any(_paths.has_name(leaf.path, [name]) for leaf in leaves)
         ]
-        # No error: Optax may show a partition a part of the parameters only.
+        # A warning and not an error, because Optax may call a partition with a part of
+        # the parameters.
         if absent:
             warnings.warn(
                 f"{_validate.caller()}: "
@@ -389,7 +369,7 @@ class _Layouts(NamedTuple):
     stacked: Collection[str] | None
 
     def heads_of(self, role: str) -> int | None:
-        """The heads of a kernel; attention's output has those of the queries."""
+        """Returns the number of heads. Attention's output has that of the queries."""
         return self.key_heads if role in ("key", "value") else self.num_heads
 
 
@@ -398,7 +378,7 @@ def _role(leaf: _paths.Leaf) -> str | None:
 
 
 def _blocks(leaf: _paths.Leaf, layouts: _Layouts) -> tuple[int, ...]:
-    """Into how many parts each axis is cut."""
+    """Returns the number of blocks along each axis."""
     shape, role = jnp.shape(leaf.value), _role(leaf)
     if role == "factor":
         return shape
@@ -419,7 +399,10 @@ def _blocks(leaf: _paths.Leaf, layouts: _Layouts) -> tuple[int, ...]:
 def _axes(
     leaf: _paths.Leaf, layers: tuple[int, ...] | None, layouts: _Layouts
 ) -> tuple[str, ...]:
-    """The kind of each axis of a matrix: layer, in, out, head, or width of a head."""
+    """Returns the kind of each axis of a matrix.
+
+    The kinds are layer, in, out, head, and width (of a head).
+    """
     shape, role = jnp.shape(leaf.value), _role(leaf)
     is_first = _is_outputs_first(leaf, layouts.outputs_first)
     flat = ("out", "in") if is_first else ("in", "out")
@@ -438,7 +421,7 @@ def _axes(
             f"{layouts.num_heads} and {layouts.key_heads}."
         )
     elif with_heads is None and layouts.stacked is None and leaf.axis_names is None:
-        # Only its rank suggests that there are layers.
+        # Only the rank suggests that there are layers.
         whole = (p for p in patterns if _fits(shape, p, role, layouts))
         if layers and len(shape) == 3 and next(whole, None):
             _refuse(leaf, "stacked", f"axis {layers[0]} is one of layers or of heads")
@@ -458,7 +441,7 @@ def _axes(
 
 
 def _layer_axes(leaf: _paths.Leaf, layouts: _Layouts) -> tuple[int, ...] | None:
-    """The axes of layers and experts; None: all axes before those of the matrix."""
+    """Returns the axes of layers and experts, or None for all before the matrix's."""
     ndim, axis = jnp.ndim(leaf.value), layouts.layer_axis or 0
     words = [_words_of_axis(name) for name in leaf.axis_names or ()]
     if len(words) == ndim and any(w & (_LAYERS | _HEADS) for w in words):
@@ -478,14 +461,14 @@ def _layer_axes(leaf: _paths.Leaf, layouts: _Layouts) -> tuple[int, ...] | None:
 
 
 def _words_of_axis(name: Any) -> set[str]:
-    """The words of an axis's name; a tuple of names of mesh axes has none."""
+    """Returns the words of an axis's name. A tuple of mesh axes has none."""
     return _paths.words(name) if isinstance(name, str) else set()
 
 
 def _is_outputs_first(
     leaf: _paths.Leaf, outputs_first: bool | Collection[str] | None
 ) -> bool:
-    """Whether a matrix is (out, in)."""
+    """Checks whether a matrix is (out, in)."""
     if isinstance(outputs_first, bool):
         return outputs_first
     if outputs_first is not None:
@@ -499,7 +482,7 @@ def _is_outputs_first(
 
 
 def _head_patterns(leaf: _paths.Leaf, is_outputs_first: bool) -> list[tuple[str, ...]]:
-    """The axes that a matrix with axes of heads may end with."""
+    """Returns the axes that a matrix with axes of heads may end with."""
     role = _role(leaf)
     if role in ("query", "key", "value"):
         if is_outputs_first:
@@ -523,7 +506,7 @@ def _fits(
     role: str,
     layouts: _Layouts,
 ) -> bool:
-    """Whether the axes of heads in a pattern are as long as there are heads."""
+    """Checks whether a pattern's axes of heads have the number of heads as length."""
     if len(shape) < len(pattern):
         return False
     sizes = list(zip(pattern, shape[-len(pattern) :], strict=True))
@@ -535,11 +518,11 @@ def _fits(
 
 
 def _if_no_layers(leaf: _paths.Leaf, axes: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Returns `axes`, or None if the first is one of layers rather than of heads."""
+    """Returns `axes`, or None if the first is an axis of layers and not of heads."""
     heads, size, other = jnp.shape(leaf.value)
     if axes[0] != "head" or axes[1] == "in":
         return axes
-    if size >= other:  # A head is not as wide as the stream.
+    if size >= other:  # A head is narrower than the stream.
         return None
     if heads * size != other and size % heads == 0:
         _refuse(leaf, "stacked", "its first axis is one of layers or of heads")
@@ -547,7 +530,10 @@ def _if_no_layers(leaf: _paths.Leaf, axes: tuple[str, ...]) -> tuple[str, ...] |
 
 
 def _check_layers(leaf: _paths.Leaf, axes: list[str], argument: str) -> None:
-    """Raises if there were more layers than inputs, for then they lie elsewhere."""
+    """Raises if a kernel would have more layers than inputs.
+
+    Its layers are then on another axis.
+    """
     if _role(leaf) not in (*_WITH_HEADS, "fused attention", "feed-forward"):
         return
     sizes = list(zip(axes, jnp.shape(leaf.value), strict=True))
@@ -558,7 +544,7 @@ def _check_layers(leaf: _paths.Leaf, axes: list[str], argument: str) -> None:
 
 
 def _number_of_heads(leaf: _paths.Leaf, layouts: _Layouts) -> int:
-    """The heads of a kernel; raises if they are not known."""
+    """Returns the number of heads of a kernel. Raises if it is None."""
     heads = layouts.heads_of(_role(leaf))
     if heads is None:
         raise ValueError(
@@ -570,7 +556,7 @@ def _number_of_heads(leaf: _paths.Leaf, layouts: _Layouts) -> int:
 
 
 def _checked_heads(leaf: _paths.Leaf, layouts: _Layouts, axes: tuple[str, ...]) -> int:
-    """The heads of a kernel; raises unless they divide its outputs, if it has any."""
+    """Returns the number of heads. Raises unless it divides the kernel's outputs."""
     heads = _number_of_heads(leaf, layouts)
     outputs = dict(zip(axes, jnp.shape(leaf.value), strict=True)).get("out", heads)
     if outputs % heads:
@@ -603,13 +589,13 @@ def _check_real(path: tuple, p: Any) -> None:
 
 
 def _init_nu(params: optax.Params, partition: Partition, dtype: Any) -> optax.Updates:
-    """Zeros, one per block, on the devices that the means of the blocks will be on.
+    """Returns one zero per block, with the sharding of the block means.
 
-    They are in none of Flax's boxes. These describe how the axes of a parameter are
-    sharded, and the axes of blocks are others.
+    They are not in Flax's boxes, because a box describes the axes of the parameter and
+    not those of the blocks.
     """
     leaves, structure = jax.tree.flatten(params)
-    # Optax calls init on a tree without leaves too, which is not the partition's.
+    # Optax also calls init with a tree without leaves, which has no partition.
     blocks = structure.flatten_up_to(partition(params)) if leaves else []
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     nu = []
@@ -621,7 +607,7 @@ def _init_nu(params: optax.Params, partition: Partition, dtype: Any) -> optax.Up
 
 
 def _structured_like(tree: Any, other: Any) -> Any:
-    """The leaves of `other` in the structure of `tree`."""
+    """Puts the leaves of `other` in the structure of `tree`."""
     return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(other))
 
 
@@ -642,14 +628,15 @@ def _check_blocks(path: tuple, shape: tuple[int, ...], blocks: Any) -> None:
 
 
 def _mean_square(g: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
-    """The mean of ``g**2`` over each block."""
-    # Divided before they are summed: the sum of the squares could overflow.
+    """Returns the mean of ``g**2`` over each block."""
+    # Divided before the sum, because the sum of the squares could overflow.
     squares = _arithmetic.abs_sq(g) / max(g.size // max(math.prod(blocks), 1), 1)
     whole = tuple(axis for axis, parts in enumerate(blocks) if parts == 1)
     squares = squares.sum(whole, keepdims=True)
     for axis, (size, parts) in enumerate(zip(g.shape, blocks, strict=True)):
         if 1 < parts < size:
-            # A block may be spread over devices. Few numbers are left to gather.
+            # A block may be spread over devices. At this point only few numbers must be
+            # gathered.
             squares = _reshard(squares, axis, None)
             shape = squares.shape
             cut = (*shape[:axis], parts, size // parts, *shape[axis + 1 :])
@@ -658,9 +645,9 @@ def _mean_square(g: jax.Array, blocks: tuple[int, ...]) -> jax.Array:
 
 
 def _spread(v: jax.Array, like: jax.Array) -> jax.Array:
-    """Repeats `v` over the coordinates of each block that is cut from an axis.
+    """Repeats `v` over the coordinates of each block.
 
-    Along axes with one block, or with one per coordinate, it broadcasts as it is.
+    Axes with one block, or with one block per coordinate, are left to broadcasting.
     """
     for axis, (parts, size) in enumerate(zip(v.shape, like.shape, strict=True)):
         if 1 < parts < size:
@@ -675,7 +662,7 @@ def _spread(v: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _sharding(x: jax.Array, axis: int, names: Any) -> jax.NamedSharding | None:
-    """The sharding of `x` with another one along `axis`; None without a mesh."""
+    """Returns `x`'s sharding with `names` along `axis`, or None without a mesh."""
     sharding = jax.typeof(x).sharding
     if sharding.mesh.empty:
         return None
@@ -685,14 +672,14 @@ def _sharding(x: jax.Array, axis: int, names: Any) -> jax.NamedSharding | None:
 
 
 def _reshard(x: jax.Array, axis: int, names: Any) -> jax.Array:
-    """`x` sharded in another way along `axis`, if the mesh is explicit."""
+    """Shards `x` by `names` along `axis`, if the mesh is explicit."""
     if jax.typeof(x).sharding.spec[axis] == names:
         return x
     return jax.sharding.reshard(x, _sharding(x, axis, names))
 
 
 def _direction(bad, m, v, corrections, eps) -> jax.Array:
-    """Adam's, 0 without a finite gradient."""
+    """Returns Adam's direction, or 0 without a finite coordinate."""
     first, second = corrections
     step = m / first / _spread(_arithmetic.root(v / second) + eps, m)
     return jnp.where(jnp.all(bad), 0, step).astype(m.dtype)

@@ -11,12 +11,12 @@ from spam_optax import _paths, _sparse
 
 
 class TensorDescription(NamedTuple):
-    """How an optimizer treats a tensor.
+    """Describes how an optimizer treats a tensor.
 
     Attributes:
       name: The tensor's name, as in :func:`spam_optax.tensor_names`.
       shape: Its shape.
-      role: Its purpose, judged by its name: ``embedding``, ``head``, ``vector``,
+      role: Its role, found by its name: ``embedding``, ``head``, ``vector``,
         ``factor`` (of a WeSaR layer), ``low rank`` (LoRA's), ``feed-forward``,
         ``fused attention`` (such as queries, keys and values in one), ``query``,
         ``key``, ``value``, ``attention output``, ``projection`` (of embeddings),
@@ -58,8 +58,8 @@ def describe_tensors(
 ) -> TensorDescriptions:
     """Lists the role and the moments of every tensor.
 
-    Before a long run, it shows which matrices have sparse momentum, and how many second
-    moments Adam-mini has for each tensor.
+    Call it before a long run to see which matrices have sparse momentum, and how many
+    second moments Adam-mini has for each tensor.
 
     Args:
       opt_state: A state with first moments ``mu`` or second moments ``nu``, or one that
@@ -120,9 +120,10 @@ def describe_tensors(
 def _moments(
     opt_state: optax.OptState, params: optax.Params, name: str
 ) -> list[tuple[int, ...] | None] | None:
-    """Shapes of the moments called `name`, one per tensor; None if there are none.
+    """Returns the shape of each tensor's moment called `name`.
 
-    A tensor without one in a state gets that of another state.
+    Returns None if no state has such moments. If there are several states, the first
+    one with a moment counts.
     """
     shapes = None
     for _, tree in optax.tree.get_all_with_path(opt_state, name):
@@ -140,7 +141,7 @@ def _shapes(tree: Any, params: optax.Params, name: str) -> list[tuple[int, ...] 
     except (KeyError, TypeError, ValueError):
         moments = [tree]
     tensors = jax.tree.leaves(params)
-    # Where there are no moments there may be an empty node, but no tree of them.
+    # A tensor without moments may have an empty node, but not a tree of moments.
     shapes = [getattr(m, "shape", None) for m in moments]
     fits = len(shapes) == len(tensors) and all(
         not jax.tree.leaves(m) if shape is None else _is_within(shape, jnp.shape(p))
@@ -155,5 +156,5 @@ def _shapes(tree: Any, params: optax.Params, name: str) -> list[tuple[int, ...] 
 
 
 def _is_within(moment: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a moment has as many axes as its tensor, and none is longer."""
+    """Checks that a moment has the rank of its tensor and no longer axis."""
     return len(moment) == len(shape) and all(map(int.__le__, moment, shape))

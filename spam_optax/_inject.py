@@ -1,4 +1,4 @@
-"""Hyper-parameters in the state, for factories with other arguments too."""
+"""Puts hyperparameters into the state, also for factories with other arguments."""
 
 import functools
 import inspect
@@ -27,30 +27,31 @@ def inject_hyperparams(
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """Puts the numbers given to a factory into the state, where they can be changed.
 
-    This is ``optax.inject_hyperparams`` for the factories of this package. It knows
-    which arguments must stay out of the state, such as `mask`, `partition`, `density`,
-    `mu_dtype` and flags. Optax would call a function among them as a schedule: a mask
-    called with the step number decays nothing. The numbers are float32. Optax would
-    make them bfloat16 for bfloat16 parameters, which turns ``b2 = 0.999`` into 1.
+    This is ``optax.inject_hyperparams`` for the factories of this package; use it in
+    place of Optax's. It leaves arguments that are not hyperparameters out of the state,
+    such as `mask`, `partition`, `density`, `mu_dtype` and flags. Optax calls a function
+    among the arguments as a schedule. A mask would be called with the step number, and
+    nothing would be decayed. The numbers are float32. Optax would make them bfloat16
+    for bfloat16 parameters, which turns ``b2 = 0.999`` into 1.
 
     Args:
-      inner_factory: The function that makes the transformation, for example
+      inner_factory: The function that returns the transformation, for example
         ``spam_optax.spam``. For functions from other packages only `static_args` are
-        static, as with Optax.
+        static, as in Optax.
       static_args: Names of further arguments to keep out of the state.
-      hyperparam_dtype: The dtype of the numbers; whole numbers stay whole. None: that
-        of the parameters.
+      hyperparam_dtype: The dtype of the numbers. Whole numbers stay integers. None: the
+        dtype of the parameters.
 
     Returns:
       A function with the arguments of `inner_factory`. Each number may also be a
       schedule, a function from the step to a number.
 
     Raises:
-      ValueError: If `inner_factory` has no argument of a name in `static_args`, or
-        `hyperparam_dtype` is no floating dtype; by the function it returns, if a
+      ValueError: If a name in `static_args` is not an argument of `inner_factory`, or
+        `hyperparam_dtype` is not a floating dtype; by the returned function, if a
         number is out of range for a factory of this package.
-      TypeError: If `inner_factory` makes no transformation, or an argument is of the
-        wrong type.
+      TypeError: If `inner_factory` does not return a transformation, or an argument is
+        of the wrong type.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -98,9 +99,10 @@ def inject_hyperparams(
 def _check_arguments(
     factory: Callable, static: set[str], args: list, kwargs: dict[str, Any]
 ) -> None:
-    """Calls the factory with the numbers: Optax hands it arrays, which all pass.
+    """Calls the factory with the plain numbers to check them.
 
-    An array stands for a schedule, whose values are not known.
+    Optax passes arrays, which are not checked. Schedules are replaced by an array,
+    because their values are unknown.
     """
     bound = inspect.signature(factory).bind(*args, **kwargs)
     for name, value in bound.arguments.items():
@@ -119,7 +121,10 @@ def _is_ours(factory: Callable) -> bool:
 
 
 def _static_arguments(factory: Callable) -> set[str]:
-    """Arguments that are no numbers by their annotations, if the factory is ours."""
+    """Returns the arguments whose annotation is not a number.
+
+    For factories of other packages it returns none.
+    """
     if not _is_ours(factory):
         return set()
     parameters = inspect.signature(factory).parameters.values()

@@ -1,4 +1,4 @@
-"""Spike statistics of every tensor, kept in the state of any transformation."""
+"""Keeps spike statistics of every tensor in the state of any transformation."""
 
 from typing import Any, NamedTuple
 
@@ -10,17 +10,19 @@ from spam_optax import _arithmetic, _norms, _paths, _validate, functional
 
 
 class TrackSpikesState(NamedTuple):
-    """State of :func:`track_spikes`: an entry a tensor, in `tensor_names`' order.
+    """State of :func:`track_spikes`.
+
+    The vectors have one entry per tensor, in the order of :func:`tensor_names`.
 
     Attributes:
       tensor_grad_norm: Norm of the gradient's finite coordinates in the last step.
-      tensor_update_norm: Norm of the update the inner transformation made of it.
+      tensor_update_norm: Norm of the update in the last step.
       tensor_mean_norm: Running mean of the gradient norm, the last step included.
-      tensor_spike_score: Gradient norm over the running mean before the last step; 0
-        without a history, ``inf`` if the gradient was not finite.
-      tensor_spike_steps: Steps so far whose spike score exceeded the threshold.
-      tensor_nonfinite: Non-finite coordinates of the gradient in the last step.
-      tensor_steps: Steps that entered the running mean.
+      tensor_spike_score: Gradient norm of the last step divided by the running mean
+        before it. It is 0 without a history, and infinity for a non-finite gradient.
+      tensor_spike_steps: Number of steps whose spike score exceeded the threshold.
+      tensor_nonfinite: Number of non-finite gradient coordinates in the last step.
+      tensor_steps: Number of steps in the running mean.
       inner_state: State of the inner transformation.
     """
 
@@ -51,14 +53,15 @@ def track_spikes(
         {\min(t, 1 / (1 - \beta))}
 
     with `threshold` :math:`\theta` and `decay` :math:`\beta`: the plain mean at first,
-    an exponential moving average later. A spike enters the mean cut to the threshold,
-    so that it neither hides the next one nor, if the norm has risen for good, is called
-    a spike for ever. A gradient that is not finite enters no mean.
+    an exponential moving average later. A spike enters the mean clipped at the
+    threshold. It therefore does not hide the next spike, and a lasting rise of the norm
+    stops being counted as spikes after a while. A non-finite gradient does not enter
+    the mean.
 
-    The statistics are read by name, and :func:`tensor_names` tells the tensor behind an
-    index. One vector for all tensors, rather than a scalar for each, keeps them apart
-    from the parameters when a state is sharded. On TPU the norm of the update is a pass
-    of its own over memory: half as much again as :func:`spam_optax.spam`, or more.
+    Read the statistics by name. :func:`tensor_names` returns the name of each index.
+    The statistics are vectors and not trees, so they are not sharded like parameters.
+    On TPU the norm of the update is a separate pass over memory: it costs at least half
+    as much as :func:`spam_optax.spam` in addition.
 
     Args:
       inner: The transformation to watch, for example ``spam(1e-3)``.
@@ -118,7 +121,7 @@ def track_spikes(
             jnp.int32,
         )
         mean = state.tensor_mean_norm
-        # Of float64 gradients it can be more than float32 has.
+        # The norm of float64 gradients may overflow float32.
         valid = (nonfinite == 0) & jnp.isfinite(norm)
         score = jnp.where(mean > 0, norm / jnp.where(mean > 0, mean, 1), 0)
         score = jnp.where(valid, score, jnp.inf)
@@ -126,7 +129,7 @@ def track_spikes(
         limited = jnp.where(mean > 0, jnp.minimum(norm, threshold * mean), norm)
         steps_so_far = jnp.maximum(steps, 1).astype(jnp.float32)
         rate = 1 / jnp.minimum(steps_so_far, 1 / (1 - decay))
-        # Steps without any gradient are no history: the first norm is the mean.
+        # A zero gradient is not history: the first nonzero norm is the mean.
         rate = jnp.where(mean > 0, rate, 1)
         new_mean = (mean + rate * (limited - mean)).astype(jnp.float32)
         return new_updates, TrackSpikesState(
@@ -145,14 +148,14 @@ def track_spikes(
 
 
 def tensor_names(params: optax.Params) -> tuple[str, ...]:
-    """Names of the tensors behind the indices of :class:`TrackSpikesState`.
+    """Returns the names of the tensors, in the order of the statistics.
 
     Args:
       params: The tree of parameters that ``init`` was called with.
 
     Returns:
-      The path of each tensor, its parts joined by ``/``, without the ``value`` that
-      ends the path of an NNX variable. No two names are equal.
+      The path of each tensor, its parts joined by ``/``. The ``value`` at the end of an
+      NNX path is left out. All names are different.
 
     Raises:
       ValueError: If two tensors have the same name, as would those of

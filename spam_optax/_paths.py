@@ -1,8 +1,9 @@
-"""Names and roles of tensors, read from their paths.
+"""Finds names and roles of tensors from their paths.
 
 A part of a path is compared by its words: ``attention_norm``, ``AttentionNorm`` and
-``attention_norm_1`` all have the words attention and norm. A part has a name if this is
-one of its words, or several in a row: ``embed_out`` has embed, out and embedout.
+``attention_norm_1`` all have the words attention and norm. A part has a name if the
+name is one of its words or several adjacent words joined: ``embed_out`` has the names
+embed, out and embedout.
 """
 
 import functools
@@ -40,7 +41,7 @@ _FEED_FORWARDS = (
 _PROJECTIONS = (
     *("proj", "projection", "linear", "dense", "einsum", "conv", "modulation"),
 )
-# Of the first of these that the part nearest to the leaf has a name of.
+# The first role whose names occur in the part nearest to the leaf.
 _MATRICES = (
     (
         "fused attention",
@@ -68,7 +69,7 @@ _MATRICES = (
     ),
 )
 _ATTENTIONS = ("attention", "attn", "att", "mha", "mqa", "gqa", "mla")
-# Words beside "head" in the names of attention's heads, unlike a model's head.
+# Words next to "head" in the names of attention's heads, unlike in a model's head.
 _OF_ATTENTION = {
     *("multi", "query", "key", "kv", "qk", "qkv"),
     *_ATTENTIONS,
@@ -80,7 +81,7 @@ class Leaf(NamedTuple):
     """A tensor of a tree.
 
     Attributes:
-      path: Its keys, without that of the box around it: an NNX variable, or Linen's
+      path: Its keys, without the key of a box around it: an NNX variable, or Linen's
         ``nn.Partitioned``.
       value: The tensor.
       axis_names: The names of its axes, if its box has any.
@@ -92,7 +93,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Leaf]:
-    """The leaves of a tree, in the order of `jax.tree.leaves`."""
+    """Returns the leaves of a tree, in the order of `jax.tree.leaves`."""
     is_node = lambda x: _is_box(x) or bool(is_leaf and is_leaf(x))  # noqa: E731
     found = []
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
@@ -119,7 +120,7 @@ def map_leaves(
 
 
 def unboxed(tree: Any) -> Any:
-    """The tree with tensors in place of the boxes that hold one."""
+    """Replaces each box by the tensor in it."""
 
     def unbox(x):
         inside = jax.tree.leaves(x)
@@ -129,7 +130,10 @@ def unboxed(tree: Any) -> Any:
 
 
 def _is_box(x: Any) -> bool:
-    """Whether `x` is one of Flax's boxes, by class name: Flax may be absent."""
+    """Checks by class name whether `x` is a box of Flax.
+
+    Flax may not be installed.
+    """
     return any(
         c.__name__ in ("Variable", "AxisMetadata") and c.__module__.startswith("flax.")
         for c in type(x).__mro__
@@ -147,9 +151,9 @@ def _axis_names(box: Any) -> tuple | None:
 
 
 def names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[str, ...]:
-    """The name of each tensor: the parts of its path joined by ``/``.
+    """Returns the name of each tensor: the parts of its path joined by ``/``.
 
-    Raises ValueError if two tensors have the same name.
+    Raises ValueError if two names are equal.
     """
     paths: dict[str, tuple] = {}
     for leaf in leaves(tree, is_leaf):
@@ -166,20 +170,20 @@ def names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[str,
 
 
 def has_name(path: tuple, names: Collection[str]) -> bool:
-    """Whether one of `names` is in a part of a path.
+    """Checks whether a part of a path has one of `names`.
 
-    Vectors and factors are looked for in the last two parts only, and above a
-    ``kernel`` only norms: ``scale/kernel`` is a matrix, and so is ``norm_proj/w``.
-    ``b`` must be the last part.
+    Names of vectors and factors count only in the last two parts. Above a ``kernel``
+    only norms count: ``scale/kernel`` is a matrix, and so is ``norm_proj/w``. ``b``
+    must be the last part.
     """
     return _has_name(_parts(path), names)
 
 
 def role(path: tuple, ndim: int) -> str | None:
-    """What a tensor is for, as far as names tell; None: a matrix nobody knows.
+    """Returns the role of a tensor by its name, or None for an unknown matrix.
 
-    Names above the innermost attention say nothing: it may be a layer of experts', or a
-    head's.
+    Parts above the innermost attention are ignored, because attention may be inside an
+    expert or a head.
     """
     parts = _parts(path)
     inside = max((i + 1 for i, x in enumerate(parts) if _is_attention(x)), default=0)
@@ -194,7 +198,8 @@ def role(path: tuple, ndim: int) -> str | None:
     kind = _nearest(parts, (("head", HEADS), ("embedding", EMBEDDINGS)))
     if kind == "embedding" and _is_projection(parts):
         return "projection"
-    # Before the rest, for kernels of theirs may be called `out` or `key`.
+    # Checked before the other roles, because kernels in feed-forward layers may be
+    # called `out` or `key`.
     if kind is None and _has_name(parts, _FEED_FORWARDS):
         return "feed-forward"
     return kind or _nearest(parts, _MATRICES)
@@ -216,7 +221,7 @@ def _has_name(parts: list[tuple[str, ...]], names: Collection[str]) -> bool:
 def _nearest(
     parts: list[tuple[str, ...]], kinds: tuple[tuple[str, tuple[str, ...]], ...]
 ) -> str | None:
-    """The first kind that the part nearest to the leaf has a name of."""
+    """Returns the role of the part nearest to the leaf that has a known name."""
     for part in reversed(parts):
         for kind, kinds_names in kinds:
             if _names_of(part) & set(map(joined, kinds_names)):
@@ -225,27 +230,33 @@ def _nearest(
 
 
 def last_word(path: tuple) -> str:
-    """The last part of a path in lower case, without numbers and underscores."""
+    """Returns the last part in lower case, without numbers and underscores."""
     return "".join(_parts(path)[-1]) if _parts(path) else ""
 
 
 def is_einsum(path: tuple) -> bool:
-    """Whether a matrix is an einsum's; in Gemma's the axis of heads comes first."""
+    """Checks whether a matrix belongs to an einsum.
+
+    In Gemma's einsums the axis of heads comes first.
+    """
     return any("einsum" in part for part in _parts(path))
 
 
 def words(text: str) -> set[str]:
-    """The words of a name: ``q_heads`` has q and heads."""
+    """Returns the words of a name: ``q_heads`` has q and heads."""
     return set(_words(text))
 
 
 def joined(name: str) -> str:
-    """The words of a name, joined: ``q_proj`` gives qproj."""
+    """Returns the words of a name, joined: ``q_proj`` gives qproj."""
     return "".join(_words(name))
 
 
 def _is_projection(parts: list[tuple[str, ...]]) -> bool:
-    """Whether a matrix below an embedding multiplies: it is no table to look up in."""
+    """Checks whether a matrix below an embedding is multiplied with.
+
+    Such a matrix is not a lookup table.
+    """
     *_, above, last = ((), (), *parts)
     is_linear = set(_PROJECTIONS) & (_names_of(above) | _names_of(last))
     return last == ("kernel",) or bool(is_linear)
@@ -253,7 +264,7 @@ def _is_projection(parts: list[tuple[str, ...]]) -> bool:
 
 @functools.cache
 def _words(text: str) -> tuple[str, ...]:
-    """Both ``LMHead_0`` and ``lm_head`` have the words lm and head."""
+    """Returns the words: ``LMHead_0`` and ``lm_head`` both have lm and head."""
     words = []
     for chunk in re.findall(r"[^\W\d_]+", text):
         words += re.findall(r"[A-Z]+(?![a-z])|[A-Z][^A-Z]*|[^A-Z]+", chunk)
@@ -261,7 +272,10 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _names_of(part: tuple[str, ...]) -> set[str]:
-    """The words of a part, and rows of them joined; no letter unless it is alone."""
+    """Returns the words of a part and all adjacent words joined.
+
+    A single letter counts only if it is the whole part.
+    """
     rows = {
         "".join(part[start:stop])
         for start in range(len(part))
@@ -271,12 +285,12 @@ def _names_of(part: tuple[str, ...]) -> set[str]:
 
 
 def _parts(path: tuple) -> list[tuple[str, ...]]:
-    """The words of each part of a path; a key may have parts: ``a/b``, ``(a, b)``.
+    """Returns the words of each part of a path.
 
-    A ``head`` of attention is none of the model; ``output`` and ``proj_out`` outside
-    the layers are.
-    What has no words, as numbers have not, is left out, and so is the ``array`` that
-    ends the paths of Haliax.
+    One key may have several parts: ``a/b``, ``(a, b)``. A ``head`` inside attention is
+    marked as attention's. ``output`` and ``proj_out`` outside layers are marked as the
+    model's head. Parts without words, such as numbers, are left out, and so is the
+    ``array`` at the end of Haliax's paths.
     """
     text = jax.tree_util.keystr(path, simple=True, separator="/")
     texts = re.split(r"[/.,()\s\'\"\[\]]+", text)
@@ -298,12 +312,15 @@ def _parts(path: tuple) -> list[tuple[str, ...]]:
 
 
 def _is_attention(part: tuple[str, ...]) -> bool:
-    """Whether a part is attention; ``c_attn`` and ``kv_a_proj_with_mqa`` are in it."""
+    """Checks whether a part is an attention layer.
+
+    ``c_attn`` and ``kv_a_proj_with_mqa`` are kernels inside one.
+    """
     return bool(part) and part[-1] in _ATTENTIONS and {"c", "proj"}.isdisjoint(part)
 
 
 def _is_layer(part: tuple[str, ...]) -> bool:
-    """Whether a part is that of a layer or of a stack of layers, such as a number."""
+    """Checks whether a part, such as a number, is a layer or a stack of layers."""
     return (
         not part
         or part == ("h",)

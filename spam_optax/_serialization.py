@@ -1,4 +1,4 @@
-"""States as arguments of exported functions."""
+"""Registers states as arguments of exported functions."""
 
 import contextlib
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import jax
 import jax.export
 
-_types: dict[str, type] = {}  # By the name they are stored under.
+_types: dict[str, type] = {}  # By the name in the exported file.
 
 
 def register_serialization(opt_state: Any) -> None:
     """Lets ``jax.export`` serialize functions that take or return such a state.
 
-    Optimizer states are named tuples, Optax's own included. ``jax.export`` refuses a
-    type of named tuple until it is registered. Call this before ``Exported.serialize``,
-    and before ``jax.export.deserialize`` in the program that loads the function. It may
-    be called again: a type that is registered already stays as it is.
+    Optimizer states are named tuples, in Optax too. ``jax.export`` raises an error for
+    a named tuple that is not registered. Call this function before
+    ``Exported.serialize``, and before ``jax.export.deserialize`` in the program that
+    loads the function. You may call it again: a registered type does not change.
 
     A type is stored as its package and its name, ``spam_optax.ScaleBySpamState``, so
     that it may move to another module. ``serialize`` itself needs the package
@@ -23,7 +23,8 @@ def register_serialization(opt_state: Any) -> None:
 
     Checkpoints do not need this. They need a template: ``checkpointer.restore(path,
     jax.eval_shape(tx.init, params))``. Without one, Orbax returns dictionaries in place
-    of the named tuples, with the leaves in another order. This puts them back::
+    of the named tuples, with the leaves in another order. The following code restores
+    the named tuples::
 
       template = jax.eval_shape(tx.init, params)
       name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")

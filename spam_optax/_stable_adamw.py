@@ -17,14 +17,16 @@ class ScaleByStableAdamWState(NamedTuple):
     """State of :func:`scale_by_stable_adamw`.
 
     Attributes:
-      count: Steps taken.
-      mu: First moment.
-      nu: Second moment.
-      update_rms: What the update of each tensor was divided by in the last step if it
-        was above 1: the root mean square of the gradient in units of the second moment.
-        In `tensor_names`' order; 0 where the gradient had no finite coordinate.
-      dropped_count: Coordinates of the last gradient that were not finite.
-      dropped_total: The same, of all steps.
+      count: Number of steps taken.
+      mu: First moments.
+      nu: Second moments.
+      update_rms: Root mean square of each tensor's gradient divided by the root of its
+        second moment, in the last step. The update was divided by it if it was above 1.
+        One entry per tensor, in the order of :func:`tensor_names`; 0 for a gradient
+        without a finite coordinate.
+      dropped_count: Number of NaN, infinite or overflowing coordinates in the last
+        step.
+      dropped_total: The same, summed over all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
@@ -45,25 +47,12 @@ def scale_by_stable_adamw(
 ) -> optax.GradientTransformation:
     """Rescales by Adam with update clipping.
 
-    :func:`stable_adamw` without learning rate and weight decay; the formulas are there.
-
-    Args:
-      b1: Decay of the first moment, in [0, 1).
-      b2: Decay of the second moment, in [0, 1).
-      eps: Term added to the root of the second moment, and its least value, > 0.
-      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
-        parameters. Complex parameters keep a complex first moment.
-      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
-        for the first, but real.
+    This is :func:`stable_adamw` without learning rate and weight decay. See there for
+    formulas and arguments.
 
     Returns:
-      The transformation. Its updates have the dtype of the parameters, or without
-      these of the gradients.
-
-    Raises:
-      ValueError: If an argument is out of range; by ``update``, if the tree of updates
-        is not that of the parameters.
-      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+      The transformation. Its updates have the dtype of the parameters, or of the
+      gradients if ``update`` gets no parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -101,8 +90,8 @@ def scale_by_stable_adamw(
         mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
         nu = _moments.move_all(state.nu, gradients, b2, _arithmetic.abs_sq)
         corrections = [functional.bias_correction(b, step) for b in (b1, b2)]
-        # Of the moments before they are held: it must not wait for the whole gradient.
-        # Where that has no finite coordinate it is 0 either way.
+        # Computed from the new moments before `hold`, so that it need not wait for the
+        # whole gradient. Without a finite coordinate it is 0 in either order.
         rms = _moments.map_leaves(
             lambda g, v: _rms(g, v / corrections[1], eps), gradients, nu
         )
@@ -139,11 +128,11 @@ def stable_adamw(
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW that takes a smaller step where the gradient outgrew its second moment.
+    r"""AdamW with smaller steps for tensors whose gradient suddenly grows.
 
-    A second moment that lags behind a signal suddenly larger makes Adam's step too
-    long. In step :math:`t`, for each tensor with gradient :math:`g`, learning rate
-    :math:`\alpha` and weight decay :math:`\lambda`:
+    Adam's step is too long while its second moment lags behind the gradient. In step
+    :math:`t`, for each tensor with gradient :math:`g`, learning rate :math:`\alpha` and
+    weight decay :math:`\lambda`:
 
     .. math::
       m &\leftarrow \beta_1 m + (1 - \beta_1) g, \quad
@@ -154,37 +143,30 @@ def stable_adamw(
       p &\leftarrow p - \alpha \left( \frac{1}{\max(1, \mathrm{RMS})} \,
         \frac{\hat m}{\sqrt{\hat v} + \varepsilon} + \lambda p \right)
 
-    The paper corrects the bias by decays that change with :math:`t`, which gives these
-    same :math:`\hat m` and :math:`\hat v`. The RMS is in the state as ``update_rms``.
+    The paper corrects the bias with decays that change over time. The result is the
+    same. The RMS is in the state as ``update_rms``.
 
-    Coordinates that are not finite, or whose square overflows, become 0 first. A tensor
-    without a finite coordinate keeps its moments, and they do not move it.
+    Coordinates that are not finite, or whose square overflows, become 0 first. If a
+    tensor has no finite coordinate, its moments do not change and its update is 0,
+    apart from weight decay.
 
     Differences from the paper: the weight decay is multiplied by the learning rate and
     not by ``1 / max(1, RMS)``; it is 0 by default. `b2` and `eps` are those of the
     authors' implementation.
 
+    Other arguments are those of :func:`spam`.
+
     Args:
-      learning_rate: The learning rate, a number >= 0 or a schedule.
-      b1: Decay of the first moment, in [0, 1).
-      b2: Decay of the second moment, in [0, 1).
-      eps: Term added to the root of the second moment, and its least value, > 0.
-      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate. 0
-        adds nothing and needs no parameters.
-      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
-        of them, or a function from parameters to such a tree. None: everything.
-      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
-        parameters. Complex parameters keep a complex first moment.
-      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
-        for the first, but real.
+      eps: Term added to the root of the second moment, > 0. It is also the lower limit
+        of this root in the RMS.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or of the gradients
-      if `params` is not passed.
+      if ``update`` gets no parameters.
 
     Raises:
       ValueError: If an argument is out of range; by ``update``, if the tree of updates
-        is not that of the parameters, or weight decay is asked for without parameters.
+        is not that of the parameters, or weight decay is used without parameters.
       TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
 
     Examples:
@@ -215,15 +197,15 @@ def stable_adamw(
 
 
 def _rms(g: jax.Array, v_hat: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array:
-    """Root mean square of a gradient in units of its second moment."""
-    # eps**2 may underflow, and 0 / 0 is no ratio.
+    """Returns the root mean square of a gradient over the root of its moment."""
+    # eps**2 may underflow to 0, and 0 / 0 is NaN.
     floor = jnp.maximum(jnp.square(eps), jnp.finfo(v_hat.dtype).tiny)
     ratio = _arithmetic.abs_sq(g) / jnp.maximum(v_hat, floor)
     return _arithmetic.root(jnp.sum(ratio) / max(g.size, 1))
 
 
 def _direction(bad, m, v, rms, corrections, eps) -> jax.Array:
-    """Adam's, divided by the RMS if that is above 1; 0 without a finite gradient."""
+    """Returns Adam's direction over ``max(1, rms)``, or 0 without a finite gradient."""
     first, second = corrections
     step = m / first / (_arithmetic.root(v / second) + eps) / jnp.maximum(rms, 1)
     return jnp.where(jnp.all(bad), 0, step).astype(m.dtype)

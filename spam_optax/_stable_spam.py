@@ -4,9 +4,9 @@ Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
 <https://arxiv.org/abs/2502.17055>`_, 2025; from its third version on the paper is
 `GradientStabilizer`, another transformation.
 
-All statistics are of whole tensors: a vector with one number per tensor, in the order
-of ``jax.tree.leaves``. A tensor none of whose coordinates is finite leaves its own
-alone.
+All statistics are vectors with one number per tensor, in the order of
+``jax.tree.leaves``. If a tensor's gradient has no finite coordinate, its statistics do
+not change.
 """
 
 from collections.abc import Callable
@@ -20,16 +20,16 @@ from spam_optax import _arithmetic, _moments, _norms, _validate, functional
 
 
 class AdaClipState(NamedTuple):
-    """State of :func:`adaclip`: statistics of every tensor, and counters.
+    """State of :func:`adaclip`: vectors with one entry per tensor, and counters.
 
     Attributes:
-      adaclip_steps: Steps that entered the running mean.
-      adaclip_mean: Running mean of the largest size of a coordinate.
-      adaclip_count: Coordinates limited in the last step.
-      adaclip_total: The same, of all steps.
-      adaclip_nonfinite_count: NaN, infinite or overflowing coordinates in the last
-        step.
-      adaclip_nonfinite_total: The same, of all steps.
+      adaclip_steps: Number of steps in the running mean.
+      adaclip_mean: Running mean of the largest absolute value in the tensor.
+      adaclip_count: Number of coordinates clipped in the last step.
+      adaclip_total: The same, summed over all steps.
+      adaclip_nonfinite_count: Number of NaN, infinite or overflowing coordinates in the
+        last step.
+      adaclip_nonfinite_total: The same, summed over all steps.
     """
 
     adaclip_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
@@ -41,15 +41,16 @@ class AdaClipState(NamedTuple):
 
 
 class AdaGNState(NamedTuple):
-    """State of :func:`adagn`: statistics of every tensor, and counters.
+    """State of :func:`adagn`: vectors with one entry per tensor, and counters.
 
     Attributes:
-      adagn_count: Steps taken.
-      adagn_steps: Steps that entered the running means.
+      adagn_count: Number of steps taken.
+      adagn_steps: Number of steps in the running means.
       adagn_mean: Running mean of the norm.
-      adagn_square: Running mean of its square.
-      adagn_nonfinite_count: NaN, infinite or overflowing coordinates in the last step.
-      adagn_nonfinite_total: The same, of all steps.
+      adagn_square: Running mean of the squared norm.
+      adagn_nonfinite_count: Number of NaN, infinite or overflowing coordinates in the
+        last step.
+      adagn_nonfinite_total: The same, summed over all steps.
     """
 
     adagn_count: jax.Array  # shape=(), dtype=jnp.int32.
@@ -61,14 +62,16 @@ class AdaGNState(NamedTuple):
 
 
 class GradientStabilizerState(NamedTuple):
-    """State of :func:`gradient_stabilizer`: statistics of every tensor, and counters.
+    """State of :func:`gradient_stabilizer`.
+
+    It has vectors with one entry per tensor, and counters.
 
     Attributes:
       stabilizer_mean: Running mean of the norm, not bias corrected.
-      stabilizer_square: Running mean of its square, not bias corrected.
-      stabilizer_nonfinite_count: NaN, infinite or overflowing coordinates in the last
-        step.
-      stabilizer_nonfinite_total: The same, of all steps.
+      stabilizer_square: Running mean of the squared norm, not bias corrected.
+      stabilizer_nonfinite_count: Number of NaN, infinite or overflowing coordinates in
+        the last step.
+      stabilizer_nonfinite_total: The same, summed over all steps.
     """
 
     stabilizer_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
@@ -80,19 +83,23 @@ class GradientStabilizerState(NamedTuple):
 class ScaleByStableSpamState(NamedTuple):
     """State of :func:`scale_by_stable_spam`.
 
+    The vectors have one entry per tensor.
+
     Attributes:
-      count: Steps taken.
-      mu: First moment.
-      nu: Second moment.
-      max_steps: Steps that entered `max_mean`, of every tensor.
-      max_mean: Running mean of the largest size of a coordinate, of every tensor.
-      norm_steps: Steps that entered `norm_mean` and `norm_square`, of every tensor.
-      norm_mean: Running mean of the norm, of every tensor.
-      norm_square: Running mean of the norm's square, of every tensor.
-      limited_count: Coordinates that the adaptive clip limited in the last step.
-      limited_total: The same, of all steps.
-      dropped_count: NaN, infinite or overflowing coordinates in the last step.
-      dropped_total: The same, of all steps.
+      count: Number of steps taken.
+      mu: First moments.
+      nu: Second moments.
+      max_steps: Number of steps in `max_mean`.
+      max_mean: Running mean of the largest absolute value in the tensor.
+      norm_steps: Number of steps in `norm_mean` and `norm_square`.
+      norm_mean: Running mean of the norm.
+      norm_square: Running mean of the squared norm.
+      limited_count: Number of coordinates that the adaptive clip clipped in the last
+        step.
+      limited_total: The same, summed over all steps.
+      dropped_count: Number of NaN, infinite or overflowing coordinates in the last
+        step.
+      dropped_total: The same, summed over all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
@@ -110,7 +117,7 @@ class ScaleByStableSpamState(NamedTuple):
 
 
 def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformation:
-    r"""Limits the coordinates of a tensor by the running mean of their largest.
+    r"""Clips each tensor at the running mean of its largest coordinate.
 
     For each tensor, with :math:`k` the number of steps:
 
@@ -120,9 +127,10 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
         \hat M = M / (1 - \gamma_3^k) \\
       g_i &\leftarrow \hat M g_i / G \quad \text{where } |g_i| > \hat M
 
-    The largest coordinate becomes :math:`\hat M`. The others above it are scaled by the
-    same factor, so that one just above ends up far below one just under: as published.
-    Coordinates that are not finite become 0.
+    The largest coordinate becomes :math:`\hat M`. All coordinates above
+    :math:`\hat M` are scaled by the same factor. A coordinate just above :math:`\hat M`
+    therefore ends up far below one just under :math:`\hat M`. This is as in the paper.
+    Non-finite coordinates become 0.
 
     Args:
       gamma3: Decay of the running mean, in [0, 1).
@@ -187,7 +195,7 @@ def adagn(
     *,
     total_steps: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformation:
-    r"""Rescales each tensor to a norm made of its norm's running moments.
+    r"""Rescales each tensor by the running mean and mean square of its norm.
 
     For each tensor, with :math:`k` the number of steps:
 
@@ -199,17 +207,18 @@ def adagn(
       g &\leftarrow \frac{g}{\lVert g \rVert}
         \cdot \frac{\hat n_1}{\sqrt{\hat n_2} + \varepsilon}
 
-    The gradient's own scale is gone: the norm that comes out is about 1. Coordinates
-    that are not finite become 0, and a gradient of zeros stays one.
+    The norm of the result is about 1, whatever the scale of the gradient. Non-finite
+    coordinates become 0. A gradient of zeros stays zero.
 
     Args:
-      gamma1: Decay of the norm's mean, in [0, 1). The paper: 0.7 in 4 bits, 0.85 in
-        bfloat16.
-      gamma2: Decay of the square's mean, in [0, 1). The paper: 0.9, 0.99999.
+      gamma1: Decay of the running mean of the norm, in [0, 1). The paper uses 0.7 for
+        training in 4 bits and 0.85 for bfloat16.
+      gamma2: Decay of the running mean of the squared norm, in [0, 1). The paper uses
+        0.9 for training in 4 bits and 0.99999 for bfloat16.
       eps: Term added to the denominator, > 0.
-      total_steps: Steps :math:`T` of the run, over which `gamma1` falls to half along
-        a cosine, ``gamma1 * (0.5 + 0.25 * (1 + cos(pi * t / (T + 1))))``, and stays
-        there from step T on. None: it is constant.
+      total_steps: Number of steps :math:`T` of the run. `gamma1` falls to half along
+        a cosine, ``gamma1 * (0.5 + 0.25 * (1 + cos(pi * t / (T + 1))))``, until step T,
+        and stays there. None: `gamma1` is constant.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.
@@ -274,24 +283,24 @@ def adagn(
 def gradient_stabilizer(
     gamma1: jax.typing.ArrayLike = 0.6, gamma2: jax.typing.ArrayLike = 0.999
 ) -> optax.GradientTransformation:
-    r"""Replaces the norm of each tensor by the ratio of its norm's running moments.
+    r"""Rescales each tensor by the running mean and root mean square of its norm.
 
-    For each tensor:
+    The norm of each tensor becomes the ratio of the two:
 
     .. math::
       m &\leftarrow \gamma_1 m + (1 - \gamma_1) \lVert g \rVert \\
       v &\leftarrow \gamma_2 v + (1 - \gamma_2) \lVert g \rVert^2 \\
       g &\leftarrow \frac{g}{\lVert g \rVert} \cdot \frac{m}{\sqrt v}
 
-    The successor of :func:`stable_spam`: no clip, no reset, no bias correction. Without
-    the last, the norms that come out fall from 12.6, with the defaults, towards 1 in
-    the first thousand steps. Coordinates that are not finite become 0, and a gradient
-    of zeros stays one. Use it before any optimizer:
+    This is the successor of :func:`stable_spam`. It has no clip, no reset and no bias
+    correction. Without bias correction the norm of the result starts at 12.6 (with the
+    defaults) and falls towards 1 in the first thousand steps. Non-finite coordinates
+    become 0. A gradient of zeros stays zero. Use it before any optimizer:
     ``optax.chain(gradient_stabilizer(), optax.adamw(1e-3))``.
 
     Args:
-      gamma1: Decay of the norm's mean, in [0, 1).
-      gamma2: Decay of the square's mean, in [0, 1).
+      gamma1: Decay of the running mean of the norm, in [0, 1).
+      gamma2: Decay of the running mean of the squared norm, in [0, 1).
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.
@@ -361,17 +370,12 @@ def scale_by_stable_spam(
 ) -> optax.GradientTransformation:
     """Rescales by Stable-SPAM: adaptive clip, adaptive norm, Adam with momentum reset.
 
-    :func:`stable_spam` without learning rate and weight decay; formulas and arguments
-    are there.
+    This is :func:`stable_spam` without learning rate and weight decay. See there for
+    formulas and arguments.
 
     Returns:
-      The transformation. Its updates have the dtype of the parameters, or without
-      these of the gradients.
-
-    Raises:
-      ValueError: If an argument is out of range; by ``update``, if the tree of updates
-        is not that of the parameters.
-      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
+      The transformation. Its updates have the dtype of the parameters, or of the
+      gradients if ``update`` gets no parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -487,46 +491,38 @@ def stable_spam(
       p &\leftarrow p - \alpha \left( \frac{m / (1 - \beta_1^k)}
         {\sqrt{v / (1 - \beta_2^k)} + \varepsilon} + \lambda p \right)
 
-    Unlike :func:`spam`'s, the bias corrections restart with the moments, and there is
-    no ramp after a reset. The defaults are those for training in 4 bits; for bfloat16
-    the paper has ``gamma1=0.85, gamma2=0.99999``.
+    Unlike in :func:`spam`, a reset also restarts the bias corrections, and no ramp
+    follows. The defaults are those for training in 4 bits. For bfloat16 the paper uses
+    ``gamma1=0.85, gamma2=0.99999``.
 
-    Since each tensor is clipped by the mean of its own maxima, a coordinate is limited
-    in about every other step: ``limited_count`` counts those, not rare events.
+    The adaptive clip compares each tensor with the running mean of its own maximum, so
+    it clips something in about every other step. ``limited_count`` is therefore not a
+    count of rare spikes.
+
+    Other arguments are those of :func:`spam`.
 
     Args:
-      learning_rate: A number >= 0 or a schedule.
-      b1: Decay of the first moment, in [0, 1).
-      b2: Decay of the second moment, in [0, 1).
       eps: Term added to the denominators, here and in the adaptive norm, > 0.
-      gamma1: Decay of the norm's mean in the adaptive norm, in [0, 1).
-      gamma2: Decay of the norm's square's mean, in [0, 1).
-      gamma3: Decay of the mean of the maxima in the adaptive clip, in [0, 1).
-      reset_interval: Steps between resets of the moments. None: never.
-      total_steps: Steps :math:`T` of the run, over which `b1` and `gamma1` fall to half
-        along a cosine, times ``0.5 + 0.25 * (1 + cos(pi * t / (T + 1)))``, and stay
-        there from step T on. None: they are constant.
-      reference_resets: Whether resets are those of the authors' implementation: in a
-        reset step the old moments are used once more, with the bias corrections of a
-        first step, and then zeroed, so that this step's gradient is lost; and the
-        corrections of the adaptive clip and norm restart too, with means that do not,
-        so that little is clipped in much of the next window.
-      weight_decay: Decoupled weight decay, >= 0, multiplied by the learning rate. 0
-        adds nothing and needs no parameters.
-      mask: What is decayed: a tree of booleans shaped like the parameters or a prefix
-        of them, or a function from parameters to such a tree. None: everything.
-      mu_dtype: Storage dtype of the first moment. None: float32, float64 for float64
-        parameters. Complex parameters keep a complex first moment.
-      nu_dtype: Storage dtype of the second moment, with the range of float32. None: as
-        for the first, but real.
+      gamma1: Decay of the running mean of the norm in the adaptive norm, in [0, 1).
+      gamma2: Decay of the running mean of the squared norm, in [0, 1).
+      gamma3: Decay of the running mean of the maxima in the adaptive clip, in [0, 1).
+      reset_interval: Number of steps between resets of the moments. None: no resets.
+      total_steps: Number of steps :math:`T` of the run. `b1` and `gamma1` fall to half
+        along a cosine, times ``0.5 + 0.25 * (1 + cos(pi * t / (T + 1)))``, until step
+        T, and stay there. None: they are constant.
+      reference_resets: Whether resets are those of the authors' implementation. A
+        reset step then uses the old moments once more, with the bias corrections of a
+        first step, and sets them to 0 afterwards, so the gradient of this step is lost.
+        The bias corrections of the adaptive clip and norm also restart, but their
+        running means do not, so little is clipped in much of the next window.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or of the gradients
-      if `params` is not passed.
+      if ``update`` gets no parameters.
 
     Raises:
       ValueError: If an argument is out of range; by ``update``, if the tree of updates
-        is not that of the parameters, or weight decay is asked for without parameters.
+        is not that of the parameters, or weight decay is used without parameters.
       TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
 
     Examples:
@@ -576,8 +572,8 @@ def stable_spam(
     )
 
 
-# What they share. Gradients are lists of tensors, None where a parameter has none;
-# statistics are vectors over that list.
+# Shared helpers. Gradients are lists of tensors, with None for missing gradients.
+# Statistics are vectors with one entry per tensor.
 
 
 def _check_norm(gamma1, gamma2, eps=1.0, total_steps=None) -> tuple:
@@ -591,7 +587,7 @@ def _check_norm(gamma1, gamma2, eps=1.0, total_steps=None) -> tuple:
 
 
 def _init_statistics(params: optax.Params, n: int) -> tuple[jax.Array, ...]:
-    """Steps, and `n` running means, of every tensor."""
+    """Returns zeros: a vector of step counts and `n` vectors of running means."""
     _norms.check_params(params)
     tensors = len(jax.tree.leaves(params))
     zeros = (jnp.zeros([tensors], jnp.float32) for _ in range(n))
@@ -601,7 +597,7 @@ def _init_statistics(params: optax.Params, n: int) -> tuple[jax.Array, ...]:
 def _flatten(
     updates: optax.Updates, statistic: jax.Array
 ) -> tuple[list[jax.Array], Any]:
-    """The tensors that `statistic` is of, and the structure of their tree."""
+    """Flattens the updates. Raises if their number differs from `statistic`'s."""
     _validate.check_tensors(updates, statistic.shape[0])
     _norms.check_updates(updates)
     return jax.tree.flatten(updates)
@@ -610,11 +606,14 @@ def _flatten(
 def _screen(
     gradients: list[jax.Array | None],
 ) -> tuple[list[jax.Array | None], jax.Array, jax.Array]:
-    """Zeros what is not finite, or has no square in float32 as the statistics are.
+    """Sets non-finite coordinates to 0.
+
+    A coordinate is non-finite if its square overflows float32, the dtype of the
+    statistics.
 
     Returns:
-      The gradients in the dtype of arithmetic, the number of non-finite coordinates of
-      every tensor, 1 for one without a gradient, and of all together.
+      The gradients in the compute dtype, the number of non-finite coordinates per
+      tensor (1 for a missing gradient), and their number in all gradients.
     """
     finite, bad = _norms.screen(gradients)
     counts = _moments.map_leaves(lambda mask: _arithmetic.totals(mask)[0], bad)
@@ -629,13 +628,16 @@ def _screen(
 def _of_each(
     f: Callable[[jax.Array], jax.Array], tensors: list[jax.Array | None]
 ) -> jax.Array:
-    """A number of every tensor, float32; 0 of one without a gradient."""
+    """Applies `f` to each tensor and stacks the float32 results.
+
+    A missing gradient gives 0.
+    """
     numbers = [jnp.zeros([]) if x is None else f(x) for x in tensors]
     return _arithmetic.stack(numbers, jnp.float32)
 
 
 def _adaclip(finite, bad, steps, mean, gamma3):
-    """Clipped gradients, coordinates limited, and the statistics after the step."""
+    """Returns the clipped gradients, how many were clipped, and new statistics."""
     largest = _of_each(lambda g: jnp.abs(g).max(initial=0), finite)
     usable = (bad == 0) | (largest > 0)
     steps = steps + usable.astype(jnp.int32)
@@ -654,7 +656,7 @@ def _adaclip(finite, bad, steps, mean, gamma3):
 
 
 def _adagn(finite, bad, statistics, gamma1, gamma2, eps):
-    """Rescaled gradients, and the statistics after the step."""
+    """Returns the rescaled gradients and the new statistics."""
     steps, mean, square = statistics
     norm, usable = _measure(finite, bad)
     steps = steps + usable.astype(jnp.int32)
@@ -666,7 +668,7 @@ def _adagn(finite, bad, statistics, gamma1, gamma2, eps):
 
 
 def _adam(gradients, state, decays, position, reference_resets):
-    """Adam's direction, and the moments to store."""
+    """Returns Adam's direction and the new moments."""
     b1, b2, eps = decays
     step = optax.safe_increment(state.count)
     since_reset = jnp.where(position < step, position + 1, step)
@@ -692,7 +694,7 @@ def _adam(gradients, state, decays, position, reference_resets):
 
 
 def _decay_scale(step, total_steps) -> jax.typing.ArrayLike:
-    """The factor on `b1` and `gamma1` in this step."""
+    """Returns the factor on `b1` and `gamma1` in this step."""
     if total_steps is None:
         return 1.0
     step = jnp.minimum(step, total_steps).astype(float)
@@ -703,22 +705,22 @@ def _decay_scale(step, total_steps) -> jax.typing.ArrayLike:
 def _measure(
     finite: list[jax.Array | None], bad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Norm of every tensor, and whether its statistics may move.
+    """Returns the norm of each tensor, and whether its statistics are updated.
 
-    They may not if only what is not finite keeps it from being 0, or if the square of
-    the norm would be infinite.
+    They are not updated if the gradient has non-finite coordinates and is 0 without
+    them, or if the square of the norm overflows.
     """
     norm = _of_each(_arithmetic.norm, finite)
     return norm, ((bad == 0) | (norm > 0)) & jnp.isfinite(norm**2)
 
 
 def _average(mean, value, decay, usable) -> jax.Array:
-    """The running mean after this step; where not `usable`, as it was."""
+    """Updates the running mean where `usable`, and keeps it elsewhere."""
     return jnp.where(usable, _arithmetic.ema(mean, value, decay), mean)
 
 
 def _corrected(mean, decay, steps) -> jax.Array:
-    """The running mean, bias corrected; 0 without a step."""
+    """Returns the bias-corrected running mean, which is 0 before the first step."""
     correction = functional.bias_correction(decay, jnp.maximum(steps, 1))
     return (mean / correction).astype(jnp.float32)
 
@@ -729,13 +731,13 @@ def _rescale(
     wanted: jax.Array,
     has_history: jax.Array,
 ) -> list[jax.Array | None]:
-    """Rescales every tensor that has a history from its norm to the one `wanted`."""
+    """Rescales every tensor that has a history from its norm to `wanted`."""
     factor = jnp.where(has_history & (norm > 0), wanted / _or_one(norm), 1)
     return _norms.scale(finite, factor)
 
 
 def _or_one(x: jax.Array) -> jax.Array:
-    """`x` as a divisor: 1 instead of 0."""
+    """Returns a safe divisor: `x`, or 1 where `x` is 0."""
     return jnp.where(x > 0, x, 1)
 
 

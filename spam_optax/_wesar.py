@@ -1,4 +1,4 @@
-"""What the layers of WeSaR have in common: the product, its target, and folding."""
+"""Shared by the WeSaR layers: the product, its target, and folding."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,10 @@ from spam_optax import _validate, initializers
 
 
 def alpha_init(target_std: float | None, width: int) -> jax.nn.initializers.Initializer:
-    """The initializer of a layer's factor; without a target, Spike No More's."""
+    """Returns the initializer of a layer's factor.
+
+    The default target is Spike No More's.
+    """
     if target_std is None:
         target_std = initializers.stable_std(width)
     target_std = _validate.check_number("target_std", target_std, above=0)
@@ -18,31 +21,32 @@ def alpha_init(target_std: float | None, width: int) -> jax.nn.initializers.Init
 
 
 def scale(kernel: jax.Array, alpha: jax.Array) -> jax.Array:
-    """``alpha * kernel``, where both may have leading axes of stacked layers."""
+    """Returns ``alpha * kernel``. Both may have leading axes of stacked layers."""
     return jnp.expand_dims(alpha, (-2, -1)) * kernel
 
 
 def fold_wesar(params: Any) -> Any:
-    r"""Parameters of plain layers, with the outputs of reparameterised ones.
+    r"""Multiplies each factor into its matrix, and returns parameters of plain layers.
 
     .. math::
       W \leftarrow \alpha W
 
-    wherever a ``kernel`` has an ``alpha`` beside it, which goes. What is left fits the
-    same model with ``flax.linen.Dense`` for ``WesarDense``, or ``flax.nnx.Linear`` for
-    ``WesarLinear``: for inference, or to store.
+    This is done wherever a ``kernel`` has an ``alpha`` beside it, and the ``alpha`` is
+    removed. The result fits the same model with ``flax.linen.Dense`` in place of
+    ``WesarDense``, or ``flax.nnx.Linear`` in place of ``WesarLinear``. Use it for
+    inference or for storage.
 
     Args:
       params: Linen's ``variables`` or their ``params``; an ``nnx.State``, or the nested
-        dictionary that ``nnx.to_pure_dict`` makes of it. Layers may be stacked along
+        dictionary that ``nnx.to_pure_dict`` returns. Layers may be stacked along
         leading axes, by ``vmap`` or ``scan``.
 
     Returns:
-      The same kind of tree. Metadata, as for partitioning, stay, and so do dtypes.
+      The same kind of tree, with the same dtypes and metadata (such as partitioning).
 
     Raises:
-      TypeError: If `params` is not a mapping, as a module is not.
-      ValueError: If an ``alpha`` is not one number for each matrix in the ``kernel``
+      TypeError: If `params` is not a mapping. A module is not a mapping.
+      ValueError: If an ``alpha`` does not have one number per matrix in the ``kernel``
         beside it.
 
     Examples:

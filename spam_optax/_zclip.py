@@ -17,13 +17,15 @@ class ZClipState(NamedTuple):
     """State of :func:`zclip`.
 
     Attributes:
-      zclip_steps: Steps that entered the statistics.
+      zclip_steps: Number of steps in the statistics.
       zclip_mean: Running mean of the norm of the gradient.
-      zclip_std: Running standard deviation of the norm: not its square, which would
-        overflow.
-      zclip_scale: Factor by which the last gradient was scaled; 1: not clipped.
-      zclip_nonfinite_count: Coordinates of the last gradient that were not finite.
-      zclip_nonfinite_total: The same, of all steps.
+      zclip_std: Running standard deviation of the norm. The variance is not stored,
+        because it could overflow.
+      zclip_scale: Factor that the last gradient was multiplied by. 1 means that it was
+        not clipped.
+      zclip_nonfinite_count: Number of NaN, infinite or overflowing coordinates in the
+        last step.
+      zclip_nonfinite_total: The same, summed over all steps.
     """
 
     zclip_steps: jax.Array  # shape=(), dtype=jnp.int32.
@@ -55,23 +57,24 @@ def zclip(
       \mu &\leftarrow \alpha \mu + (1 - \alpha) n^* \\
       \sigma^2 &\leftarrow \alpha \sigma^2 + (1 - \alpha) (n^* - \mu)^2
 
-    the last line with the new mean. The larger the outlier, the lower its limit. In the
-    first `warmup_steps` only `max_norm` :math:`n_{\max}` clips; the mean and the
-    standard deviation are those of the norms so far, as they were before clipping.
+    The last line uses the new mean. The larger the outlier, the lower its limit. In the
+    first `warmup_steps` steps only `max_norm` :math:`n_{\max}` clips. The mean and the
+    standard deviation are then those of all norms so far, taken before clipping.
 
-    Coordinates that are not finite, or whose square overflows, become 0 first. A norm
-    of 0 after that, of a gradient of zeros or of one without a finite coordinate, says
-    nothing about the next norm: it leaves the statistics and their clock alone.
+    Coordinates that are not finite, or whose square overflows, become 0 first. If the
+    norm is then 0, because the gradient is zero or has no finite coordinate, the
+    statistics and their step count do not change.
 
-    Where the paper is silent: `max_norm` limits what comes out and not what enters the
-    statistics, and `eps` is 1e-6, as in the authors' implementation.
+    Two details that the paper does not specify follow the authors' implementation:
+    `max_norm` limits the result and not the norm in the statistics, and `eps` is 1e-6.
 
     Args:
       threshold: The z-score above which a norm is an outlier, > 0.
       decay: Decay of the running mean and variance, in [0, 1).
       eps: Term added to the standard deviation, > 0.
-      max_norm: Largest norm that comes out, > 0. None: no such limit.
-      warmup_steps: Steps whose norms make the first mean and deviation, at least 2.
+      max_norm: Largest norm of the result, > 0. None: no such limit.
+      warmup_steps: Number of steps for the first mean and standard deviation, at
+        least 2.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.
@@ -131,9 +134,10 @@ def zclip(
         largest = jnp.inf if max_norm is None else max_norm
         scale = _norms.factor(norm, jnp.minimum(limit, largest))
         steps = optax.safe_increment(state.zclip_steps)
-        # In the warm-up the plain mean: the same rule with a decay of (k - 1) / k.
+        # The warm-up takes the plain mean: the same rule with a decay of (k - 1) / k.
         keep = jnp.where(is_warm, decay, 1 - 1 / steps)
-        # Deviations from the new mean, as published; the warm-up's are exact.
+        # The paper uses deviations from the new mean. During the warm-up the standard
+        # deviation is exact.
         share = jnp.where(is_warm, keep, jnp.sqrt(keep))
         mean, std = _move(state, limit, keep, share)
         is_news = norm > 0
@@ -151,7 +155,7 @@ def zclip(
 
 
 def _limit(norm: jax.Array, state: ZClipState, threshold, eps) -> jax.Array:
-    """The norm, lowered if it is an outlier."""
+    """Returns the norm, or the limit if the norm is an outlier."""
     z = (norm - state.zclip_mean) / (state.zclip_std + eps)
     is_outlier = z > threshold
     fraction = threshold / jnp.where(is_outlier, z, 1)
@@ -162,9 +166,12 @@ def _limit(norm: jax.Array, state: ZClipState, threshold, eps) -> jax.Array:
 def _move(
     state: ZClipState, norm: jax.Array, keep: jax.Array, share: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean and the standard deviation after `norm`, `share` of the gap away."""
+    """Returns the new mean and standard deviation.
+
+    The deviation of `norm` is `share` times its distance from the old mean.
+    """
     gap = norm - state.zclip_mean
     mean = state.zclip_mean + (1 - keep) * gap
     parts = [jnp.sqrt(keep) * state.zclip_std, jnp.sqrt(1 - keep) * share * gap]
-    std = _arithmetic.norm(jnp.stack(parts))  # Does not overflow, as squares would.
+    std = _arithmetic.norm(jnp.stack(parts))  # Squares would overflow.
     return mean.astype(jnp.float32), std.astype(jnp.float32)

@@ -1,11 +1,14 @@
 r"""Pure functions of arrays: spike detection, clipping, the reset clock, the metrics.
 
-The transformations of this package compute with the same code, so what is measured in a
-notebook is what an optimizer does. Nothing here keeps state. Shapes and dtypes are
-checked by chex while tracing and cost nothing at run time.
+The optimizers use the same code, so measurements in a notebook match what an optimizer
+does. The functions keep no state. chex checks shapes and dtypes during tracing, which
+costs nothing at run time. The functions raise AssertionError if a shape or a dtype is
+not as described.
 
-Throughout, ``g`` is a gradient, ``v`` its second moment (an exponential moving average
-of ``|g|**2``, not bias corrected) and steps are counted from 1.
+Throughout, ``g`` is the gradient of one step (`gradient`, any shape, floating or
+complex), ``v`` its second moment before this step (`nu`, the same shape, floating; an
+exponential moving average of ``|g|**2``, not bias corrected), and steps are counted
+from 1.
 """
 
 import math
@@ -52,24 +55,23 @@ def _check_gradient_and_nu(gradient: jax.Array, nu: jax.Array) -> None:
 def gradient_spike_score(
     gradients: jax.typing.ArrayLike, *, axis: int = 0
 ) -> jax.Array:
-    r"""Gradient spike score of recorded gradients: the offline form.
+    r"""Computes the gradient spike score of recorded gradients.
 
     .. math::
       \mathrm{GSS}(g_{i,t}) = \frac{|g_{i,t}|}{\frac1T \sum_{s=1}^{T} |g_{i,s}|}
 
-    Huang et al. call a coordinate a spike where the score exceeds 50. This is another
-    formula than the threshold of 5000 of the optimizer, which is on ``g**2 / v``; see
+    Huang et al. call a coordinate a spike if its score exceeds 50. The optimizer's
+    threshold of 5000 belongs to another formula, ``g**2 / v``; see
     :func:`online_spike_score`.
 
     Args:
       gradients: Gradients of ``T`` steps along `axis`, any shape, floating or complex.
-        Their unit does not matter: the score has none.
-      axis: The axis that counts the steps.
+      axis: The axis of the steps.
 
     Returns:
       The scores, shaped like `gradients`, float32 (float64 for float64 input). A
-      non-finite entry scores ``inf`` and does not enter the mean; a coordinate that
-      is 0 at every step scores 0.
+      non-finite entry has the score infinity and does not enter the mean. A coordinate
+      that is 0 in all steps has the score 0.
 
     Raises:
       AssertionError: If `gradients` has no step along `axis`, or is neither floating
@@ -92,7 +94,7 @@ def gradient_spike_score(
     chex.assert_axis_dimension_gt(gradients, axis, 0)
     size = jnp.abs(_arithmetic.widen(gradients))
     finite = jnp.isfinite(size)
-    # Divided before they are added: the sum of the largest spikes would overflow.
+    # Divided before the sum, because the sum of the largest spikes could overflow.
     steps = jnp.maximum(finite.sum(axis=axis, keepdims=True), 1).astype(size.dtype)
     mean = jnp.sum(size / steps, axis=axis, keepdims=True, where=finite)
     # XLA multiplies by the reciprocal, which for 1e38 would be subnormal and flushed.
@@ -104,25 +106,22 @@ def gradient_spike_score(
 def online_spike_score(
     gradient: jax.typing.ArrayLike, nu: jax.typing.ArrayLike
 ) -> jax.Array:
-    r"""Gradient spike score against the running second moment: the online form.
+    r"""Computes the spike score that SPAM compares with its threshold.
 
     .. math::
       \mathrm{score}_i = \frac{|g_i|^2}{v_i}
 
-    The surrogate that SPAM compares with its threshold: 5000 means a gradient of about
-    70.7 times its running root mean square.
+    The default threshold of 5000 means a gradient of about 70.7 times its running root
+    mean square.
 
     Args:
-      gradient: The gradient of one step, any shape, floating or complex.
-      nu: Its second moment before this step, the same shape, floating.
+      gradient: The gradient.
+      nu: Its second moment.
 
     Returns:
-      The scores, shaped like `gradient`, float32 (float64 for float64 input): 0 where
-      ``nu`` is 0, since without a history nothing is a spike, and ``inf`` where the
-      gradient is not finite.
-
-    Raises:
-      AssertionError: If the shapes differ or a dtype is not as said above.
+      The scores, shaped like `gradient`, float32 (float64 for float64 input). The score
+      is 0 where `nu` is 0, because nothing is a spike without a history, and infinity
+      for non-finite coordinates (see :func:`nonfinite_mask`).
 
     Examples:
       >>> import jax.numpy as jnp
@@ -143,17 +142,14 @@ def online_spike_score(
 
 
 def nonfinite_mask(gradient: jax.typing.ArrayLike) -> jax.Array:
-    """Which coordinates cannot enter a second moment: their square is not finite.
+    """Marks coordinates whose square is not finite.
 
     Args:
-      gradient: Any shape, floating or complex.
+      gradient: The gradient.
 
     Returns:
       Booleans shaped like `gradient`. Squares are taken in float32 (float64 for
       float64 and complex128), so in float32 the limit is about 1.8e19.
-
-    Raises:
-      AssertionError: If `gradient` is neither floating nor complex.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -167,16 +163,13 @@ def nonfinite_mask(gradient: jax.typing.ArrayLike) -> jax.Array:
 
 
 def zero_nonfinite(gradient: jax.typing.ArrayLike) -> jax.Array:
-    """Sets the coordinates of :func:`nonfinite_mask` to 0 and leaves the others alone.
+    """Sets the coordinates of :func:`nonfinite_mask` to 0.
 
     Args:
-      gradient: Any shape, floating or complex.
+      gradient: The gradient.
 
     Returns:
       The gradient, same shape and dtype.
-
-    Raises:
-      AssertionError: If `gradient` is neither floating nor complex.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -196,7 +189,7 @@ def spike_mask(
     active: jax.typing.ArrayLike = True,
     clip_unseen: bool = False,
 ) -> jax.Array:
-    r"""Which coordinates are gradient spikes.
+    r"""Marks gradient spikes.
 
     .. math::
       S_i = [\, |g_i|^2 > \theta v_i \,]
@@ -204,19 +197,19 @@ def spike_mask(
     with the threshold :math:`\theta`.
 
     Args:
-      gradient: The gradient of one step, any shape, floating or complex.
-      nu: Its second moment before this step, the same shape, floating.
-      threshold: Spikes have an :func:`online_spike_score` above this; no unit.
-      active: Booleans, a scalar or shaped like `nu`: where false, nothing is a spike.
-      clip_unseen: Whether a non-zero gradient where ``nu`` is 0 counts as a spike, as
-        in the reference implementation.
+      gradient: The gradient.
+      nu: Its second moment.
+      threshold: A coordinate is a spike if its :func:`online_spike_score` exceeds this.
+      active: Where clipping is active: booleans, a scalar or shaped like `nu`.
+        Elsewhere nothing is a spike.
+      clip_unseen: Whether a non-zero coordinate where `nu` is 0 counts as a spike, as
+        in the authors' implementation.
 
     Returns:
       Booleans shaped like `gradient`. A non-finite coordinate is not a spike: see
       :func:`nonfinite_mask`.
 
     Raises:
-      AssertionError: If the shapes differ or a dtype is not as said above.
       ValueError: If `threshold` is a number that is not > 0.
 
     Examples:
@@ -246,7 +239,7 @@ def clip_spikes(
     active: jax.typing.ArrayLike = True,
     clip_unseen: bool = False,
 ) -> jax.Array:
-    r"""Limits gradient spikes to ``sqrt(threshold)`` times their running RMS.
+    r"""Clips gradient spikes to ``sqrt(threshold)`` times their running RMS.
 
     .. math::
       g_i \leftarrow \begin{cases}
@@ -255,23 +248,22 @@ def clip_spikes(
       \end{cases}
 
     The sign, or the phase of a complex number, is kept. An infinite coordinate, or one
-    whose square overflows, is limited in the same way where there is a limit and
-    becomes 0 where there is none; NaN becomes 0.
+    whose square overflows, is clipped in the same way where a limit applies, and
+    becomes 0 elsewhere. NaN becomes 0.
 
     Args:
-      gradient: The gradient of one step, any shape, floating or complex.
-      nu: Its second moment before this step, the same shape, floating.
+      gradient: The gradient.
+      nu: Its second moment.
       threshold: The spike threshold, see :func:`spike_mask`.
-      active: Booleans, a scalar or shaped like `nu`: where false, there is no limit,
-        as in the grace window.
-      clip_unseen: Whether coordinates where ``nu`` is 0 are clipped, to 0.
+      active: Where clipping is active: booleans, a scalar or shaped like `nu`. They are
+        false in the grace steps, for example.
+      clip_unseen: Whether coordinates where `nu` is 0 are clipped to 0.
 
     Returns:
-      The clipped gradient, same shape and dtype, always finite, and with a finite
-      square in the dtype arithmetic is done in.
+      The clipped gradient, same shape and dtype. It is always finite, and so is its
+      square in the compute dtype.
 
     Raises:
-      AssertionError: If the shapes differ or a dtype is not as said above.
       ValueError: If `threshold` is a number that is not > 0.
 
     Examples:
@@ -294,17 +286,19 @@ def clip_spikes(
 def reset_position(
     step: jax.typing.ArrayLike, interval: jax.typing.ArrayLike | None
 ) -> jax.Array:
-    r"""Steps since the momentum was last reset: ``step mod interval``.
+    r"""Returns the number of steps since the last momentum reset.
+
+    It is ``step mod interval``.
 
     Args:
       step: Number of the step, from 1; whole numbers of any shape.
-      interval: Steps between resets; the moments are zeroed in steps ``interval``,
-        ``2 * interval``, ..., before the gradient of that step enters them. None:
-        never.
+      interval: Number of steps between resets. The moments are set to 0 in steps
+        ``interval``, ``2 * interval``, ..., before the gradient of that step enters
+        them. None: no resets.
 
     Returns:
-      The position, int32, shaped like `step`: 0 in a reset step. Before the first
-      reset, and without an interval, the step itself.
+      The position, int32, shaped like `step`. It is 0 in a reset step. Before the
+      first reset, and without an interval, it is the step itself.
 
     Raises:
       AssertionError: If `step` is not an integer.
@@ -333,7 +327,7 @@ def reset_ramp(
     interval: jax.typing.ArrayLike | None,
     warmup_steps: jax.typing.ArrayLike,
 ) -> jax.Array:
-    r"""Factor on the step size that rises from 0.01 to 1 after each momentum reset.
+    r"""Returns the factor on the step size after a reset, which rises from 0.01 to 1.
 
     .. math::
       1 - \frac{0.99}{2} \left(1 + \cos\frac{\pi c}{N + 1}\right)
@@ -344,11 +338,11 @@ def reset_ramp(
 
     Args:
       step: Number of the step, from 1; whole numbers of any shape.
-      interval: Steps between resets, or None for never.
-      warmup_steps: Length of the ramp in steps; 0 for none.
+      interval: Number of steps between resets. None: no resets.
+      warmup_steps: Number of steps of the ramp. 0: no ramp.
 
     Returns:
-      The factor, shaped like `step`, float32 (float64 where JAX has it enabled).
+      The factor, shaped like `step`, float32 (float64 with ``jax_enable_x64``).
 
     Raises:
       AssertionError: If `step` is not an integer.
@@ -376,16 +370,17 @@ def reset_ramp(
 def bias_correction(
     decay: jax.typing.ArrayLike, step: jax.typing.ArrayLike
 ) -> jax.Array:
-    r"""Adam's bias correction :math:`1 - \beta^t`, without cancellation.
+    r"""Returns Adam's bias correction :math:`1 - \beta^t`.
 
-    Written as ``-expm1(t * log(decay))``: in float32 ``1 - 0.999**1`` is off by 1e-5.
+    It is computed as ``-expm1(t * log(decay))``, because ``1 - 0.999**1`` has an error
+    of 1e-5 in float32.
 
     Args:
       decay: The decay :math:`\beta` in [0, 1).
       step: Number of the step, from 1; whole numbers of any shape.
 
     Returns:
-      The correction, shaped like `step`, float32 (float64 where JAX has it enabled).
+      The correction, shaped like `step`, float32 (float64 with ``jax_enable_x64``).
 
     Raises:
       ValueError: If `decay` is a number outside [0, 1).
@@ -402,7 +397,7 @@ def bias_correction(
     if isinstance(decay, (jax.Array, np.ndarray)):
         log_decay = jnp.log(jnp.asarray(decay).astype(float))
     else:
-        # In Python's float64: rounding 0.999 to float32 first would cost the digits.
+        # Computed in float64, because rounding 0.999 to float32 first loses digits.
         log_decay = math.log(decay) if decay > 0 else -math.inf
     return -jnp.expm1(jnp.asarray(step).astype(float) * log_decay)
 
@@ -413,26 +408,26 @@ def spike_score(
     window: int = 1000,
     deviations: jax.typing.ArrayLike = 10.0,
 ) -> jax.Array:
-    r"""Share of spikes in the curve of a loss or a gradient norm, in percent.
+    r"""Returns the percentage of spikes in a curve of a loss or a gradient norm.
 
-    A value is a spike when it lies at least `deviations` standard deviations above or
+    A value is a spike if it lies at least `deviations` standard deviations above or
     below the mean of the `window` values before it:
 
     .. math::
       |x_t - \mu_t| \ge k \sigma_t, \quad x_t \ne \mu_t
 
-    A value that is not finite, or within a factor of 16 of the dtype's largest number,
-    is a spike and enters no mean. Comparable runs need the same
-    window.
+    A value is also a spike if it is not finite or its size is at least a sixteenth of
+    the dtype's largest number. Such values enter no mean. Compare runs with the same
+    `window` only.
 
     Args:
-      values: One value a step, shape ``(steps,)``, floating.
-      window: How many earlier values the mean and the (population) standard deviation
-        are taken over. The first `window` values are not judged.
-      deviations: How many standard deviations :math:`k` make a spike.
+      values: One value per step, shape ``(steps,)``, floating.
+      window: Number of earlier values in the mean and the (population) standard
+        deviation. The first `window` values are never spikes and are not counted.
+      deviations: Number of standard deviations :math:`k` that make a spike.
 
     Returns:
-      Percent of the judged values, 0 to 100: a float32 scalar.
+      The percentage of the later values that are spikes, 0 to 100: a float32 scalar.
 
     Raises:
       AssertionError: If `values` is not a vector of floats.
@@ -474,7 +469,7 @@ def spike_score(
     def is_spike(start: jax.Array) -> jax.Array:
         history = jax.lax.dynamic_slice_in_dim(values, start, window)
         known = jax.lax.dynamic_slice_in_dim(finite, start, window)
-        # In units of the largest value: the variance of a norm of 1e25 overflows.
+        # Scaled by the largest value, because the variance of a norm of 1e25 overflows.
         unit = jnp.abs(history).max(where=known, initial=jnp.finfo(values.dtype).tiny)
         history = history / unit
         distance = jnp.abs(values[start + window] / unit - history.mean(where=known))
@@ -489,27 +484,26 @@ def spike_score(
 def layer_gradient_norms(
     gradients: Any, stacked: Collection[str] = (), *, layer_axis: int = 0
 ) -> dict[str, jax.Array]:
-    r"""Norm of every tensor's gradient, layer by layer where layers are stacked.
+    r"""Returns the gradient norm of every tensor, and of every layer in stacked ones.
 
     .. math::
       \|g^{(l)}\|_2 = \sqrt{\sum_i |g^{(l)}_i|^2}
 
-    for each layer :math:`l` of a tensor that holds those of all layers, as ``scan`` and
-    ``vmap`` make them. It shows where in the depth of a model a gradient grows or
-    vanishes, which the norm of the whole tensor hides.
+    for each layer :math:`l` of a tensor with stacked layers. Such tensors come from
+    ``scan`` and ``vmap``. The norms show where in the depth of a model a gradient grows
+    or vanishes. The norm of the whole tensor does not show this.
 
     Args:
       gradients: A tree of arrays, floating or complex: of Linen, of NNX (an
         ``nnx.State`` or a module), or any other. ``None`` leaves are skipped.
-      stacked: Names of parts of paths, such as ``("blocks",)``: a tensor with one of
-        them in its path has an axis of layers.
-      layer_axis: That axis.
+      stacked: Names of parts of paths, such as ``("blocks",)``. A tensor with one of
+        these names in its path has an axis of layers.
+      layer_axis: The axis of layers in stacked tensors.
 
     Returns:
       The norms by name, as of :func:`spam_optax.tensor_names`: of shape ``(layers,)``
       for a stacked tensor, a scalar for another; float32 (float64 for 64-bit input), in
-      units of the gradient. A layer with an entry that is not finite has a norm that is
-      not.
+      units of the gradient. The norm of a layer with a non-finite entry is not finite.
 
     Raises:
       AssertionError: If a tensor is neither floating nor complex, or a stacked one has
@@ -554,16 +548,17 @@ def layer_gradient_norms(
 
 
 def token_embedding_variability(embedding: jax.typing.ArrayLike) -> jax.Array:
-    r"""Token embedding variability (TEV): how far the entries of each row spread.
+    r"""Returns the standard deviation of each token's embedding (TEV).
+
+    TEV is the token embedding variability:
 
     .. math::
       \mathrm{TEV}_i = \sqrt{\frac1d \sum_{j=1}^{d} (e_{ij} - \bar e_i)^2}, \qquad
       \bar e_i = \frac1d \sum_{j=1}^{d} e_{ij}
 
-    The published number is the mean over the tokens, its company their standard
-    deviation: ``tev.mean()`` and ``tev.std()``. Chung et al. found runs of pre-norm
-    models with a lower one to be more stable, and it costs a pass over the table rather
-    than many gradients.
+    The paper reports the mean and the standard deviation over tokens: ``tev.mean()``
+    and ``tev.std()``. In Chung et al., pre-norm models with a lower TEV trained more
+    stably. It needs one pass over the table and no gradients.
 
     Args:
       embedding: The table, of shape ``(tokens, width)``, floating.
@@ -602,7 +597,9 @@ def ffn_jacobian_bound(
     std_out: jax.typing.ArrayLike,
     residual_std: jax.typing.ArrayLike,
 ) -> jax.Array:
-    r"""Bound on the spectral norm of the Jacobian of a Pre-LN feed-forward sub-layer.
+    r"""Returns a bound on the Jacobian of a Pre-LN feed-forward sub-layer.
+
+    It bounds the spectral norm:
 
     .. math::
       \left\| \frac{\partial\, (x + \mathrm{FFN}(\mathrm{LN}(x)))}{\partial x}
@@ -620,7 +617,7 @@ def ffn_jacobian_bound(
         :math:`x` that enters the sub-layer.
 
     Returns:
-      The bound, no unit: a float32 scalar for numbers, else an array like them.
+      The bound: a float32 scalar for numbers, or an array for arrays.
 
     Raises:
       ValueError: If an argument is a number that is not > 0.
@@ -658,7 +655,9 @@ def attention_jacobian_bound(
     residual_std: jax.typing.ArrayLike,
     attention_norm: jax.typing.ArrayLike,
 ) -> jax.Array:
-    r"""Bound on the spectral norm of the Jacobian of a Pre-LN attention sub-layer.
+    r"""Returns a bound on the Jacobian of a Pre-LN attention sub-layer.
+
+    It bounds the spectral norm:
 
     .. math::
       \left\| \frac{\partial\, (x + \mathrm{Attn}(\mathrm{LN}(x)))}{\partial x}
@@ -674,7 +673,7 @@ def attention_jacobian_bound(
         heads with respect to the normalised input.
 
     Returns:
-      The bound, no unit: a float32 scalar for numbers, else an array like them.
+      The bound: a float32 scalar for numbers, or an array for arrays.
 
     Raises:
       ValueError: If an argument is a number that is not > 0 (`attention_norm`: >= 0).

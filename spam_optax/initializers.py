@@ -1,4 +1,4 @@
-r"""Initializers after Spike No More: small sub-layers, a large shortcut.
+r"""Initializers of Spike No More: small sub-layers and a large shortcut.
 
 The gradient norm of a Pre-LN transformer stays small when
 
@@ -9,13 +9,14 @@ The gradient norm of a Pre-LN transformer stays small when
    ``ScaledEmbed`` or a ``NormedEmbed`` of :mod:`spam_optax.linen` or
    :mod:`spam_optax.nnx`.
 
-:func:`wesar` is another way to small sub-layers, in which all matrices are drawn alike
-and a trainable factor makes each as small as it has to be.
+:func:`wesar` is another way to small sub-layers. All matrices are drawn with the same
+standard deviation, and a trainable factor sets the size of each.
 
-The factories return plain JAX initializers, ``init(key, shape, dtype, out_sharding)``,
-for both flavours of Flax and for anything else that takes those of
-``jax.nn.initializers``. The standard deviation depends on the model alone, never on
-the shape drawn, so kernels that are flattened, scanned or stacked come out right.
+The factories return plain JAX initializers, ``init(key, shape, dtype, out_sharding)``.
+They work in Linen, in NNX, and in every library that accepts initializers of
+``jax.nn.initializers``. The standard deviation depends on the width and depth of the
+model and not on the shape drawn. Flattened, scanned and stacked kernels are therefore
+correct.
 """
 
 import math
@@ -56,7 +57,7 @@ class StableInitializers(NamedTuple):
 
 
 def stable(width: int, num_layers: int) -> StableInitializers:
-    r"""The initializers of Spike No More for a model of that width and depth.
+    r"""Returns the initializers of Spike No More for the given width and depth.
 
     .. math::
       \mathrm{kernel}, \mathrm{embedding} \sim \mathcal{N}\left(0, \tfrac{2}{5 d}\right)
@@ -88,7 +89,7 @@ def stable(width: int, num_layers: int) -> StableInitializers:
       kernel 0.0198
       residual 0.0029
 
-      In a Flax module, Linen or NNX alike, these are the ``kernel_init`` and
+      In a Flax module, Linen or NNX, these are the ``kernel_init`` and
       ``out_kernel_init`` of multi-head attention, the ``kernel_init`` of the dense
       layers and the ``embedding_init`` of the embedding.
 
@@ -111,26 +112,26 @@ def stable(width: int, num_layers: int) -> StableInitializers:
 
 
 def stable_std(width: int) -> float:
-    """The standard deviation that all three have in common."""
+    """Returns the standard deviation of kernels and embeddings."""
     return math.sqrt(2 / (5 * width))
 
 
 def stable_kernel(width: int) -> Initializer:
-    r"""Initializer for queries, keys, values, FFN-in and gate.
+    r"""Returns the initializer of queries, keys, values, FFN-in and gate.
 
     .. math::
       W \sim \mathcal{N}\left(0, \tfrac{2}{5 d}\right), \qquad
       \mathrm{std} = \sqrt{\tfrac{2}{5 d}}
 
-    :math:`d` = `width` for every matrix, whatever its fan-in, so this is not a
-    ``variance_scaling``. Condition 1 of Spike No More, small sub-layers.
+    :math:`d` is `width` for every matrix, whatever its fan-in, so this is not a
+    ``variance_scaling``. It meets condition 1 of Spike No More: small sub-layers.
 
     Args:
       width: Width of the residual stream.
 
     Returns:
       ``init(key, shape, dtype=None, out_sharding=None)``, which draws any shape. None
-      is JAX's default floating dtype; bfloat16 and float16 are drawn in float32.
+      is JAX's default floating dtype. bfloat16 and float16 are drawn in float32.
 
     Raises:
       ValueError: If `width` is not a whole number of at least 1.
@@ -152,14 +153,16 @@ def stable_kernel(width: int) -> Initializer:
 
 
 def stable_residual(width: int, num_layers: int) -> Initializer:
-    r"""Initializer for attention-out and FFN-out, which write to the residual stream.
+    r"""Returns the initializer of attention-out and FFN-out.
+
+    These matrices write to the residual stream.
 
     .. math::
       W \sim \mathcal{N}\left(0, \tfrac{2}{5 d} \cdot \tfrac{1}{2 N}\right), \qquad
       \mathrm{std} = \sqrt{\tfrac{2}{5 d}} \cdot \tfrac{1}{\sqrt{2 N}}
 
     with :math:`d` = `width`, for FFN-out too although its fan-in is larger, and
-    :math:`N` = `num_layers`. Condition 1 of Spike No More, small sub-layers.
+    :math:`N` = `num_layers`. It meets condition 1 of Spike No More: small sub-layers.
 
     Args:
       width: Width of the residual stream.
@@ -183,7 +186,7 @@ def stable_residual(width: int, num_layers: int) -> Initializer:
       Takase et al., `Spike No More <https://arxiv.org/abs/2312.16903>`_, COLM 2025.
 
     .. warning::
-      Not together with LayerNorm Scaling, see :func:`stable`.
+      Do not combine it with LayerNorm Scaling, see :func:`stable`.
     """
     width = _validate.check_whole("width", width, low=1)
     num_layers = _validate.check_whole("num_layers", num_layers, low=1)
@@ -191,20 +194,19 @@ def stable_residual(width: int, num_layers: int) -> Initializer:
 
 
 def stable_embedding(width: int) -> Initializer:
-    r"""Initializer for the table of a ``ScaledEmbed`` or a ``NormedEmbed``.
+    r"""Returns the initializer of the table of a ``ScaledEmbed`` or ``NormedEmbed``.
 
     .. math::
       E \sim \mathcal{N}\left(0, \tfrac{2}{5 d}\right), \qquad
       \mathrm{std} = \sqrt{\tfrac{2}{5 d}}
 
-    with :math:`d` = `width`. This small table alone does not meet condition 2 of Spike
-    No More, a large shortcut; what follows the lookup does:
+    with :math:`d` = `width`. The small table alone does not meet condition 2 of Spike
+    No More, a large shortcut. The operation after the lookup does:
 
     - ``ScaledEmbed`` multiplies by :math:`\sqrt d`: std :math:`\sqrt{0.4}`, 0.632;
     - ``NormedEmbed`` normalises: std 1.
 
-    Both leave the table small, so that a head tied to it (``attend``) gives logits of
-    order 1.
+    The table stays small, so a tied head (``attend``) returns logits of order 1.
 
     Args:
       width: Width of the residual stream, the number of columns of the table.
@@ -228,11 +230,14 @@ def stable_embedding(width: int) -> Initializer:
       Takase et al., `Spike No More <https://arxiv.org/abs/2312.16903>`_, COLM 2025.
 
     .. warning::
-      Three ways to miss condition 2. Flax's own default for an ``Embed`` has std
-      :math:`1 / \sqrt d`; times :math:`\sqrt d` that is 1, not 0.632. A plain ``Embed``
-      drawn with std 1 has a large shortcut, but needs an untied head (or logits divided
-      by :math:`\sqrt d`), and weight decay on it shrinks the shortcut again. Scaling
-      down only the gradient of the embedding leaves the shortcut small.
+      Three similar setups behave differently:
+
+      - Flax's default for an ``Embed`` has std :math:`1 / \sqrt d`, so the scaled
+        output has std 1 and not 0.632.
+      - A plain ``Embed`` with std 1 has a large shortcut, but it needs an untied head
+        or logits divided by :math:`\sqrt d`, and weight decay makes the shortcut
+        smaller again.
+      - Scaling down the gradient of the embedding does not make the shortcut larger.
     """
     width = _validate.check_whole("width", width, low=1)
     return _normal(stable_std(width))
@@ -244,7 +249,10 @@ def embedding_table(
     dtype: Any = None,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """`stable_embedding` of the width in `shape`: a default that modules can share."""
+    """Draws `stable_embedding` of the width in `shape`.
+
+    This is the default of the layers.
+    """
     return stable_embedding(shape[-1])(key, shape, dtype, out_sharding)
 
 
@@ -252,7 +260,7 @@ class WesarInitializers(NamedTuple):
     """The initializers of one reparameterised matrix, see :func:`wesar`.
 
     Attributes:
-      kernel: For the matrix that is stored, :math:`W`; the same for every target.
+      kernel: For the stored matrix :math:`W`, the same for every target.
       alpha: For its factor, a scalar.
     """
 
@@ -261,21 +269,21 @@ class WesarInitializers(NamedTuple):
 
 
 def wesar(target_std: float) -> WesarInitializers:
-    r"""The initializers of WeSaR, weight scaling as reparameterisation.
+    r"""Returns the initializers of WeSaR, weight scaling as reparameterisation.
 
     .. math::
       \bar W = \alpha W, \qquad W \sim \mathcal{N}(0, \sigma^2), \quad
       \sigma^2 = 4 \cdot 10^{-5}, \qquad \alpha_0 = \frac{s}{\sigma}
 
-    with :math:`s` = `target_std`, the standard deviation that the matrix would be drawn
-    with: that of :func:`stable_kernel`, for example. A model computes with
-    :math:`\bar W` and trains :math:`W` and :math:`\alpha`. All matrices then have the
-    same norm for their width, and an optimizer whose steps do not depend on the size of
-    the gradient, as Adam's, changes all by the same share of it; elsewhere the smallest
-    matrices change most.
+    :math:`s` is `target_std`: the standard deviation that the matrix has without
+    reparameterisation, for example that of :func:`stable_kernel`. A model computes with
+    :math:`\bar W` and trains :math:`W` and :math:`\alpha`. All matrices :math:`W` then
+    have the same standard deviation. An optimizer such as Adam, whose steps do not
+    depend on the size of the gradient, therefore changes all matrices by the same
+    fraction. Without reparameterisation it changes the smallest matrices most.
 
     ``WesarDense`` of :mod:`spam_optax.linen` and ``WesarLinear`` of
-    :mod:`spam_optax.nnx` are layers that do so.
+    :mod:`spam_optax.nnx` are such layers.
 
     Args:
       target_std: Standard deviation of :math:`\bar W` at initialization.
@@ -311,18 +319,19 @@ def wesar_kernel(
     dtype: Any = None,
     out_sharding: Any = None,
 ) -> jax.Array:
-    """The `kernel` of `wesar`: a default that modules can share."""
+    """Draws the `kernel` of `wesar`. This is the default of the layers."""
     return _normal(WESAR_STD)(key, shape, dtype, out_sharding)
 
 
 def _normal(std: float) -> Initializer:
-    """JAX's `normal`, drawn in at least float32."""
+    """Returns JAX's `normal`, drawn in at least float32."""
     draw = jax.nn.initializers.normal(std)
 
     def init(key, shape, dtype=None, out_sharding=None):
         dtype = jnp.result_type(float) if dtype is None else dtype
-        # A bfloat16 normal takes 128 values with a mean of -0.012 std, and a common
-        # mean is one large singular value: of order width, the noise's only its root.
+        # A normal drawn in bfloat16 has 128 values and a mean of -0.012 std. A common
+        # mean is a large singular value: it grows with the width, and those of the
+        # noise grow with its root.
         wide = _arithmetic.promote_types(dtype, jnp.float32)
         return draw(key, shape, wide, out_sharding).astype(dtype)
 

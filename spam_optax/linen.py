@@ -1,6 +1,6 @@
-"""Layers for Flax Linen: large embeddings after Spike No More, and WeSaR.
+"""Layers for Flax Linen: large embeddings of Spike No More, and WeSaR.
 
-``ScaledEmbed`` and ``NormedEmbed`` replace ``flax.linen.Embed``: the residual stream
+``ScaledEmbed`` and ``NormedEmbed`` replace ``flax.linen.Embed``. The residual stream
 leaves them with a standard deviation near 1. See :mod:`spam_optax.initializers` for the
 other half of the method. ``WesarDense`` replaces ``flax.linen.Dense``.
 :mod:`spam_optax.nnx` has the same modules in NNX.
@@ -31,17 +31,17 @@ class ScaledEmbed(nn.Embed):
     .. math::
       x = \sqrt d \, E[\mathrm{id}], \qquad E \sim \mathcal{N}(0, \tfrac{2}{5 d})
 
-    with :math:`d` = ``features``: the output has a standard deviation of
-    :math:`\sqrt{0.4}`, 0.632. The scaled embedding of condition 2 of Spike No More.
+    with :math:`d` = ``features``. The output has a standard deviation of
+    :math:`\sqrt{0.4}`, 0.632. The layer meets condition 2 of Spike No More.
 
-    The attributes are those of ``flax.linen.Embed``; only ``embedding_init`` has
+    The attributes are those of ``flax.linen.Embed``. Only ``embedding_init`` has
     another default, :func:`~spam_optax.initializers.stable_embedding` of ``features``.
-    (Flax's default would make it 1 instead of 0.632.) ``attend(query)`` is
-    ``query @ embedding.T`` with the table as stored, without the factor, so that a tied
-    head gives logits of order 1.
+    With Flax's default initializer the standard deviation would be 1.
+    ``attend(query)`` is ``query @ embedding.T`` with the stored table, without the
+    factor, so a tied head returns logits of order 1.
 
-    On an explicit mesh Linen has no ``out_sharding``: a lookup in a table sharded over
-    the vocabulary goes through ``jax.sharding.auto_axes``.
+    Linen has no ``out_sharding``. On an explicit mesh, wrap a lookup in a table that is
+    sharded over the vocabulary in ``jax.sharding.auto_axes``.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -62,7 +62,7 @@ class ScaledEmbed(nn.Embed):
     embedding_init: Initializer = initializers.embedding_table
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Embeds integers; appends an axis of length ``features``."""
+        """Embeds integers and appends an axis of length ``features``."""
         return super().__call__(inputs) * math.sqrt(self.features)
 
 
@@ -73,13 +73,13 @@ class NormedEmbed(nn.Embed):
       x = \mathrm{LayerNorm}(E[\mathrm{id}]), \qquad
       E \sim \mathcal{N}(0, \tfrac{2}{5 d})
 
-    with :math:`d` = ``features``: the output has a standard deviation of 1. Another
-    way to condition 2 of Spike No More.
+    with :math:`d` = ``features``. The output has a standard deviation of 1. The layer
+    meets condition 2 of Spike No More.
 
     The attributes are those of ``flax.linen.Embed``, with the default of
-    :class:`ScaledEmbed` for ``embedding_init``; ``dtype`` and ``param_dtype`` hold for
-    the LayerNorm too. Its ``scale`` and ``bias`` are the parameters ``norm``.
-    ``attend(query)`` is ``query @ embedding.T`` with the table as stored, not
+    :class:`ScaledEmbed` for ``embedding_init``. ``dtype`` and ``param_dtype`` apply
+    to the LayerNorm too. Its ``scale`` and ``bias`` are the parameters ``norm``.
+    ``attend(query)`` is ``query @ embedding.T`` with the stored table, which is not
     normalised.
 
     Examples:
@@ -104,7 +104,7 @@ class NormedEmbed(nn.Embed):
         self.norm = nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Embeds integers; appends an axis of length ``features``."""
+        """Embeds integers and appends an axis of length ``features``."""
         return self.norm(super().__call__(inputs))
 
 
@@ -117,17 +117,18 @@ class WesarDense(nn.Dense):
 
     with :math:`s` = ``target_std``. The parameters are ``kernel``, which is :math:`W`;
     ``alpha``, a scalar; and ``bias``, which is not scaled. The product
-    :math:`\alpha W` is made in ``param_dtype``.
-    :func:`~spam_optax.initializers.wesar` tells what it is good for; :func:`fold_wesar`
-    makes the parameters of a plain ``Dense``.
+    :math:`\alpha W` is computed in ``param_dtype``. See
+    :func:`~spam_optax.initializers.wesar` for the reason. :func:`fold_wesar` returns
+    the parameters of a plain ``Dense``.
 
     The attributes are those of ``flax.linen.Dense``, with another default for
     ``kernel_init``, and ``target_std``: the standard deviation of :math:`\alpha W` at
-    initialization, > 0. None is that of Spike No More's kernels,
-    :math:`\sqrt{2 / (5 d)}` with :math:`d` the width of the input. That is right where
-    the input is the residual stream; for attention-out and FFN-out pass
-    :math:`\sqrt{2 / (5 d)} / \sqrt{2 N}`, with the width and depth of the model. Wrap
-    ``kernel_init`` to partition, but keep what it draws: ``initializers.wesar`` has it.
+    initialization, > 0. None: the standard deviation of Spike No More's kernels,
+    :math:`\sqrt{2 / (5 d)}` with :math:`d` the width of the input. This is right if the
+    input is the residual stream. For attention-out and FFN-out pass
+    :math:`\sqrt{2 / (5 d)} / \sqrt{2 N}`, with the width and depth of the model. You
+    may wrap ``kernel_init`` for partitioning, but do not change its distribution, which
+    is that of ``initializers.wesar``.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -149,7 +150,7 @@ class WesarDense(nn.Dense):
     target_std: float | None = None
 
     def param(self, name: str, init_fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """Declares a parameter; the ``kernel`` that ``Dense`` gets is the product."""
+        """Declares a parameter. The ``kernel`` that ``Dense`` gets is the product."""
         value = super().param(name, init_fn, *args, **kwargs)
         if name != "kernel":
             return value

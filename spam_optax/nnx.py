@@ -1,6 +1,6 @@
-"""Layers for Flax NNX: large embeddings after Spike No More, and WeSaR.
+"""Layers for Flax NNX: large embeddings of Spike No More, and WeSaR.
 
-``ScaledEmbed`` and ``NormedEmbed`` replace ``flax.nnx.Embed``: the residual stream
+``ScaledEmbed`` and ``NormedEmbed`` replace ``flax.nnx.Embed``. The residual stream
 leaves them with a standard deviation near 1. See :mod:`spam_optax.initializers` for the
 other half of the method. ``WesarLinear`` replaces ``flax.nnx.Linear``.
 :mod:`spam_optax.linen` has the same modules in Linen.
@@ -31,21 +31,21 @@ class ScaledEmbed(nnx.Embed):
     .. math::
       x = \sqrt d \, E[\mathrm{id}], \qquad E \sim \mathcal{N}(0, \tfrac{2}{5 d})
 
-    with :math:`d` = ``features``: the output has a standard deviation of
-    :math:`\sqrt{0.4}`, 0.632. The scaled embedding of condition 2 of Spike No More.
+    with :math:`d` = ``features``. The output has a standard deviation of
+    :math:`\sqrt{0.4}`, 0.632. The layer meets condition 2 of Spike No More.
 
-    ``attend(query)`` is ``query @ embedding.T`` with the table as stored, without the
-    factor, so that a tied head gives logits of order 1.
+    ``attend(query)`` is ``query @ embedding.T`` with the stored table, without the
+    factor, so a tied head returns logits of order 1.
 
     Args:
       num_embeddings: Size of the vocabulary.
       features: Width of the residual stream.
-      embedding_init: Initializer of the table, of shape (num_embeddings, features); by
-        default :func:`~spam_optax.initializers.stable_embedding` of `features`. (That
-        of ``flax.nnx.Embed`` would make the output's deviation 1 instead of 0.632.)
-      rngs: The random streams, as for any NNX module.
-      **kwargs: Everything else that ``flax.nnx.Embed`` takes: ``dtype``,
-        ``param_dtype``, ``promote_dtype``, ``embedding_metadata``.
+      embedding_init: Initializer of the table, of shape (num_embeddings, features). The
+        default is :func:`~spam_optax.initializers.stable_embedding` of `features`. With
+        Flax's default initializer the standard deviation of the output would be 1.
+      rngs: The random streams, as for every NNX module.
+      **kwargs: The other arguments of ``flax.nnx.Embed``: ``dtype``, ``param_dtype``,
+        ``promote_dtype``, ``embedding_metadata``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -80,7 +80,7 @@ class ScaledEmbed(nnx.Embed):
         )
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Embeds integers; appends an axis of length ``features``."""
+        """Embeds integers and appends an axis of length ``features``."""
         return super().__call__(inputs, out_sharding) * math.sqrt(self.features)
 
 
@@ -91,21 +91,13 @@ class NormedEmbed(nnx.Embed):
       x = \mathrm{LayerNorm}(E[\mathrm{id}]), \qquad
       E \sim \mathcal{N}(0, \tfrac{2}{5 d})
 
-    with :math:`d` = ``features``: the output has a standard deviation of 1. Another
-    way to condition 2 of Spike No More.
+    with :math:`d` = ``features``. The output has a standard deviation of 1. The layer
+    meets condition 2 of Spike No More.
 
-    The LayerNorm is the attribute ``norm`` and shares ``dtype``, ``param_dtype`` and
-    ``promote_dtype`` with the table. ``attend(query)`` is ``query @ embedding.T`` with
-    the table as stored, not normalised.
-
-    Args:
-      num_embeddings: Size of the vocabulary.
-      features: Width of the residual stream.
-      embedding_init: Initializer of the table, of shape (num_embeddings, features); by
-        default :func:`~spam_optax.initializers.stable_embedding` of `features`.
-      rngs: The random streams, as for any NNX module.
-      **kwargs: Everything else that ``flax.nnx.Embed`` takes: ``dtype``,
-        ``param_dtype``, ``promote_dtype``, ``embedding_metadata``.
+    The LayerNorm is the attribute ``norm``. Its ``dtype``, ``param_dtype`` and
+    ``promote_dtype`` are those of the table. ``attend(query)`` is
+    ``query @ embedding.T`` with the stored table, which is not normalised. The
+    arguments are those of :class:`ScaledEmbed`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -145,7 +137,7 @@ class NormedEmbed(nnx.Embed):
         )
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Embeds integers; appends an axis of length ``features``."""
+        """Embeds integers and appends an axis of length ``features``."""
         return self.norm(super().__call__(inputs, out_sharding))
 
 
@@ -158,21 +150,22 @@ class WesarLinear(nnx.Linear):
 
     with :math:`s` = `target_std`. The parameters are ``kernel``, the matrix :math:`W`;
     ``alpha``, a scalar; and ``bias``, which is not scaled. The product
-    :math:`\alpha W` is made in ``param_dtype``.
-    :func:`~spam_optax.initializers.wesar` tells what it is good for; :func:`fold_wesar`
-    makes the parameters of a plain ``Linear``.
+    :math:`\alpha W` is computed in ``param_dtype``. See
+    :func:`~spam_optax.initializers.wesar` for the reason. :func:`fold_wesar` returns
+    the parameters of a plain ``Linear``.
 
     Args:
       in_features: Width of the input.
       out_features: Width of the output.
-      target_std: Standard deviation of :math:`\alpha W` at initialization. None is that
-        of Spike No More's kernels, :math:`\sqrt{2 / (5 d)}` with :math:`d` =
-        `in_features`. That is right where the input is the residual stream; for
-        attention-out and FFN-out pass :math:`\sqrt{2 / (5 d)} / \sqrt{2 N}`, with the
-        width and depth of the model.
-      kernel_init: Initializer of :math:`W`; wrap it, but keep what it draws.
-      rngs: The random streams, as for any NNX module.
-      **kwargs: Everything else that ``flax.nnx.Linear`` takes.
+      target_std: Standard deviation of :math:`\alpha W` at initialization. None: the
+        standard deviation of Spike No More's kernels, :math:`\sqrt{2 / (5 d)}` with
+        :math:`d` = `in_features`. This is right if the input is the residual stream.
+        For attention-out and FFN-out pass :math:`\sqrt{2 / (5 d)} / \sqrt{2 N}`, with
+        the width and depth of the model.
+      kernel_init: Initializer of :math:`W`. You may wrap it, but do not change its
+        distribution.
+      rngs: The random streams, as for every NNX module.
+      **kwargs: The other arguments of ``flax.nnx.Linear``.
 
     Raises:
       ValueError: If `target_std` is not > 0.
@@ -215,7 +208,10 @@ class WesarLinear(nnx.Linear):
         return self._folded()(inputs, out_sharding)
 
     def _folded(self) -> nnx.Linear:
-        """The plain layer that computes the same: its forward pass is this one's."""
+        """Returns a plain layer with the product as its kernel.
+
+        Its forward pass is used.
+        """
         kernel = _wesar.scale(self.kernel[...], self.alpha[...])
         return nnx.Linear(
             self.in_features,

@@ -1,4 +1,4 @@
-"""Break a training run on purpose: reproducible corruption of gradients."""
+"""Corrupts gradients on purpose and reproducibly."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -18,8 +18,8 @@ class InjectSpikesState(NamedTuple):
     """State of :func:`inject_spikes`.
 
     Attributes:
-      injection_step: Steps taken.
-      injected_count: Coordinates corrupted in the last step.
+      injection_step: Number of steps taken.
+      injected_count: Number of coordinates corrupted in the last step.
     """
 
     injection_step: jax.Array  # shape=(), dtype=jnp.int32.
@@ -34,27 +34,26 @@ def inject_spikes(
     kind: str = "scale",
     steps: Iterable[int] | Callable[[jax.Array], jax.Array] | None = None,
 ) -> optax.GradientTransformation:
-    """Corrupts a random part of the gradients, the same part whenever it is run.
+    """Corrupts a random part of the gradients.
 
-    What is hit depends on the key, the rate, the step, the tensor's place in the tree
-    and its shape alone. Put it first in a chain to see what an optimizer makes of a
-    fault: ``optax.chain(testing.inject_spikes(0, steps=[100]), optax.adam(1e-3))``.
-    In place of ``optax.inject_hyperparams`` use ``spam_optax.inject_hyperparams``.
+    The same key, rate, step, tree and shapes always give the same corrupted
+    coordinates. Put it first in a chain to test how an optimizer handles faults:
+    ``optax.chain(testing.inject_spikes(0, steps=[100]), optax.adam(1e-3))``.
 
     Args:
       key: A PRNG key, or a number to make one from.
-      rate: Probability that a coordinate is hit, in [0, 1].
-      scale: The factor of ``"scale"``, or the root mean square of ``"noise"`` in units
-        of that of the tensor's gradient.
-      kind: What happens to the coordinates hit. ``"scale"``: multiplied by `scale`.
-        ``"noise"``: normal noise is added. ``"nan"``: NaN. ``"inf"``: infinite, of the
-        coordinate's sign, positive for 0.
+      rate: Probability that a coordinate is corrupted, in [0, 1].
+      scale: For ``"scale"`` the factor. For ``"noise"`` the root mean square of the
+        noise, divided by that of the tensor's gradient.
+      kind: How the chosen coordinates are corrupted. ``"scale"``: multiplied by
+        `scale`. ``"noise"``: normal noise is added. ``"nan"``: NaN. ``"inf"``: infinity
+        with the sign of the coordinate, positive for 0.
       steps: Steps in which gradients are corrupted: numbers, from 1, or a function from
         the step, an int32 scalar, to a boolean. None: every step.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients. The number of
-      coordinates hit in the last step is ``injected_count`` in the state.
+      coordinates corrupted in the last step is ``injected_count`` in the state.
 
     Raises:
       ValueError: If `rate` is outside [0, 1], `scale` is not finite, `kind` is unknown
@@ -70,6 +69,9 @@ def inject_spikes(
       >>> second, state = tx.update(jnp.ones(4), state)
       >>> print(first, int((second == 10).sum()) == state.injected_count)
       [1. 1. 1. 1.] True
+
+    .. seealso:: :func:`spam_optax.inject_hyperparams` in place of
+      ``optax.inject_hyperparams``.
     """
     rate = _validate.check_number("rate", rate, at_least=0, at_most=1)
     scale = _validate.check_number("scale", scale)
@@ -130,11 +132,12 @@ def _step_test(
 
 
 def _hit(key: jax.Array, g: jax.Array, rate: jax.typing.ArrayLike) -> jax.Array:
-    """Which coordinates of `g` are hit, sharded as `g` on an explicit mesh."""
+    """Marks the coordinates to corrupt, sharded as `g` on an explicit mesh."""
     if isinstance(rate, (int, float)) and rate == 1:
-        # What would be drawn, but drawing takes a third of a second to compile.
+        # All coordinates are hit. Drawing them would take a third of a second to
+        # compile.
         return jnp.ones_like(g, bool)
-    # The rate in float32: with float64 enabled other bits would be drawn.
+    # float32, because a float64 rate would draw other bits.
     return jax.random.bernoulli(
         key,
         jnp.asarray(rate, jnp.float32),
@@ -146,7 +149,7 @@ def _hit(key: jax.Array, g: jax.Array, rate: jax.typing.ArrayLike) -> jax.Array:
 def _fault(
     key: jax.Array, g: jax.Array, scale: jax.typing.ArrayLike, kind: str
 ) -> jax.Array:
-    """What a hit coordinate of `g` becomes, in the dtype of `g`."""
+    """Returns the corrupted gradient, in the dtype of `g`."""
     match kind:
         case "scale":
             fault = _arithmetic.widen(g) * scale
@@ -161,7 +164,7 @@ def _fault(
             fault = jnp.full_like(g, jnp.nan)
         case "inf":
             fault = jnp.where(g == 0, 1, _arithmetic.direction(g))
-            if jnp.iscomplexobj(g):  # A part of 0 times infinity would be NaN.
+            if jnp.iscomplexobj(g):  # 0 times infinity would be NaN.
                 parts = (_infinite(fault.real), _infinite(fault.imag))
                 fault = jax.lax.complex(*parts)
             else:
@@ -170,5 +173,5 @@ def _fault(
 
 
 def _infinite(x: jax.Array) -> jax.Array:
-    """Infinity of the sign of `x`, 0 where it is 0."""
+    """Returns infinity with the sign of `x`, and 0 where `x` is 0."""
     return jnp.where(x == 0, 0, jnp.sign(x) * jnp.inf)
