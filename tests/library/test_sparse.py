@@ -283,7 +283,7 @@ def lanes_of(layout, seeds):
 
 
 def window_seeds(n, key=0):
-    masks = _sparse._MaskSettings(0.25, None, key, "random", 1).checked("test")
+    masks = _sparse._MaskSettings(0.25, None, key, "random", 1).checked()
     return jax.vmap(masks.seeds)(jnp.arange(n))[:, 0]
 
 
