@@ -3,19 +3,19 @@
     python examples/linen_pretrain.py
 
 takes about half a minute on two CPU cores. Three things differ from a Linen trainer
-without spam_optax; search the file for them to put them into yours:
+without spam_optax. Search the file for them to copy them into yours:
 
-    spam_optax.spam(schedule)              where optax.adam(schedule) would stand
+    spam_optax.spam(schedule)              instead of optax.adam(schedule)
     spam_optax.track_spikes(...)           around it: spike statistics of every tensor
-    ScaledEmbed, spam_optax.initializers   Spike No More: small sub-layers on a large
-                                           shortcut, against spikes in the first place
+    ScaledEmbed, spam_optax.initializers   Spike No More: small sub-layers and a large
+                                           shortcut, which make spikes less likely
 
 The text is Shakespeare's, and its last tenth is the validation set. Losses are in nats
-per byte. A tensor's spike score is the norm of its gradient over the running mean of
-that norm; at the end the largest score of the run is named. SPAM resets its momentum
-every 500 steps, so the default run has no reset.
+per byte. A tensor's spike score is the norm of its gradient divided by the running mean
+of that norm. At the end the program prints the largest score of the run. SPAM resets
+its momentum every 500 steps, so the default run has no reset.
 
-For faults on purpose, checkpoints and pictures see pretrain.py.
+pretrain.py has injected faults, checkpoints and figures as well.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes in, logits of the next byte out; the head is the embedding, transposed."""
+    """A decoder of bytes, whose head is the transposed embedding."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -84,7 +84,7 @@ MODEL = LanguageModel()
 
 
 def make_optimizer(name: str, peak: float, steps: int) -> optax.GradientTransformation:
-    """Linear warm-up to the rate `peak`, cosine decay to a tenth of it."""
+    """Makes an optimizer with a warm-up to `peak` and a cosine to a tenth of it."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, peak, warmup_steps=steps // 10, decay_steps=steps, end_value=peak / 10
     )
@@ -98,7 +98,7 @@ def first_params(seed: int) -> optax.Params:
 
 
 def loss_fn(params: optax.Params, batch: jax.Array) -> jax.Array:
-    """Mean cross-entropy of the next byte, in nats."""
+    """Returns the mean cross-entropy of the next byte, in nats."""
     tokens = batch.astype(jnp.int32)
     logits = MODEL.apply({"params": params}, tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
@@ -106,7 +106,7 @@ def loss_fn(params: optax.Params, batch: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnames="state")
 def train_step(state: TrainState, batch: jax.Array):
-    """The next state, the loss on `batch` before it, every tensor's spike score."""
+    """Returns the next state, the loss before it, and each tensor's spike score."""
     loss, gradients = jax.value_and_grad(loss_fn)(state.params, batch)
     state = state.apply_gradients(grads=gradients)
     return state, loss, optax.tree.get(state.opt_state, "tensor_spike_score")
@@ -114,12 +114,12 @@ def train_step(state: TrainState, batch: jax.Array):
 
 @jax.jit
 def evaluate(params: optax.Params, batches: jax.Array) -> jax.Array:
-    """Mean loss over a stack of batches."""
+    """Returns the mean loss over a stack of batches."""
     return jax.lax.map(functools.partial(loss_fn, params), batches).mean()
 
 
 def windows(text: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """From each start the inputs and, shifted by one byte, the targets."""
+    """Returns the inputs from each start, with one more byte for the targets."""
     return text[starts[..., None] + np.arange(SEQUENCE_LENGTH + 1)]
 
 
@@ -134,14 +134,14 @@ def train(
     for step in rich.progress.track(steps, options.optimizer, disable=not on_terminal):
         starts = rng.integers(len(text) - SEQUENCE_LENGTH, size=BATCH_SIZE)
         state, loss, score = train_step(state, windows(text, starts))
-        scores.append(score)  # still on the device: to fetch it would be to wait
+        scores.append(score)  # stays on the device: fetching it would wait for the step
         if step == 1 or step % math.ceil(options.steps / 10) == 0:
             print(f"step {step:>4}/{options.steps}  loss {loss:.3f}", flush=True)
     return state, np.stack(scores)
 
 
 def report(state: TrainState, scores: np.ndarray, validation: np.ndarray) -> None:
-    """Prints what the run came to."""
+    """Prints the validation loss and the largest spike score of a run."""
     starts = np.arange(0, len(validation) - SEQUENCE_LENGTH, SEQUENCE_LENGTH)
     whole = len(starts) - len(starts) % BATCH_SIZE
     batches = windows(validation, starts[:whole].reshape(-1, BATCH_SIZE))
@@ -152,7 +152,7 @@ def report(state: TrainState, scores: np.ndarray, validation: np.ndarray) -> Non
     name = spam_optax.tensor_names(state.params)[tensor]
     spiked = optax.tree.get(state.opt_state, "tensor_spike_steps")[tensor]
     print(f"largest spike score {scores.max():.1f}: {name} in step {step + 1}")
-    print(f"its spikes, scores above 10: {spiked} of {len(scores)} steps")
+    print(f"steps with a score above 10: {spiked} of {len(scores)}")
     clipped = optax.tree.get(state.opt_state, "spike_total")
     if clipped is not None:
         print(f"coordinates clipped as spikes: {clipped:,}")
@@ -187,12 +187,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         kwargs |= {"type": type(default), "default": default}
         parser.add_argument(flag, help=f"{text} (default: {default})", **kwargs)
 
-    sparse = "sparse_spam has momentum for a quarter of each matrix"
-    rate = "peak rate; a tenth of the steps warm up to it, the rest decay to a tenth"
+    sparse = "optimizer; sparse_spam keeps momentum for a quarter of each matrix"
+    rate = "peak rate, after a warm-up of a tenth of the steps, before a cosine decay"
     add("--optimizer", "spam", sparse, choices=OPTIMIZERS)
     add("--steps", 300, "optimizer steps, each on 16 windows of 64 bytes", metavar="N")
     add("--learning-rate", 0.004, rate, metavar="RATE")
-    add("--seed", 0, "of the first parameters and of the windows", metavar="N")
+    add("--seed", 0, "seed of parameters and batches", metavar="N")
     options = parser.parse_args(arguments)
     if not 1 <= options.steps < 2**31:
         parser.error(f"--steps must be from 1 to 2147483647, not {options.steps}")
@@ -209,8 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     params = first_params(options.seed)
     state = TrainState.create(apply_fn=MODEL.apply, params=params, tx=tx)
     size = sum(p.size for p in jax.tree.leaves(params))
-    what = f"{options.steps} steps with {options.optimizer}"
-    print(f"{size:,} parameters, {what}", flush=True)
+    work = f"{options.steps} steps with {options.optimizer}"
+    print(f"{size:,} parameters, {work}", flush=True)
 
     text = np.frombuffer(TEXT.read_bytes(), np.uint8)
     training, validation = np.split(text, [len(text) * 9 // 10])

@@ -131,7 +131,7 @@ def test_report_names_the_tensor_that_spiked_most(capsys):
     linen_pretrain.report(state.replace(opt_state=opt_state), scores, text)
     out = capsys.readouterr().out
     assert "largest spike score 33.0: block_0/ffn_in/kernel in step 5\n" in out
-    assert "above 10: 7 of 20 steps\n" in out
+    assert "above 10: 7 of 20\n" in out
 
 
 def test_bar_is_for_terminals(run, monkeypatch):

@@ -1,4 +1,4 @@
-"""Two decoders to set beside the LLaMA-style one: other blocks, the same trainer.
+"""Two decoders to compare with the LLaMA-style one: other blocks, the same trainer.
 
 Letters in shape comments: B sequences, T tokens, D width, H heads, K head width.
 """
@@ -14,8 +14,8 @@ from trainer import model
 from trainer.model import ModelConfig
 
 RECURRENCE_SHARPNESS = 8.0  # c of the RG-LRU
-DECAYS = 0.9, 0.999  # of the recurrence at first, where its gate is fully open
-CONVOLVED = 4  # tokens that the causal convolution sees
+INITIAL_DECAYS = 0.9, 0.999  # range of the recurrence where its gate is open
+KERNEL_SIZE = 4  # tokens of the causal convolution
 
 
 def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -26,7 +26,7 @@ def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class GPT2Attention(nnx.Module):
-    """Causal self-attention with biases, which knows nothing of positions."""
+    """Causal self-attention with biases and without positions."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -53,7 +53,7 @@ class GPT2Attention(nnx.Module):
 
 
 class GPT2FeedForward(nnx.Module):
-    """Two matrices with biases and a GELU between, four times as wide."""
+    """Two matrices with biases and a GELU between them, four times as wide."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         linear = functools.partial(model.linear, config, rngs=rngs, use_bias=True)
@@ -64,8 +64,8 @@ class GPT2FeedForward(nnx.Module):
         return self.down(nnx.gelu(self.up(x_BTD)))
 
 
-class GPT2Block(nnx.Module):
-    """One pre-norm residual block."""
+class GPT2Block(model.Block):
+    """A residual block with other parts than the LLaMA-style one."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = layer_norm(config, rngs)
@@ -73,16 +73,12 @@ class GPT2Block(nnx.Module):
         self.ffn_norm = layer_norm(config, rngs)
         self.ffn = GPT2FeedForward(config, rngs=rngs)
 
-    def pre_norm(self, x_BTD: jax.Array) -> jax.Array:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
-
 
 class GPT2(model.Decoder):
-    """LayerNorm, biases, learned positions, GELU.
+    """A decoder with LayerNorm, biases, learned positions and GELU.
 
-    Radford et al., Language Models are Unsupervised Multitask Learners, 2019. Its
-    feed-forward layer is four times as wide as the stream, whatever `ffn_width` says.
+    Radford et al., Language Models are Unsupervised Multitask Learners, 2019. The
+    feed-forward layer is four times as wide as the stream; `ffn_width` is not used.
     """
 
     block = GPT2Block
@@ -105,7 +101,7 @@ class GPT2(model.Decoder):
 
 
 class GatedRecurrence(nnx.Module):
-    r"""Griffin's RG-LRU, a diagonal linear recurrence whose gates see the input only.
+    r"""Griffin's RG-LRU, a diagonal linear recurrence with gates of the input alone.
 
     ``h_t = a_t * h_(t-1) + sqrt(1 - a_t**2) * i_t * x_t`` with the gates ``r_t`` and
     ``i_t``, sigmoids of linear maps of ``x_t``, and ``a_t = sigmoid(decay)**(8 r_t)``.
@@ -117,13 +113,13 @@ class GatedRecurrence(nnx.Module):
         )
         self.recurrence_gate = linear()
         self.input_gate = linear()
-        low, high = DECAYS
+        low, high = INITIAL_DECAYS
         drawn = jax.random.uniform(rngs.params(), (config.width,), jnp.float32)
         slowest = (low + (high - low) * drawn) ** (1 / RECURRENCE_SHARPNESS)
         self.decay = nnx.Param(jnp.log(slowest) - jnp.log1p(-slowest))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x = x_BTD.astype(jnp.float32)  # a product of many decays needs the digits
+        x = x_BTD.astype(jnp.float32)  # a product of many decays needs float32
         open_BTD = nnx.sigmoid(self.recurrence_gate(x_BTD).astype(jnp.float32))
         log_decay_D = RECURRENCE_SHARPNESS * nnx.log_sigmoid(self.decay[...])
         log_a_BTD = log_decay_D[None, None, :] * open_BTD
@@ -133,7 +129,7 @@ class GatedRecurrence(nnx.Module):
 
 
 def linear_recurrence(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
-    """``h_t = a_t * h_(t-1) + b_t`` along the tokens, from 0, in parallel."""
+    """Computes ``h_t = a_t * h_(t-1) + b_t`` along the tokens in parallel, from 0."""
 
     def join(left, right):
         return left[0] * right[0], right[0] * left[1] + right[1]
@@ -142,24 +138,24 @@ def linear_recurrence(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
 
 
 class CausalConvolution(nnx.Module):
-    """Each feature by itself, over a token and the three before it."""
+    """Convolves each feature over a token and the three tokens before it."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        normal = nnx.initializers.normal(1 / math.sqrt(CONVOLVED))
-        self.kernel = nnx.Param(normal(rngs.params(), (CONVOLVED, config.width)))
+        normal = nnx.initializers.normal(1 / math.sqrt(KERNEL_SIZE))
+        self.kernel = nnx.Param(normal(rngs.params(), (KERNEL_SIZE, config.width)))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         tokens = x_BTD.shape[1]
         kernel = self.kernel[...].astype(x_BTD.dtype)
-        padded = jnp.pad(x_BTD, ((0, 0), (CONVOLVED - 1, 0), (0, 0)))
+        padded = jnp.pad(x_BTD, ((0, 0), (KERNEL_SIZE - 1, 0), (0, 0)))
         return sum(
             kernel[back][None, None, :] * padded[:, back : back + tokens]
-            for back in range(CONVOLVED)
+            for back in range(KERNEL_SIZE)
         )
 
 
 class RecurrentMixer(nnx.Module):
-    """What Hawk has in attention's place: convolution and recurrence, and a gate."""
+    """Hawk's replacement for attention: a convolution, a recurrence and a gate."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         linear = functools.partial(
@@ -177,7 +173,7 @@ class RecurrentMixer(nnx.Module):
 
 
 class HawkBlock(nnx.Module):
-    """One pre-norm residual block; its feed-forward layer is the LLaMA-style one."""
+    """A pre-norm residual block with a LLaMA-style feed-forward layer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.mixer_norm = model.norm(config, rngs)
@@ -191,7 +187,7 @@ class HawkBlock(nnx.Module):
 
 
 class Hawk(model.Decoder):
-    """No attention: gated linear recurrences.
+    """A decoder without attention: gated linear recurrences.
 
     De et al., Griffin: Mixing Gated Linear Recurrences with Local Attention for
     Efficient Language Models, 2024, arXiv 2402.19427. Here the recurrence is as wide as

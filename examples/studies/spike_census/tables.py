@@ -1,28 +1,23 @@
-"""The tables of a census, for the terminal and as Markdown."""
+"""Tables of a census, for the terminal and as Markdown."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import rich.box
+import rich.console
 import rich.table
 
-from studies.spike_census import census_analysis
-from studies.spike_census.census_analysis import (
-    AHEAD,
-    AROUND,
-    BUMP,
-    GRACE_STEPS,
-    GSS_THRESHOLD,
-    LEVEL,
-    ONLINE_THRESHOLD,
-    Record,
-)
+from studies.spike_census import statistics
+from studies.spike_census.counting import GSS_THRESHOLD, ONLINE_THRESHOLD
+from studies.spike_census.statistics import STEPS_AFTER
+from studies.spike_census.study import Record
 from trainer.output.summary import number
 
-WORST_KINDS = 6  # of a model's tensors
+KINDS_SHOWN = 6  # of the tensors of each model, those with the most spikes
 EMBEDDINGS = ("llama", "llama-scaled", "llama-normed")
-SHOWN = {  # of each run's summary, in the comparison of embeddings
+EMBEDDING_COLUMNS = {  # numbers of a summary, and their formats
     "final_loss": ".3f",
     "gss_rate": ".1f",
     "gss_rate_after_warmup": ".2f",
@@ -31,13 +26,13 @@ SHOWN = {  # of each run's summary, in the comparison of embeddings
 
 
 class Table(NamedTuple):
-    """A title, headings, rows of texts, and what to know when reading them."""
+    """A title, headings, rows of texts, and a note that explains them."""
 
     title: str
     headings: list[str]
     rows: list[list[str]]
     note: str = ""
-    left: int = 1  # columns of words
+    left: int = 1  # columns with words
 
     def to_rich(self) -> rich.table.Table:
         result = rich.table.Table(
@@ -59,7 +54,7 @@ class Table(NamedTuple):
 
 
 def tables(records: Sequence[Record], summaries: Sequence[dict]) -> list[Table]:
-    """All tables of these runs."""
+    """Returns all tables of some runs."""
     result = [spikes_table(summaries), relation_table(summaries)]
     result += [kinds_table(records)]
     if {s["setting"]["model"] for s in summaries} & set(EMBEDDINGS[1:]):
@@ -68,7 +63,7 @@ def tables(records: Sequence[Record], summaries: Sequence[dict]) -> list[Table]:
 
 
 def words(summary: dict) -> list[str]:
-    """The columns that say which run it is."""
+    """Returns the first columns of a table, which name the run."""
     setting = summary["setting"]
     halted = summary["halted_at"]
     return [
@@ -102,12 +97,13 @@ def spikes_table(summaries: Sequence[dict]) -> Table:
         + ["per million after it", "of these in embedding", "largest score"]
         + ["in", "at step", "online per million"],
         rows,
-        f"A spike is a coordinate of a step's gradient above {GSS_THRESHOLD:g} times"
-        " its mean size over the run; rates are per million coordinates and steps. The"
-        " warm-up is the first tenth of the steps. Online: g²/v above"
-        f" {ONLINE_THRESHOLD:g}, with Adam's v before the step, not bias corrected, in"
-        f" the steps after the first {GRACE_STEPS}, in which SPAM clips nothing either."
-        f" Losses are the mean of the last {census_analysis.END} steps.",
+        f"A spike is a gradient coordinate of more than {GSS_THRESHOLD:g} times its"
+        " mean size over the run. Rates are per million coordinates and steps. The"
+        " warm-up is the first tenth of the steps. Online spikes are coordinates with"
+        f" g²/v above {ONLINE_THRESHOLD:g}, where v is Adam's second moment before the"
+        f" step, without bias correction. The first {statistics.GRACE_STEPS} steps do"
+        " not count for them, because SPAM clips nothing there. The final loss is the"
+        f" mean of the last {statistics.FINAL_STEPS} steps.",
         left=2,
     )
 
@@ -128,11 +124,10 @@ def correlation(relation: dict | None, name: str) -> str:
 def rates(relation: dict | None, name: str) -> str:
     if relation is None:
         return "-"
-    many, others = (relation[f"{name}_bump_rate_{which}"] for which in RATES)
+    many, others = (
+        relation[f"{name}_bump_rate_{which}"] for which in ("many", "others")
+    )
     return f"{many:.0%} / {others:.0%} ({number(relation[f'{name}_bump_p'], '.3f')})"
-
-
-RATES = ("many", "others")
 
 
 def relation_table(summaries: Sequence[dict]) -> Table:
@@ -152,20 +147,22 @@ def relation_table(summaries: Sequence[dict]) -> Table:
             ]
         )
     return Table(
-        "Whether spikes go with loss bumps",
+        "Whether spikes occur together with loss bumps",
         ["model", "text", "batch", "ρ with own loss", "ρ with losses after"]
-        + ["loss after, nats", "bump at the step", f"bump within {AHEAD} after"]
+        + ["loss after, nats", "bump at the step", f"bump within {STEPS_AFTER} after"]
         + ["outside embedding: own", "after"],
         rows,
-        "After the warm-up. ρ: rank correlation, over the steps, of the number of"
-        f" spikes with the excess loss of their own batch, and of the next {AHEAD}; in"
-        " the last two columns, of the step's largest score outside the embedding. The"
-        f" excess is over the median of the {AROUND} steps on either side; a bump is an"
-        f" excess of more than {BUMP:g} robust standard deviations. Loss after: how"
-        " much larger it is after the tenth of the steps with most spikes than after"
-        " others. Bumps: their rate at those steps / at others. In parentheses: the"
-        " probability by chance, two-sided, from rotating one series against the"
-        f" other. {agreement(summaries)}",
+        "All numbers are of the steps after the warm-up. ρ is the rank correlation"
+        " between a step's number of spikes and the excess loss of its own batch, or"
+        f" of the next {STEPS_AFTER} batches. The last two columns use the step's"
+        " largest score outside the embedding instead. The excess loss is the loss"
+        f" minus the median of the {statistics.MEDIAN_STEPS} steps on either side. A"
+        f" bump is an excess of more than {statistics.BUMP_DEVIATIONS:g} robust"
+        " standard deviations. The tenth of the steps with the most spikes is compared"
+        " with the other steps: the loss after them by its difference, and bumps by"
+        " their rates (with many spikes / others). The numbers in parentheses are"
+        " two-sided p-values, from rotating one series against the other."
+        f" {agreement(summaries)}",
         left=2,
     )
 
@@ -178,18 +175,19 @@ def change(relation: dict | None) -> str:
 
 
 def agreement(summaries: Sequence[dict]) -> str:
-    """How many of the runs show each relation."""
+    """Returns sentences that count the runs with each relation."""
     sentences = []
     for key, what in (
         ("relation", "Number of spikes"),
         ("relation_outside_embedding", "Largest score outside the embedding"),
     ):
-        found = census_analysis.pooled([s[key] for s in summaries])
+        found = statistics.pooled([s[key] for s in summaries])
         for name, which in (("same_rho", "own loss"), ("after_rho", "losses after")):
             sentences.append(
-                f"{what} and {which}: median ρ {number(found[name], '+.2f')}, of"
-                f" {found['runs']} runs {found[f'{name}_positive']} above and"
-                f" {found[f'{name}_negative']} below 0 with p < {LEVEL:g}."
+                f"{what} and {which}: the median ρ is {number(found[name], '+.2f')}; of"
+                f" {found['runs']} runs, {found[f'{name}_positive']} are above and"
+                f" {found[f'{name}_negative']} below 0 with p <"
+                f" {statistics.SIGNIFICANCE:g}."
             )
     return " ".join(sentences)
 
@@ -208,43 +206,61 @@ def kinds_table(records: Sequence[Record]) -> Table:
                 f"{row['rate_after_warmup']:.2f}",
                 f"{row['largest']:.0f}",
             ]
-            for row in census_analysis.by_kind(chosen)[:WORST_KINDS]
+            for row in statistics.by_kind(chosen)[:KINDS_SHOWN]
         ]
     return Table(
         "Which tensors spike",
         ["model", "tensor", "of coordinates", "of spikes", "per million"]
         + ["per million after warm-up", "largest score"],
         rows,
-        f"Of each model, over all layers and runs, the {WORST_KINDS} kinds of tensors"
-        " with the highest rate.",
+        f"The {KINDS_SHOWN} kinds of tensors of each model with the highest rates, over"
+        " all layers and runs.",
         left=2,
     )
 
 
 def embeddings_table(summaries: Sequence[dict]) -> Table:
-    """Means over the runs of each embedding, and their ranges."""
+    """Compares the embeddings by means over their runs."""
     rows = []
     for model in EMBEDDINGS:
         chosen = [s for s in summaries if s["setting"]["model"] == model]
         if not chosen:
             continue
-        cells = [spread([s[key] for s in chosen], SHOWN[key]) for key in SHOWN]
+        cells = [
+            spread([s[key] for s in chosen], EMBEDDING_COLUMNS[key])
+            for key in EMBEDDING_COLUMNS
+        ]
         largest = [s["largest"]["score"] for s in chosen if s["largest"]]
         rows.append([model, str(len(chosen)), *cells, spread(largest, ".0f")])
     return Table(
-        "What the embedding's scale changes",
+        "How the embedding's scale changes the spikes",
         ["model", "runs", "final loss", "spikes per million"]
         + ["per million after warm-up", "online per million", "largest score"],
         rows,
-        "Mean over the runs, and their range. llama: a plain embedding;"
-        " llama-scaled: multiplied by the square root of the width; llama-normed:"
-        " followed by a LayerNorm.",
+        "Each cell has the mean over the runs, and their range. llama has a plain"
+        " embedding, llama-scaled multiplies it by the square root of the width, and"
+        " llama-normed applies a LayerNorm to it.",
     )
 
 
 def spread(values: Sequence[Any], style: str) -> str:
+    """Returns mean and range of the values that are not None."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
     low, high = min(known), max(known)
     return f"{np.mean(known):{style}} ({low:{style}} to {high:{style}})"
+
+
+def to_markdown(tables: Sequence[Table]) -> str:
+    """Returns a page with all tables."""
+    sections = (table.to_markdown() for table in tables)
+    return "\n".join(["# Census of gradient spikes\n", *sections])
+
+
+def show(tables: Sequence[Table]) -> None:
+    """Prints the tables."""
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 170)
+    for table in tables:
+        console.print(table.to_rich())
+        console.print(table.note + "\n", highlight=False)

@@ -1,4 +1,4 @@
-"""The pictures of a census: a heat map a run, and all runs side by side."""
+"""Figures of a census: a heat map of each run, and all runs side by side."""
 
 import math
 import re
@@ -8,20 +8,21 @@ import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
-from studies.spike_census.census_analysis import GSS_THRESHOLD, Record
+from studies.spike_census.counting import GSS_THRESHOLD
+from studies.spike_census.study import EMBEDDING, Record
 from trainer.output import summary
 
-COLUMNS = 1000  # of a heat map at most: more than it has pixels
+MAX_COLUMNS = 1000  # of a heat map: more than it has pixels
 LOSS = "#0072B2"
 SPIKES = "#D55E00"
 WARMUP = "#999999"
 SMOOTHING = 20  # steps
-FIRST = "embed/embedding", "positions"  # rows of a heat map; then layer by layer
-SCORES = GSS_THRESHOLD / 5, GSS_THRESHOLD, GSS_THRESHOLD * 2, GSS_THRESHOLD * 10
+FIRST_ROWS = EMBEDDING, "positions"  # of a heat map; the layers follow
+SCORE_TICKS = GSS_THRESHOLD / 5, GSS_THRESHOLD, GSS_THRESHOLD * 2, GSS_THRESHOLD * 10
 
 
 def heat_map(record: Record) -> matplotlib.figure.Figure:
-    """The largest gradient spike score of every tensor and step, under the losses."""
+    """Draws the losses, and below them the largest score of each tensor and step."""
     names, steps = list(record.tensors), len(record.loss)
     height = 0.135 * len(names)
     figure = matplotlib.figure.Figure(
@@ -39,7 +40,7 @@ def heat_map(record: Record) -> matplotlib.figure.Figure:
     scores.set_xlabel("step")
     scores.set_xlim(0.5, steps + 0.5)
     bar = figure.colorbar(image, ax=scores, pad=0.01, aspect=30, extend="both")
-    bar.set_ticks(SCORES, labels=[f"{score:g}" for score in SCORES])
+    bar.set_ticks(SCORE_TICKS, labels=[f"{score:g}" for score in SCORE_TICKS])
     bar.minorticks_off()
     bar.ax.axhline(GSS_THRESHOLD, color="white", linewidth=1.5)
     bar.set_label(f"largest score of the tensor; above {GSS_THRESHOLD:g} is a spike")
@@ -47,14 +48,14 @@ def heat_map(record: Record) -> matplotlib.figure.Figure:
 
 
 def draw_scores(panel, record: Record):
-    """One row a tensor, in the order of depth; light: nothing was near a spike."""
+    """Draws one row per tensor, in order of depth; dark cells have high scores."""
     names = list(record.tensors)
     order = sorted(range(len(names)), key=lambda i: depth(names[i]))
     table = record.counts["gss_max"].T[order]
-    size = summary.bucket_size(table.shape[1], COLUMNS)
+    size = summary.bucket_size(table.shape[1], MAX_COLUMNS)
     starts = np.arange(0, table.shape[1], size)
     shown = np.maximum.reduceat(table, starts, axis=1)
-    colors = matplotlib.colors.LogNorm(SCORES[0], SCORES[-1])
+    colors = matplotlib.colors.LogNorm(SCORE_TICKS[0], SCORE_TICKS[-1])
     image = panel.imshow(
         shown,
         aspect="auto",
@@ -70,15 +71,18 @@ def draw_scores(panel, record: Record):
 
 
 def depth(tensor: str) -> tuple[int, int]:
-    """What tensors are sorted by: what the tokens go through first comes first."""
-    if tensor in FIRST:
-        return 0, FIRST.index(tensor)
+    """Returns a sorting key: tensors that the tokens pass first come first."""
+    if tensor in FIRST_ROWS:
+        return 0, FIRST_ROWS.index(tensor)
     layer = re.match(r"blocks\.(\d+)/", tensor)
     return (1, int(layer[1])) if layer else (2, 0)
 
 
 def draw_loss(panel, record: Record) -> None:
-    """Every step's, and thick a running mean; not the descent of the first steps."""
+    """Draws each step's loss, and a thick running mean.
+
+    The axis leaves out the descent of the first steps.
+    """
     steps = np.arange(1, len(record.loss) + 1)
     panel.plot(steps, record.loss, color=LOSS, alpha=0.35, linewidth=0.7)
     window = min(SMOOTHING, len(steps))
@@ -94,7 +98,7 @@ def draw_loss(panel, record: Record) -> None:
 
 
 def draw_counts(panel, record: Record) -> None:
-    """Coordinates that spiked, in every step; on an axis that shows 1 and 100,000."""
+    """Draws the number of spikes of each step, on a logarithmic axis."""
     spikes = record.spikes()
     steps = np.arange(1, len(spikes) + 1)
     at = spikes > 0
@@ -112,7 +116,7 @@ def draw_counts(panel, record: Record) -> None:
 
 
 def tidy(panel, record: Record) -> None:
-    """Marks where the learning rate is highest and leaves out what says nothing."""
+    """Marks the step with the highest learning rate, and removes two of the spines."""
     panel.axvline(record.warmup, color=WARMUP, linestyle=":", linewidth=1)
     panel.spines[["top", "right"]].set_visible(False)
     panel.xaxis.get_major_locator().set_params(integer=True)
@@ -123,27 +127,33 @@ def title(record: Record) -> str:
     halted = f", halted at step {record.halted_at:,}" if record.halted_at else ""
     return (
         f"{setting.model}, {setting.text} ({setting.tokenizer}),"
-        f" {setting.batch_size} sequences a step{halted}; dotted: end of warm-up"
+        f" {setting.batch_size} sequences per step{halted}; dotted: end of warm-up"
     )
 
 
+def text_and_batch(record: Record) -> tuple[str, int]:
+    return record.setting.text, record.setting.batch_size
+
+
 def overview(records: Sequence[Record]) -> matplotlib.figure.Figure:
-    """Loss and coordinates that spike, over the steps; a column for each model."""
-    across = len({record.setting.model for record in records})
-    down = len(records) // across
+    """Draws loss and number of spikes over the steps, one column per model."""
+    columns = list(dict.fromkeys(record.setting.model for record in records))
+    rows = list(dict.fromkeys(map(text_and_batch, records)))
+    across, down = len(columns), len(rows)
     figure = matplotlib.figure.Figure(
         figsize=(2.7 * across + 0.6, 2.4 * down + 0.4), dpi=110, layout="constrained"
     )
     grid = figure.add_gridspec(2 * down, across, height_ratios=[1.2, 0.8] * down)
-    for number, record in enumerate(records):
-        row, column = divmod(number, across)
+    for record in records:
+        column = columns.index(record.setting.model)
+        row = rows.index(text_and_batch(record))
         loss = figure.add_subplot(grid[2 * row, column])
         count = figure.add_subplot(grid[2 * row + 1, column], sharex=loss)
         draw_loss(loss, record)
         draw_counts(count, record)
         setting = record.setting
         loss.set_title(
-            f"{setting.model}\n{setting.text}, {setting.batch_size} sequences a step",
+            f"{setting.model}\n{setting.text}, {setting.batch_size} sequences per step",
             loc="left",
             fontsize=8,
         )

@@ -1,96 +1,31 @@
-"""What a census of gradient spikes shows, computed from the runs' records alone."""
+"""Statistics of gradient spikes, computed from the records alone."""
 
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from studies.spike_census.census import GSS_THRESHOLD, ONLINE_THRESHOLD, Setting
+from studies.spike_census.study import Record
 
-GRACE_STEPS = 20  # at first, in which SPAM clips nothing
-AROUND = 50  # steps on either side, whose median loss is what was to be expected
-AHEAD = 5  # steps after one, in which its update shows
-BUMP = 2.0  # robust standard deviations above the expected loss
-SPIKY = 0.9  # quantile above which a step has many spikes
-LEVEL = 0.05  # of a test
-EMBEDDING = "embed/embedding"
-END = 50  # steps, over which the final loss is averaged
-
-
-class Record(NamedTuple):
-    """One finished run, as its file has it."""
-
-    setting: Setting
-    digest: str  # of text and tokenizer
-    tensors: dict[str, int]  # coordinates of each
-    halted_at: int | None
-    loss: np.ndarray  # steps
-    counts: dict[str, np.ndarray]  # steps x tensors: gss_count, gss_max, online_...
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "setting": dataclasses.asdict(self.setting),
-            "digest": self.digest,
-            "tensors": self.tensors,
-            "halted_at": self.halted_at,
-            "loss": self.loss.tolist(),
-            **{name: table.tolist() for name, table in self.counts.items()},
-        }
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Record":
-        """Raises KeyError, TypeError or ValueError if it is none."""
-        tables = [f"{kind}_{what}" for kind in KINDS for what in ("count", "max")]
-        record = cls(
-            Setting(**content["setting"]),
-            content["digest"],
-            dict(content["tensors"]),
-            content["halted_at"],
-            np.array(content["loss"], np.float64),
-            {name: np.array(content[name]) for name in tables},
-        )
-        shape = len(record.loss), len(record.tensors)
-        if any(table.shape != shape for table in record.counts.values()):
-            raise ValueError("its tables do not have a row for every step")
-        return record
-
-    @property
-    def warmup(self) -> int:
-        """Steps in which the learning rate rises."""
-        return max(1, self.setting.steps // 10)
-
-    def spikes(self, *, embedding: bool = True) -> np.ndarray:
-        """Coordinates above the threshold of the gradient spike score, step by step."""
-        chosen = [embedding or name != EMBEDDING for name in self.tensors]
-        return self.counts["gss_count"][:, chosen].sum(axis=1)
-
-    def largest_outside_embedding(self) -> np.ndarray:
-        """The largest gradient spike score of each step, in any other tensor.
-
-        Of what may be no spike: most steps have none there to count.
-        """
-        chosen = [name != EMBEDDING for name in self.tensors]
-        return self.counts["gss_max"][:, chosen].max(axis=1)
-
-
-KINDS = {"gss": GSS_THRESHOLD, "online": ONLINE_THRESHOLD}
-
-
-def rounded(values: np.ndarray) -> np.ndarray:
-    """To four significant digits, so that a file of them is not mostly digits."""
-    shorter = np.array([float(f"{value:.4g}") for value in values.flat])
-    return shorter.reshape(values.shape)
+GRACE_STEPS = 20  # first steps, in which SPAM clips nothing
+MEDIAN_STEPS = 50  # on either side of a step; their median is the expected loss
+STEPS_AFTER = 5  # steps after a spike, in which the effect of its update shows
+BUMP_DEVIATIONS = 2.0  # robust standard deviations above the expected loss
+MANY_QUANTILE = 0.9  # of the numbers of spikes; a step above it has many spikes
+SIGNIFICANCE = 0.05  # level of a test
+FINAL_STEPS = 50  # steps whose mean is the final loss
 
 
 # ------------------------------------------------------------------------- one run
 
 
 def summarize(record: Record) -> dict[str, Any]:
-    """The numbers of one run; rates are in spikes per million gradient coordinates.
+    """Returns the numbers of one run.
 
-    What cannot be told of so short a run is None.
+    Rates are spikes per million gradient coordinates. A number is None if the run is
+    too short for it.
     """
     warmup, size = record.warmup, sum(record.tensors.values())
     spikes, late = record.spikes(), record.spikes()[warmup:]
@@ -100,7 +35,7 @@ def summarize(record: Record) -> dict[str, Any]:
         "setting": dataclasses.asdict(record.setting),
         "parameters": size,
         "halted_at": record.halted_at,
-        "final_loss": float(record.loss[-END:].mean()),
+        "final_loss": float(record.loss[-FINAL_STEPS:].mean()),
         "gss_rate": per_million(spikes, size),
         "gss_share_in_warmup": share(spikes[:warmup].sum(), spikes.sum()),
         "gss_rate_after_warmup": per_million(late, size),
@@ -126,7 +61,7 @@ def share(part: float, whole: float) -> float | None:
 
 
 def largest(record: Record, first: int) -> dict[str, Any] | None:
-    """The largest gradient spike score from a step on: its size, tensor and step."""
+    """Returns size, tensor and step of the largest score from step `first` on."""
     scores = record.counts["gss_max"][first:]
     if not len(scores):
         return None
@@ -142,29 +77,37 @@ def largest(record: Record, first: int) -> dict[str, Any] | None:
 
 
 def relate(loss: np.ndarray, spikes: np.ndarray, warmup: int) -> dict | None:
-    """Whether steps with many spikes go with loss bumps, after the warm-up.
+    """Relates spikes to bumps of the loss, after the warm-up.
 
-    A step's excess loss is over the median of the 50 steps before it and the 50 after,
-    so that the descent does not count; a bump is an excess of more than 2 robust
-    standard deviations. `same_rho` is the rank correlation of the spikes with the
-    excess of the very batch they come from; `after_rho` that with the mean excess of
-    the next 5 batches, which have seen the update; `after_change` is how much larger
-    that is, in nats, after steps with many spikes, the top tenth, than after others.
-    Bump rates are of steps with many spikes and of others, at the step itself and
-    within the 5 steps after it. Each `p` is `shift_test`'s.
+    The excess loss of a step is its loss minus the median of the 50 steps before it and
+    the 50 after it, which removes the descent. A bump is an excess of more than 2
+    robust standard deviations. The tenth of the steps with the most spikes has many
+    spikes.
 
-    None if the run is too short or no step has more spikes than most.
+    Returns:
+      None if the run is too short, or if no step has many spikes. Else a dictionary:
+
+      - `same_rho`: the rank correlation of the number of spikes with the excess loss of
+        the batch they come from.
+      - `after_rho`: the same with the mean excess of the next 5 batches, whose losses
+        are computed after the update.
+      - `after_change`: that mean excess after steps with many spikes minus that after
+        other steps, in nats.
+      - `same_bump_rate_many` and `same_bump_rate_others`: how often steps with many
+        spikes, and other steps, are bumps. `after_...`: the same within the 5 steps
+        after them.
+      - A name with `p` is the p-value of `shift_test`.
     """
     excess = loss - median_around(loss)
-    steps = np.arange(warmup, len(loss) - AHEAD)
-    if len(steps) < 5 * AHEAD:
+    steps = np.arange(warmup, len(loss) - STEPS_AFTER)
+    if len(steps) < 5 * STEPS_AFTER:
         return None
     spikes = spikes[steps]
-    many = spikes > np.quantile(spikes, SPIKY)
+    many = spikes > np.quantile(spikes, MANY_QUANTILE)
     if not many.any():
         return None
-    bump = excess > BUMP * robust_deviation(excess[warmup:])
-    ahead = steps[:, None] + np.arange(1, AHEAD + 1)[None, :]
+    bump = excess > BUMP_DEVIATIONS * robust_deviation(excess[warmup:])
+    ahead = steps[:, None] + np.arange(1, STEPS_AFTER + 1)[None, :]
     same, after = excess[steps], excess[ahead].mean(axis=1)
     bumps = {"same": bump[steps], "after": bump[ahead].any(axis=1)}
     result = {
@@ -187,35 +130,42 @@ def relate(loss: np.ndarray, spikes: np.ndarray, warmup: int) -> dict | None:
 
 
 def median_around(loss: np.ndarray) -> np.ndarray:
-    """The median of each step's neighborhood, which is cut off at the ends."""
+    """Returns the median loss around each step. It takes fewer steps at both ends."""
     return np.array(
-        [np.median(loss[max(0, i - AROUND) : i + AROUND + 1]) for i in range(len(loss))]
+        [
+            np.median(loss[max(0, i - MEDIAN_STEPS) : i + MEDIAN_STEPS + 1])
+            for i in range(len(loss))
+        ]
     )
 
 
 def robust_deviation(values: np.ndarray) -> float:
-    """The standard deviation of a normal distribution with this median deviation."""
+    """Returns the standard deviation of a normal distribution with this spread.
+
+    The spread is the median of the absolute deviations from the median.
+    """
     return 1.4826 * float(np.median(np.abs(values - np.median(values))))
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """From 1; equal values share the mean of theirs."""
+    """Returns ranks from 1. Equal values share the mean of their ranks."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def shift_test(x: np.ndarray, y: np.ndarray) -> tuple[float | None, float | None]:
-    """Correlation of two series of steps, and how likely it is by chance, two-sided.
+    """Returns the correlation of two series and its two-sided p-value.
 
-    Chance is the same series, one rotated against the other by more steps than any
-    effect lasts. Unlike shuffling, that keeps how each resembles itself a few steps
-    later, without which two slow drifts would look related. None for a constant series.
+    The p-value is the share of rotations of one series against the other with at least
+    this correlation. Rotations by a few steps are left out, because effects last that
+    long. Unlike shuffling, a rotation keeps slow drifts, and two unrelated drifts would
+    look related without them. The result is None for a constant series.
     """
     x, y = standardized(x), standardized(y)
     if x is None or y is None:
         return None, None
     rotated = np.fft.irfft(np.fft.rfft(x).conj() * np.fft.rfft(y), len(x)) / len(x)
-    chance = np.abs(rotated[2 * AHEAD : len(x) - 2 * AHEAD + 1])
+    chance = np.abs(rotated[2 * STEPS_AFTER : len(x) - 2 * STEPS_AFTER + 1])
     as_large = np.sum(chance >= abs(rotated[0]) - 1e-12)
     return float(rotated[0]), float((1 + as_large) / (1 + len(chance)))
 
@@ -230,12 +180,12 @@ def standardized(values: np.ndarray) -> np.ndarray | None:
 
 
 def kind_of(tensor: str) -> str:
-    """A tensor's name without its layer."""
+    """Returns a tensor's name without its layer."""
     return re.sub(r"^blocks\.\d+/", "", tensor).removesuffix("/kernel")
 
 
 def by_kind(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Spikes of each kind of tensor, over all layers and runs; the worst come first."""
+    """Counts spikes per kind of tensor, over all layers and runs, the worst first."""
     kinds: dict[str, np.ndarray] = {}
     for record in records:
         count, score = record.counts["gss_count"], record.counts["gss_max"]
@@ -265,12 +215,16 @@ def by_kind(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 
 def pooled(relations: list[dict | None]) -> dict[str, Any]:
-    """How the runs agree: medians, and how many show a relation beyond chance."""
+    """Returns medians over the runs, and how many runs have significant relations."""
     known = [relation for relation in relations if relation is not None]
     result: dict[str, Any] = {"runs": len(known)}
     for name in ("same_rho", "after_rho"):
         pairs = [(r[name], r[f"{name}_p"]) for r in known if r[name] is not None]
         result[name] = float(np.median([rho for rho, _ in pairs])) if pairs else None
-        result[f"{name}_positive"] = sum(rho > 0 and p < LEVEL for rho, p in pairs)
-        result[f"{name}_negative"] = sum(rho < 0 and p < LEVEL for rho, p in pairs)
+        result[f"{name}_positive"] = sum(
+            rho > 0 and p < SIGNIFICANCE for rho, p in pairs
+        )
+        result[f"{name}_negative"] = sum(
+            rho < 0 and p < SIGNIFICANCE for rho, p in pairs
+        )
     return result

@@ -1,0 +1,277 @@
+"""Tables and figures of the comparison."""
+
+import itertools
+import json
+import pathlib
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+
+import matplotlib.figure
+import numpy as np
+
+from studies import engine
+from studies.comparison import statistics
+from studies.comparison.experiments import EXPERIMENTS
+from studies.comparison.statistics import Result
+from studies.comparison.study import Comparison, Run
+from trainer import files
+from trainer.output import summary
+
+COLUMNS = {  # heading and explanation
+    "label": ("optimizer", "the trainer's optimizer, or a variant of it."),
+    "best_rate": (
+        "best rate",
+        "the peak learning rate with the lowest final loss. A * marks the lowest or the"
+        " highest rate of the sweep, beyond which a rate may be better.",
+    ),
+    "final_loss": (
+        "final loss",
+        "the evaluation loss in nats at the best rate, mean over the seeds.",
+    ),
+    "spread": (
+        "over seeds",
+        "the lowest and the highest final loss of the seeds, and their number.",
+    ),
+    "far_loss": (
+        f"at {statistics.HIGH_RATE_FACTOR} x rate",
+        f"the final loss at {statistics.HIGH_RATE_FACTOR} times the best rate.",
+    ),
+    "sensitivity": (
+        "LR sensitivity",
+        "the mean final loss over all rates of the sweep, minus the best one (Wortsman"
+        " et al., 2023). A final loss counts as the loss before training at most.",
+    ),
+    "spike_score": (
+        "spike score %",
+        "the percentage of steps whose training loss is 10 standard deviations from the"
+        f" mean of the {statistics.SPIKE_WINDOW} steps before it, or of half the run if"
+        " that is shorter (AdaGC). Corrupted batches do not count.",
+    ),
+    "spikes_from": (
+        "spikes from",
+        "the lowest rate at which any run has a gradient spike. That is a gradient norm"
+        f" of {summary.SPIKE_FACTOR:g} times the median of the"
+        f" {summary.MEDIAN_WINDOW} steps before it, in a step without a fault.",
+    ),
+    "worst_jump": (
+        "worst jump",
+        "the largest rise of the training loss in the 40 steps after a burst, mean over"
+        " the seeds. It is inf if a loss was not finite. Corrupted batches do not"
+        " count.",
+    ),
+    "recovery": (
+        "steps to recover",
+        "the steps from the end of the worst burst until the mean loss of"
+        f" {statistics.RECOVERY_WINDOW} steps is no higher than before it, median over"
+        " the seeds. It is inf if that does not happen before the next burst, or before"
+        " the end of the run.",
+    ),
+    "diverged": (
+        "diverged",
+        "the number of runs, at any rate, that ended no better than they began.",
+    ),
+    "bytes_per_parameter": (
+        "state bytes/param",
+        "the bytes of the optimizer's state per parameter.",
+    ),
+    "time": (
+        "step time",
+        "the step time of the fastest run, relative to that of adam. Other work on the"
+        " machine disturbs it.",
+    ),
+}
+COLORS = (
+    "#D55E00",
+    "#0072B2",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)
+STYLES = ("-", "--", ":")
+MARKERS = "osv"
+
+
+def write(study: Comparison, grids: dict[str, list[Run]], folder: pathlib.Path) -> None:
+    """Writes the tables, numbers and figures of the finished runs of experiments.
+
+    Args:
+      study: The study that made the records.
+      grids: The runs of each experiment.
+      folder: The folder to write to. The records are in its folder `runs`.
+    """
+    tables, numbers = [], {}
+    for name, runs in grids.items():
+        finished, unfinished = complete(study, runs, folder / "runs")
+        found = statistics.results(finished)
+        tables.append(markdown(name, found, unfinished))
+        if found:
+            numbers[name] = [result.to_json() for result in found]
+            figure(found).savefig(folder / f"{name}.png")
+    text = "\n".join(["# Comparison\n", *tables, explanations()])
+    files.replace(folder / "comparison.md", text)
+    text = json.dumps(numbers, indent=1, allow_nan=False)
+    files.replace(folder / "summary.json", text + "\n")
+
+
+def complete(
+    study: Comparison, runs: Sequence[Run], folder: pathlib.Path
+) -> tuple[list[engine.Record], list[str]]:
+    """Returns the records of complete rows, and the progress of the other rows.
+
+    A row without some of its rates or seeds could not be compared with the others.
+    """
+    groups = {}
+    for run in runs:
+        key = run.scenario, statistics.model_of(study.settings(run)), run.label
+        groups.setdefault(key, []).append(run)
+    found, unfinished = [], []
+    for (scenario, model, label), group in groups.items():
+        there = [x for x in engine.read_all(study, group, folder) if x is not None]
+        if len(there) == len(group):
+            found += there
+        else:
+            of = f"{len(there)} of {len(group)}"
+            unfinished.append(f"{label} ({scenario}; {model}): {of}")
+    return found, unfinished
+
+
+# ------------------------------------------------------------------------- the tables
+
+
+def markdown(name: str, results: Sequence[Result], unfinished: Sequence[str]) -> str:
+    """Returns an experiment's question, and a table for each scenario and model."""
+    parts = [f"## {name}: {EXPERIMENTS[name].question}\n"]
+    seconds = {}  # of the fastest run of any scenario: the program is the same
+    for result in results:
+        known = seconds.get(result.label, np.inf)
+        seconds[result.label] = min(known, result.seconds_per_step)
+    for (scenario, model), group in grouped(results):
+        rows = [cells(result, seconds) for result in group]
+        shown = [key for key in COLUMNS if any(row[key] != "-" for row in rows)]
+        table = [[COLUMNS[key][0] for key in shown]]
+        table += [[row[key] for key in shown] for row in rows]
+        parts += [f"### {scenario}; initialization {model}\n", *table_lines(table), ""]
+    parts += spikes_by_rate(results)
+    if unfinished:
+        parts.append(f"Unfinished runs: {'; '.join(unfinished)}.\n")
+    return "\n".join(parts) + "\n"
+
+
+def cells(result: Result, seconds: dict[str, float]) -> dict[str, str]:
+    """Returns the row of a table; `seconds` has the step time of each optimizer."""
+    number = summary.number
+    time = seconds[result.label] / seconds["adam"] if "adam" in seconds else None
+    return {
+        "label": result.label,
+        "best_rate": f"{result.best_rate:g}{'*' if result.is_at_edge else ''}",
+        "final_loss": f"{result.final_loss:.3f}",
+        "spread": f"{result.low:.3f} to {result.high:.3f} ({result.seeds})",
+        "far_loss": number(result.far_loss, ".3f"),
+        "sensitivity": number(result.sensitivity, ".3f"),
+        "spike_score": f"{result.spike_score:.2f}",
+        "spikes_from": number(result.spikes_from, "g"),
+        "worst_jump": number(result.worst_jump, "+.3f"),
+        "recovery": number(result.recovery, ".0f"),
+        "diverged": f"{result.diverged} of {result.runs}",
+        "bytes_per_parameter": f"{result.bytes_per_parameter:.2f}",
+        "time": number(time, ".2f"),
+    }
+
+
+def explanations() -> str:
+    """Returns what each column of the tables shows, in Markdown."""
+    lines = [
+        textwrap.fill(f"- **{heading}**: {text}", 88, subsequent_indent="  ")
+        for heading, text in COLUMNS.values()
+    ]
+    return "\n".join(["## What the columns show\n", *lines, ""])
+
+
+def spikes_by_rate(results: Sequence[Result]) -> list[str]:
+    """Returns the lines of a table of gradient spikes; none if there are no spikes."""
+    spiking = [result for result in results if result.spikes_from is not None]
+    if not spiking:
+        return []
+    rates = sorted({rate for result in spiking for rate in result.gradient_spikes})
+    table = [["optimizer", "scenario", "initialization", *(f"{r:g}" for r in rates)]]
+    for result in spiking:
+        counts = (result.gradient_spikes.get(rate) for rate in rates)
+        row = [result.label, result.scenario, result.model]
+        table.append([*row, *(summary.number(count, ".1f") for count in counts)])
+    title = "### Gradient spikes per run at each rate, mean over the seeds\n"
+    return [title, *table_lines(table), ""]
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns a table's lines in Markdown; the first row has the headings."""
+    heading, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return [heading, "|---" * len(rows[0]) + "|", *lines]
+
+
+def grouped(
+    results: Iterable[Result],
+) -> Iterator[tuple[tuple[str, str], Iterator[Result]]]:
+    return itertools.groupby(results, lambda result: (result.scenario, result.model))
+
+
+# ------------------------------------------------------------------------- the figure
+
+
+def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
+    """Draws final loss over learning rate, one panel for each scenario and model.
+
+    If there is one optimizer only, its models share a panel.
+    """
+    if len({result.label for result in results}) == 1:
+        results = [x._replace(label=x.model, model=x.label) for x in results]
+    panels = [(key, list(group)) for key, group in grouped(results)]
+    labels = list(dict.fromkeys(result.label for result in results))
+    drawn = matplotlib.figure.Figure(
+        figsize=(5 * len(panels) + 2.6, 4.6), layout="constrained", dpi=150
+    )
+    axes = drawn.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, ((scenario, model), rows) in zip(axes, panels, strict=True):
+        for row in rows:
+            draw_curve(axis, row, labels.index(row.label))
+        axis.set_xscale("log", base=2)
+        rates = sorted({rate for row in rows for rate in row.curve})
+        axis.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
+        axis.set_xlabel("peak learning rate")
+        axis.set_title(f"{scenario}; {model}", fontsize=10)
+        axis.grid(alpha=0.3)
+    best = min(row.final_loss for row in results)
+    worst = max(max(row.curve[row.best_rate]) for row in results)
+    axes[0].set_ylim(best - 0.05, worst + max(0.5, 0.5 * (worst - best)))
+    axes[0].set_ylabel("final evaluation loss, nats")
+    handles = {}
+    for axis in axes:
+        lines, names = axis.get_legend_handles_labels()
+        handles |= dict(zip(names, lines, strict=True))
+    ordered = {name: handles[name] for name in labels}
+    drawn.legend(
+        ordered.values(), ordered.keys(), loc="outside right upper", fontsize=8
+    )
+    return drawn
+
+
+def draw_curve(axis, result: Result, number: int) -> None:
+    """Draws the mean over the seeds, and the area between the lowest and the highest.
+
+    The number decides color, style and marker.
+    """
+    rates = np.array(list(result.curve))
+    losses = [np.array(x) for x in result.curve.values()]
+    color = COLORS[number % len(COLORS)]
+    axis.plot(
+        rates,
+        np.array([x.mean() for x in losses]),
+        color=color,
+        linestyle=STYLES[number // len(COLORS)],
+        marker=MARKERS[number // len(COLORS)],
+        markersize=4,
+        label=result.label,
+    )
+    low, high = (np.array([f(x) for x in losses]) for f in (np.min, np.max))
+    axis.fill_between(rates, low, high, color=color, alpha=0.12, linewidth=0)

@@ -1,0 +1,99 @@
+"""Variants of the trainer's optimizers, as rows of the comparison's tables."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+import spam_optax
+from trainer import optimizers
+from trainer.config import RunConfig
+from trainer.errors import UsageError
+from trainer.optimizers import Entry
+
+
+def spam_with(**changes) -> Entry:
+    """Returns SPAM with other arguments.
+
+    The interval between resets is a share of the run, and the warm-up after a reset is
+    a share of the interval. If they are not given, the warm-up and the steps without
+    clipping change with the interval.
+    """
+
+    def make(config, learning_rate):
+        given = dict(changes)
+        if given.get("reset_interval"):
+            interval = round(given.pop("reset_interval") * config.steps)
+            config = dataclasses.replace(config, reset_interval=interval)
+        if "warmup_steps" in given:
+            interval = config.spam_intervals["reset_interval"]
+            given["warmup_steps"] = round(given["warmup_steps"] * interval)
+        return optimizers.spam(config, learning_rate, **given)
+
+    return Entry(make, resets=changes.get("reset_interval", True) is not None)
+
+
+def chain_before(first: Callable[[], optax.GradientTransformation], name: str) -> Entry:
+    """Returns the trainer's optimizer `name` with another transformation before it."""
+    row = optimizers.TABLE[name]
+
+    def make(config, learning_rate):
+        return optax.chain(first(), row.make(config, learning_rate))
+
+    return row._replace(make=make)
+
+
+def sparse(density: float) -> Entry:
+    """Returns sparse momentum for another fraction of each matrix."""
+
+    def make(config, learning_rate):
+        config = dataclasses.replace(config, density=density)
+        return optimizers.sparse_spam(config, learning_rate)
+
+    return Entry(make, resets=True)
+
+
+NEVER_CLIPS = 1e30  # a threshold
+
+SWEPT = {
+    **{f"spam, threshold {x:g}": spam_with(threshold=x) for x in (50.0, 500.0)},
+    **{
+        f"spam, interval {x:g} of the run": spam_with(reset_interval=x)
+        for x in (0.13, 0.25, 0.67)
+    },
+    **{
+        f"spam, warm-up {x:g} of the interval": spam_with(warmup_steps=x)
+        for x in (0, 0.9)
+    },
+}
+VARIANTS = {
+    "spam: neither": spam_with(threshold=NEVER_CLIPS, reset_interval=None),
+    "spam: reset": spam_with(threshold=NEVER_CLIPS),
+    "spam: clip": spam_with(reset_interval=None),
+    "spam: reset, restarted correction": spam_with(
+        threshold=NEVER_CLIPS, restart_bias_correction=True
+    ),
+    "spam, restarted correction": spam_with(restart_bias_correction=True),
+    "spam, clip unseen": spam_with(clip_unseen=True),
+    **SWEPT,
+    "sparse_spam, density 0.5": sparse(0.5),
+    "adaclip, adam": chain_before(spam_optax.adaclip, "adam"),
+    "adaclip, spam": chain_before(spam_optax.adaclip, "spam"),
+    "stabilizer, spam": chain_before(spam_optax.gradient_stabilizer, "spam"),
+}
+
+
+def row_of(label: str) -> Entry:
+    return VARIANTS.get(label) or optimizers.TABLE[label]
+
+
+def make(
+    label: str, config: RunConfig, learning_rate: Any
+) -> optax.GradientTransformation:
+    """Returns the transformation for a peak learning rate, which may be traced."""
+    unit = optimizers.schedule(dataclasses.replace(config, learning_rate=1.0))
+    try:
+        return row_of(label).make(config, lambda step: learning_rate * unit(step))
+    except ValueError as error:
+        raise UsageError(f"{label}: {error}") from error

@@ -1,0 +1,424 @@
+"""The comparison: its runs, its statistics, its tables and its program."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import compare
+import pretrain
+from studies.comparison import experiments, report, statistics, variants
+from studies.comparison.statistics import Result
+from studies.comparison.study import Comparison, Program, Run
+from trainer import loop, optimizers, sharding, train_step
+from trainer.config import BURST_LENGTH, RunConfig
+from trainer.errors import UsageError
+
+RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
+STUDY = Comparison()
+BASE = RunConfig.from_settings(
+    preset="nano",
+    steps=40,
+    batch_size=4,
+    sequence_length=16,
+    eval_sequences=16,
+    bursts=2,
+)
+
+
+def run_of(label="adam", scenario="clean", **settings):
+    config = BASE.with_settings(**settings, **experiments.faults(scenario))
+    return Run(label, scenario, config)
+
+
+@functools.cache
+def program(label):
+    return Program(run_of(label))
+
+
+def train(run):
+    """Trains a run of a compiled program, which several tests share."""
+    return program(run.label)(run, lambda fraction: None)
+
+
+# ------------------------------------------------------------------------------ a run
+
+
+@pytest.mark.parametrize(
+    "label", ["adam_clip", pytest.param("clip_spam", marks=pytest.mark.slow)]
+)
+def test_a_run_computes_what_the_trainer_does(label):
+    """With the same faults, losses and gradient norms step by step."""
+    run = run_of(label, "noise", learning_rate=8e-3, seed=3)
+    record = train(run)
+    config = dataclasses.replace(run.config, optimizers=(label,))
+    task, _ = pretrain.prepare(config, sharding.Parallelism(data=1))
+    optimizer = optimizers.make(label, config)
+    rows = []
+    with jax.set_mesh(task.mesh):
+        loop.train(
+            train_step.initial_state(task, optimizer),
+            task,
+            optimizer,
+            iter(task.train),
+            record=rows.append,
+            save=lambda state, place: None,
+            stop=lambda step: False,
+        )
+    steps = [row for row in rows if "loss" in row]
+    for name, ours in (("loss", "losses"), ("grad_norm", "gradient_norms")):
+        theirs = [row[name] for row in steps]
+        np.testing.assert_allclose(record[ours], theirs, rtol=2e-3)
+    np.testing.assert_allclose(
+        record["final_eval_loss"], rows[-1]["eval_loss"], rtol=1e-3
+    )
+
+
+def test_scenarios_differ_from_their_first_fault_on():
+    clean = train(run_of("adam_clip"))
+    noise = train(run_of("adam_clip", "noise"))
+    batches = train(run_of("adam_clip", "batches"))
+    first = BASE.fault_steps[0]
+    assert noise["losses"][:first] == clean["losses"][:first]
+    assert noise["gradient_norms"] != clean["gradient_norms"]
+    ratio = np.divide(noise["gradient_norms"], clean["gradient_norms"])
+    assert ratio[first - 1] > 100
+    assert batches["losses"][: first - 1] == clean["losses"][: first - 1]
+    assert batches["losses"][first - 1] > clean["losses"][first - 1] + 0.1
+
+
+def test_coordinate_spikes_hit_one_in_a_thousand():
+    this = run_of("adam", "coordinates")
+    assert this.config.spike_rate == 1e-3
+    assert this.config.spike_kind == "scale"
+    assert STUDY.program(this) != STUDY.program(run_of("adam", "noise"))
+    assert STUDY.program(run_of("adam", "clean")) == STUDY.program(
+        run_of("adam", "noise")
+    )
+
+
+@pytest.mark.parametrize(("size", "part"), [(15, "train"), (150, "validation")])
+def test_a_text_shorter_than_a_sequence_is_a_mistake(size, part, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"." * size)
+    with pytest.raises(UsageError, match=f"too short: its {part} part"):
+        Program(run_of(data=str(text)))
+
+
+def test_every_variant_of_every_experiment_can_be_made():
+    base = dataclasses.replace(experiments.BASE, steps=40)
+    for name in experiments.EXPERIMENTS:
+        for this in experiments.runs_of(name, base, [0]):
+            variants.make(this.label, this.config, 1e-3)
+
+
+def test_the_warm_up_keeps_its_share_of_the_interval(monkeypatch):
+    def intervals(label, steps):
+        made = []
+        monkeypatch.setattr(
+            optimizers,
+            "spam",
+            lambda config, rate, **given: made.append(config.spam_intervals | given),
+        )
+        variants.make(label, dataclasses.replace(BASE, steps=steps), 1e-3)
+        return tuple(made[0][x] for x in ("reset_interval", "warmup_steps"))
+
+    assert intervals("spam, interval 0.13 of the run", 300) == (39, 12)
+    assert intervals("spam, interval 0.67 of the run", 300) == (201, 60)
+    assert intervals("spam, warm-up 0.9 of the interval", 300) == (75, round(0.9 * 75))
+    assert intervals("spam: clip", 300)[0] is None
+
+
+def test_faults_come_when_gradients_are_clipped(monkeypatch):
+    """But for the row that is there to show the difference."""
+    made = []
+    monkeypatch.setattr(
+        optimizers,
+        "spam",
+        lambda config, rate, **given: made.append(config.spam_intervals | given),
+    )
+    monkeypatch.setitem(optimizers.TABLE, "spam", variants.spam_with())
+    sweep = experiments.runs_of("sweeps", experiments.BASE, [0], rates=[1e-3])
+    unclipped = []
+    for this in sweep:
+        variants.make(this.label, this.config, 1e-3)
+        steps = np.array(this.config.fault_steps) % made[-1]["reset_interval"]
+        if min(steps) < made[-1]["grace_steps"]:
+            unclipped.append(this.label)
+    assert unclipped == ["spam, interval 0.25 of the run"]
+
+
+# ------------------------------------------------------------------- files and grids
+
+
+def test_a_new_setting_with_its_default_changes_no_file_name():
+    name = STUDY.name(run_of())
+    assert "optimizers" not in STUDY.settings(run_of())
+    assert name == STUDY.name(run_of(seed=0))
+    assert name != STUDY.name(run_of(seed=1))
+    assert name != STUDY.name(run_of(tokenizer="bpe:512"))
+    assert STUDY.name(run_of("spam, clip unseen")).startswith("spam_clip_unseen-")
+
+
+def test_names_of_runs_stay_the_same():
+    """Records of earlier versions are found by their names."""
+    run = Run("clip_spam", "noise", dataclasses.replace(BASE, learning_rate=8e-3))
+    assert STUDY.name(run) == "clip_spam-noise-0.008-seed0-8a4dfcc3b87a"
+
+
+def test_an_incomplete_row_is_left_out(tmp_path):
+    runs = [
+        run_of(label, learning_rate=rate)
+        for label in ("adam", "spam")
+        for rate in (1, 2)
+    ]
+    for run in runs[:3]:
+        text = json.dumps(record() | {"settings": STUDY.settings(run)})
+        (tmp_path / f"{STUDY.name(run)}.json").write_text(text)
+    records, unfinished = report.complete(STUDY, runs, tmp_path)
+    assert [record["label"] for record in records] == ["adam", "adam"]
+    assert unfinished == ["spam (clean; standard, plain): 1 of 2"]
+
+
+def test_grids():
+    specs = experiments.runs_of("main", experiments.BASE, range(3))
+    assert len(specs) == len(set(specs)) == 15 * 5 * 3 * 2
+    rates = {s.config.learning_rate for s in specs if s.label == "lion"}
+    assert rates == {rate / 8 for rate in experiments.RATES}
+    only = experiments.runs_of(
+        "main",
+        experiments.BASE,
+        [0],
+        labels=["lion"],
+        scenarios=["noise"],
+        rates=[1.0, 1.0],  # a run that is named twice is one
+    )
+    assert [(s.label, s.scenario, s.config.learning_rate) for s in only] == [
+        ("lion", "noise", 1.0)
+    ]
+    models = {
+        statistics.model_of(STUDY.settings(s))
+        for s in experiments.runs_of("initialization", experiments.BASE, [0])
+    }
+    assert len(models) == 5
+
+
+# ------------------------------------------------------------------------- statistics
+
+
+def record(rate=1e-3, seed=0, final=2.0, scenario="clean", **changes):
+    return {
+        **STUDY.settings(
+            run_of("spam", scenario, learning_rate=rate, seed=seed, steps=200)
+        ),
+        "first_eval_loss": 5.5,
+        "final_eval_loss": final,
+        "losses": [3.0] * 200,
+        "gradient_norms": [1.0] * 200,
+        "optimizer_bytes": 800,
+        "parameters": 100,
+        "seconds_per_step": 0.1,
+    } | changes
+
+
+def test_a_result_has_the_best_rate_and_the_sensitivity():
+    """Diverged runs count with the loss of their initialization."""
+    finals = {1e-3: (2.0, 2.2), 2e-3: (1.8, 1.9), 4e-3: (2.5, None), 8e-3: (None, 9.0)}
+    records = [
+        record(rate, seed, final)
+        for rate, seeds in finals.items()
+        for seed, final in enumerate(seeds)
+    ]
+    (line,) = statistics.results(records)
+    assert line.best_rate == 2e-3
+    assert not line.is_at_edge
+    np.testing.assert_allclose([line.final_loss, line.low, line.high], [1.85, 1.8, 1.9])
+    assert line.far_loss == 5.5
+    means = [2.1, 1.85, (2.5 + 5.5) / 2, 5.5]
+    np.testing.assert_allclose(line.sensitivity, np.mean(means) - 1.85)
+    assert (line.diverged, line.runs, line.seeds) == (3, 8, 2)
+    assert line.bytes_per_parameter == 8.0
+    assert line.worst_jump is None and line.recovery is None
+
+
+def test_the_best_results_come_first_and_an_edge_is_marked():
+    records = [record(final=2.0), record(final=1.5, label="lion")]
+    lines = statistics.results(records)
+    assert [line.label for line in lines] == ["lion", "spam"]
+    text = report.markdown("main", lines, ["adam (clean): 1 of 15"])
+    assert "| lion | 0.001* | 1.500 |" in text
+    assert "worst jump" not in text
+    assert "LR sensitivity" not in text  # a single rate has none
+    assert "Unfinished runs: adam (clean): 1 of 15." in text
+
+
+def test_models_of_one_optimizer_share_a_panel():
+    models = [{}, {"initialization": "stable"}]
+    one = [record(**model) for model in models]
+    two = [record(label=label, **model) for model in models for label in ("adam", "b")]
+    for runs, panels, names in (
+        (one, ["clean; spam"], ["stable, plain", "standard, plain"]),
+        (two, ["clean; stable, plain", "clean; standard, plain"], ["adam", "b"]),
+    ):
+        figure = report.figure(statistics.results(runs))
+        assert [axis.get_title() for axis in figure.axes] == panels
+        (legend,) = figure.legends
+        assert sorted(text.get_text() for text in legend.get_texts()) == names
+
+
+BURSTS = RunConfig.from_settings(steps=200, bursts=2).burst_starts
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [(0, 0), (15, 15), (1000, np.inf)],
+    ids=["at once", "after 15 steps", "never"],
+)
+def test_recovery(after, expected):
+    """Losses of 3, which the second burst lifts by 1 for so many steps."""
+    losses = np.full(200, 3.0)
+    end = BURSTS[1] + 2
+    losses[end : end + after] += 1
+    this = record(scenario="noise", losses=list(losses))
+    assert statistics.recovery_steps(this) == expected
+    assert statistics.recovery_steps(this | {"scenario": "clean"}) is None
+
+
+def test_too_few_steps_after_the_bursts_show_no_recovery():
+    """Of 40 steps, three bursts leave at most 8 in a row."""
+    this = record(scenario="noise", steps=40, bursts=3, losses=[3.0] * 40)
+    assert statistics.recovery_steps(this) is None
+    line = statistics.result([this])
+    assert line.recovery is None and line.worst_jump == 0
+
+
+def test_infinite_numbers_differ_from_missing_ones():
+    """Losses that never come back, and one that is not finite."""
+    losses = list(np.arange(200.0))
+    losses[BURSTS[1] + 4] = None
+    noise = record(scenario="noise", losses=losses)
+    clean, noise = map(Result.to_json, statistics.results([record(), noise]))
+    assert [clean["recovery"], clean["worst_jump"]] == [None, None]
+    assert [noise["recovery"], noise["worst_jump"]] == ["inf", "inf"]
+    json.dumps([clean, noise], allow_nan=False)
+
+
+def test_spikes_and_jumps():
+    losses = [3.0 + 0.01 * (i % 2) for i in range(200)]
+    losses[BURSTS[1] + 4] = 7.0
+    line = statistics.result([record(scenario="noise", losses=losses)])
+    assert line.spike_score == 1.0  # one of the hundred steps judged
+    np.testing.assert_allclose(line.worst_jump, 7 - 3.005)
+    losses[-1] = None  # not finite
+    assert statistics.spike_percent(record(losses=losses)) == 2.0
+
+
+@pytest.mark.parametrize(("scenario", "jump"), [("noise", 4.0), ("batches", 0.5)])
+def test_losses_of_corrupted_batches_do_not_count(scenario, jump):
+    """In the second burst 7, and 3.5 in the step after it."""
+    losses = np.where(np.arange(200) % 2, 3.1, 2.9)
+    end = BURSTS[1] - 1 + BURST_LENGTH
+    losses[BURSTS[1] - 1 : end] = 7.0
+    losses[end] = 3.5
+    this = record(scenario=scenario, losses=list(losses))
+    np.testing.assert_allclose(statistics.worst_jump(this), jump)
+    assert (statistics.spike_percent(this) == 0) == (scenario == "batches")
+
+
+def test_gradient_spikes_do_not_include_the_faults():
+    norms = [1.0] * 200
+    norms[BURSTS[1] - 1] = norms[150] = 11.0
+    records = [
+        record(1e-3),
+        record(2e-3, seed=0, gradient_norms=norms),
+        record(2e-3, seed=1),
+        record(4e-3, gradient_norms=[*norms[:-1], None]),  # not finite
+    ]
+    (clean,) = statistics.results(records)
+    assert clean.gradient_spikes == {1e-3: 0, 2e-3: 1, 4e-3: 3}
+    assert clean.spikes_from == 2e-3
+    (noise,) = statistics.results([r | {"scenario": "noise"} for r in records])
+    assert noise.gradient_spikes == {1e-3: 0, 2e-3: 0.5, 4e-3: 2}
+    calm = statistics.result(records[:1])._replace(label="calm")
+    assert calm.spikes_from is None
+    text = report.markdown("main", [clean, calm], [])
+    assert "| spam | clean | standard, plain | 0.0 | 1.0 | 3.0 |" in text
+    assert "| calm | clean | standard, plain | 0.0 |" not in text
+
+
+# ---------------------------------------------------------------- the committed results
+
+
+def test_the_committed_page_has_the_tables_of_the_committed_numbers():
+    page = (RESULTS / "comparison.md").read_text().splitlines()
+    stored = json.loads((RESULTS / "comparison.json").read_text())
+    assert list(stored) == list(experiments.EXPERIMENTS)
+    for name, contents in stored.items():
+        results = [Result.from_json(content) for content in contents]
+        again = json.loads(json.dumps([result.to_json() for result in results]))
+        assert again == contents
+        lines = report.markdown(name, results, []).splitlines()
+        assert set(lines) <= set(page)
+    assert set(report.explanations().splitlines()) <= set(page)
+
+
+# ------------------------------------------------------------------------- the program
+
+FLAGS = ["--preset=nano", "--steps=40", "--seeds=1", "--workers=1"]
+FLAGS += ["--learning-rate", "4e-3", "--optimizer", "adam"]
+
+
+def test_the_program_is_resumable(tmp_path, capsys):
+    """Two runs of one program. A second call makes only the one that is missing."""
+    flags = [*FLAGS, f"--output={tmp_path}"]
+    assert compare.main(flags) == 0
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [path.name.split("-")[1] for path in runs] == ["clean", "noise"]
+    kept, removed = runs
+    before, first = kept.stat().st_mtime_ns, json.loads(removed.read_text())
+    # The two moments and two counters of steps.
+    assert first["optimizer_bytes"] == 8 * first["parameters"] + 4 * 2
+    assert first["seconds_per_step"] > 0
+    removed.unlink()
+    assert compare.main(flags) == 0
+    assert json.loads(removed.read_text())["losses"] == first["losses"]
+    assert kept.stat().st_mtime_ns == before
+    page = (tmp_path / "comparison.md").read_text()
+    assert page.count("| adam | 0.004* |") == 2
+    assert "**LR sensitivity**" in page
+    (summary,) = json.loads((tmp_path / "summary.json").read_text()).values()
+    assert [line["scenario"] for line in summary] == ["clean", "noise"]
+    assert (tmp_path / "main.png").stat().st_size > 10_000
+    assert "Tables are in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["--learning-rate", "0"], "must be a finite number > 0, not '0'"),
+        (["--data", "nowhere.txt"], "cannot read the data file nowhere.txt"),
+        (
+            ["--experiment", "unseen", "--optimizer", "lion"],
+            "experiments have no such optimizer or scenario",
+        ),
+    ],
+)
+def test_mistakes_take_one_line(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        compare.main([*FLAGS, *flags, f"--output={tmp_path}"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as exit_:
+        compare.main([*FLAGS, f"--output={tmp_path / 'file'}"])
+    assert exit_.value.code == 1
+    assert "Not a directory" in capsys.readouterr().err
