@@ -4,7 +4,8 @@ A record is a JSON file with the settings of its run and the results. A run whos
 exists is not repeated. So a study that was interrupted or killed continues where it
 stopped, and a larger grid only adds the runs that are new.
 
-To make a new study, write a subclass of `Study`. A run is any picklable value:
+To make a new study, write a subclass of `Study`. A run is any value that can be hashed
+and pickled:
 
     class Rates(engine.Study):
         '''How fast does gradient descent on x ** 2 go, at each learning rate?'''
@@ -143,6 +144,10 @@ def record_path(study: Study, run: Any, folder: pathlib.Path) -> pathlib.Path:
     return folder / f"{study.name(run)}.json"
 
 
+def time_written(path: pathlib.Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def error_path(study: Study, run: Any, folder: pathlib.Path) -> pathlib.Path:
     """Returns where the traceback of a failed run is kept until the run succeeds."""
     return folder / f"{study.name(run)}.error.txt"
@@ -207,8 +212,6 @@ def run_all(
     folder.mkdir(parents=True, exist_ok=True)
     runs = list(dict.fromkeys(runs))
     missing = [run for run in runs if read(study, run, folder) is None]
-    for run in missing:  # from here on, an existing file is a finished run
-        record_path(study, run, folder).unlink(missing_ok=True)
     make = run_here if workers == 1 else run_in_processes
     # SIGTERM ends the program as Ctrl-C does. Otherwise the processes would go on.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -238,15 +241,17 @@ def run_in_processes(study, runs, folder, workers, bar) -> list[Failure]:
         mp_context=multiprocessing.get_context("spawn"),
         initializer=begin_worker,
     )
+    paths = {study.name(run): record_path(study, run, folder) for run in runs}
+    before = {name: time_written(path) for name, path in paths.items()}
     waiting = {pool.submit(failures_of, study, group, folder) for group in groups}
-    unfinished = {study.name(run): record_path(study, run, folder) for run in runs}
     failures = []
     try:
         while waiting:
             done, waiting = concurrent.futures.wait(waiting, POLL_SECONDS)
-            for name in [name for name, path in unfinished.items() if path.exists()]:
-                del unfinished[name]
-                bar.finish(name)
+            for name in list(before):
+                if time_written(paths[name]) != before[name]:
+                    del before[name]
+                    bar.finish(name)
             for future in done:
                 failures += future.result()
     except BaseException:

@@ -49,9 +49,11 @@ def test_a_record_of_other_settings_or_data_is_made_again(tmp_path):
     study = Toy()
     engine.run_all(study, [1, 2, 3], tmp_path)
     assert study.trained == [1]
-    study = Toy(data="other data")
+    study = Toy(data="other data", bad={2: ValueError()})
     engine.run_all(study, [1, 2], tmp_path)
     assert study.trained == [1, 2]
+    assert engine.read_all(study, [1, 2], tmp_path) == [1, None]
+    assert engine.read_all(Toy(), [1, 2], tmp_path) == [None, 4]  # the old one is kept
 
 
 @pytest.mark.parametrize(
@@ -209,10 +211,15 @@ def test_a_worker_that_is_killed_ends_the_program(tmp_path):
 
 
 @pytest.mark.slow
-def test_failures_in_other_processes_are_returned(tmp_path):
+def test_failures_in_other_processes_are_returned(tmp_path, capsys):
     study = Toy(bad={2: ValueError("too large")})
     (failure,) = engine.run_all(study, [1, 2, 3, -1], tmp_path, workers=2)
     assert failure.name == "rate_2" and "too large" in failure.message
+    assert sorted(x.split(": ")[1] for x in capsys.readouterr().out.splitlines()) == [
+        "rate_-1",
+        "rate_1",
+        "rate_3",
+    ]
     assert engine.read_all(study, [1, 2, 3, -1], tmp_path) == [1, None, 9, 1]
     processes = {json.loads(x.read_text())["process"] for x in tmp_path.glob("*.json")}
     assert os.getpid() not in processes
