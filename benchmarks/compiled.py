@@ -20,7 +20,12 @@ WIDTH = 8192
 
 
 def _sparse(density, **kwargs):
-    return functools.partial(optimizers.sparse_spam, density, **kwargs)
+    return functools.partial(
+        optimizers.sparse_spam, density, **({"count": True} | kwargs)
+    )
+
+
+_counted = functools.partial(optimizers.spam, count=True)
 
 
 _MOMENTS = {"mu_dtype": jnp.bfloat16, "nu_dtype": jnp.bfloat16}
@@ -29,12 +34,12 @@ ROWS = {
     "optax.adam": (optimizers.adam, jnp.float32),
     "optax.adam, bfloat16 gradients": (optimizers.adam, jnp.bfloat16),
     "optax.adamw": (optimizers.adamw, jnp.float32),
-    "spam, no counts": (lambda: optimizers.spam(count_spikes=False), jnp.float32),
-    "spam": (optimizers.spam, jnp.float32),
-    "spam, bfloat16 moments": (lambda: optimizers.spam(**_MOMENTS), jnp.float32),
-    "spam, bfloat16 gradients": (optimizers.spam, jnp.bfloat16),
+    "spam, no counts": (optimizers.spam, jnp.float32),
+    "spam": (_counted, jnp.float32),
+    "spam, bfloat16 moments": (functools.partial(_counted, **_MOMENTS), jnp.float32),
+    "spam, bfloat16 gradients": (_counted, jnp.bfloat16),
     "spam_clip, adam": (optimizers.clip_then_adam, jnp.float32),
-    "sparse_spam 1/4, no counts": (_sparse(0.25, count_spikes=False), jnp.float32),
+    "sparse_spam 1/4, no counts": (_sparse(0.25, count=False), jnp.float32),
     "sparse_spam 1/4": (_sparse(0.25), jnp.float32),
     "sparse_spam 1/4, weight decay": (_sparse(0.25, weight_decay=0.1), jnp.float32),
     "sparse_spam 1/4, bfloat16 moments": (_sparse(0.25, **_MOMENTS), jnp.float32),
@@ -50,8 +55,8 @@ MAIN_ROWS = (
 )
 SHARDED = {
     "optax.adamw": optimizers.adamw,
-    "spam, no counts": lambda: optimizers.spam(count_spikes=False),
-    "spam": optimizers.spam,
+    "spam, no counts": optimizers.spam,
+    "spam": _counted,
     "sparse_spam 1/4": _sparse(0.25),
     "sparse_spam 1/4, row_blocks=2": _sparse(0.25, row_blocks=2),
 }

@@ -39,7 +39,7 @@ def sparse_spam(density=0.25, **kwargs):
 
 
 def clip_then_adam():
-    return optax.chain(spam_optax.spam_clip(), adam())
+    return optax.chain(spam_optax.spam_clip(count=True), adam())
 
 
 ELEMENTWISE = {
@@ -50,13 +50,13 @@ ELEMENTWISE = {
     "clip_by_global_norm, adam": lambda: optax.chain(
         optax.clip_by_global_norm(1.0), adam()
     ),
-    "spam, no counts": lambda: spam(count_spikes=False),
-    "spam": spam,
-    "sparse_spam 1/4, no counts": lambda: sparse_spam(count_spikes=False),
-    "sparse_spam 1/4": sparse_spam,
+    "spam, no counts": spam,
+    "spam": lambda: spam(count=True),
+    "sparse_spam 1/4, no counts": sparse_spam,
+    "sparse_spam 1/4": lambda: sparse_spam(count=True),
     "spam_clip, adam": clip_then_adam,
     "spam_clip, spam_adam": lambda: optax.chain(
-        spam_optax.spam_clip(), spam_optax.spam_adam(_RATE, count_dropped=False)
+        spam_optax.spam_clip(count=True), spam_optax.spam_adam(_RATE)
     ),
     "track_spikes(spam)": lambda: spam_optax.track_spikes(spam()),
 }

@@ -17,8 +17,8 @@ def render(results):
         "learning rate is constant, and weight decay is 0 except in AdamW. "
         "`spam_clip, adam` means `optax.chain(spam_clip(), optax.adam(1e-3))`, and so "
         'on. An optimizer with "no counts" does not count clipped and non-finite '
-        "coordinates (`count_spikes=False`). The same optimizer without this remark "
-        "does.",
+        "coordinates (the default). The same optimizer without this remark "
+        "does (`count=True`).",
     ]
     for name, write in _SECTIONS.items():
         if name in results:

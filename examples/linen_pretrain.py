@@ -153,7 +153,7 @@ def report(state: TrainState, scores: np.ndarray, validation: np.ndarray) -> Non
     spiked = optax.tree.get(state.opt_state, "tensor_spike_steps")[tensor]
     print(f"largest spike score {scores.max():.1f}: {name} in step {step + 1}")
     print(f"steps with a score above 10: {spiked} of {len(scores)}")
-    clipped = optax.tree.get(state.opt_state, "spike_total")
+    clipped = optax.tree.get(state.opt_state, "clipped_total")
     if clipped is not None:
         print(f"coordinates clipped as spikes: {clipped:,}")
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _norms, _validate
+from spam_optax import _arithmetic, _moments, _norms, _validate
 
 
 class AdaGCState(NamedTuple):
@@ -32,8 +32,8 @@ class AdaGCState(NamedTuple):
     adagc_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
     adagc_norm: jax.Array  # shape=(tensors,), dtype=jnp.float32.
     adagc_scale: jax.Array  # shape=(tensors,), dtype=jnp.float32.
-    adagc_nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
-    adagc_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+    adagc_nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    adagc_nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 def adagc(
@@ -42,6 +42,7 @@ def adagc(
     *,
     max_norm: jax.typing.ArrayLike = 1.0,
     warmup_steps: jax.typing.ArrayLike = 100,
+    count: bool = False,
 ) -> optax.GradientTransformation:
     r"""Clips the norm of each tensor's gradient relative to its own history.
 
@@ -74,6 +75,7 @@ def adagc(
       decay: Decay of the running norm, in [0, 1).
       max_norm: Limit on the norm of all tensors in the warm-up, > 0.
       warmup_steps: Number of warm-up steps. With 0 the first gradient is not clipped.
+      count: Whether the state counts coordinates; see :func:`spam_optax.spam`.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.
@@ -106,17 +108,17 @@ def adagc(
     threshold = _validate.check_number("threshold", threshold, above=1)
     decay = _validate.check_decay("decay", decay)
     max_norm = _validate.check_number("max_norm", max_norm, above=0)
+    _validate.check_flags(count=count)
     warmup_steps = _validate.check_steps("warmup_steps", warmup_steps, low=0)
 
     def init_fn(params: optax.Params) -> AdaGCState:
         _norms.check_params(params)
         tensors = len(jax.tree.leaves(params))
         return AdaGCState(
-            adagc_steps=jnp.zeros([tensors], jnp.int32),
-            adagc_norm=jnp.zeros([tensors], jnp.float32),
-            adagc_scale=jnp.ones([tensors], jnp.float32),
-            adagc_nonfinite_count=jnp.zeros([], jnp.int32),
-            adagc_nonfinite_total=jnp.zeros([], jnp.int32),
+            jnp.zeros([tensors], jnp.int32),
+            jnp.zeros([tensors], jnp.float32),
+            jnp.ones([tensors], jnp.float32),
+            *_moments.init_counters(count, 2),
         )
 
     def update_fn(

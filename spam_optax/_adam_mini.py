@@ -41,16 +41,16 @@ class ScaleByAdamMiniState(NamedTuple):
       count: Number of steps taken.
       mu: First moments, shaped like the parameters.
       nu: Second moments, one per block. `partition` gives their shape.
-      dropped_count: Number of NaN, infinite or overflowing coordinates in the last
+      nonfinite_count: Number of NaN, infinite or overflowing coordinates in the last
         step.
-      dropped_total: The same, summed over all steps.
+      nonfinite_total: The same, summed over all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
-    dropped_count: jax.Array  # shape=(), dtype=jnp.int32.
-    dropped_total: jax.Array  # shape=(), dtype=jnp.int32.
+    nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 def scale_by_adam_mini(
@@ -59,6 +59,7 @@ def scale_by_adam_mini(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     partition: Partition | None = None,
+    count: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
@@ -88,6 +89,7 @@ def scale_by_adam_mini(
     b1 = _validate.check_decay("b1", b1)
     b2 = _validate.check_decay("b2", b2)
     eps = _validate.check_number("eps", eps, above=0)
+    _validate.check_flags(count=count)
     mu_dtype = _validate.check_moment_dtype("mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
     if not (partition is None or callable(partition)):
@@ -105,7 +107,7 @@ def scale_by_adam_mini(
             jnp.zeros([], jnp.int32),
             _moments.init_mu(params, mu_dtype),
             _init_nu(params, partition, nu_dtype),
-            *_moments.init_counters(True, 2),
+            *_moments.init_counters(count, 2),
         )
 
     def update_fn(
@@ -134,7 +136,7 @@ def scale_by_adam_mini(
             step,
             _moments.cast_like(mu, state.mu),
             _structured_like(state.nu, _moments.cast_like(nu, old_nu)),
-            *_moments.count(bad, state.dropped_total),
+            *_moments.count(bad, state.nonfinite_total),
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -149,6 +151,7 @@ def adam_mini(
     partition: Partition | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: _moments.Mask | None = None,
+    count: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -218,7 +221,13 @@ def adam_mini(
     """
     return _moments.optimizer(
         scale_by_adam_mini(
-            b1, b2, eps, partition=partition, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+            b1,
+            b2,
+            eps,
+            partition=partition,
+            count=count,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
         ),
         learning_rate,
         weight_decay,

@@ -165,14 +165,38 @@ def vector(scalars: Any, moments: optax.Updates) -> jax.Array:
     )
 
 
-def count(masks: Any, before: jax.Array) -> tuple[jax.Array, jax.Array]:
+def add_counts(
+    counts: list[tuple[jax.Array, ...]], *totals: jax.Array | None
+) -> tuple[jax.Array | None, ...]:
+    """Adds up counts, and adds each sum to its total.
+
+    Args:
+      counts: One count for each total, of every tensor; empty for a tensor without a
+        gradient.
+      *totals: The totals so far. They are None if nothing is counted.
+
+    Returns:
+      The sum and the new total, for each total; None if nothing is counted.
+    """
+    if None in totals:
+        return (None,) * (2 * len(totals))
+    counters = []
+    for i, before in enumerate(totals):
+        number = total([of_tensor[i] for of_tensor in counts if of_tensor])
+        counters += [number, _arithmetic.saturating_add(before, number)]
+    return tuple(counters)
+
+
+def count(
+    masks: Any, before: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array | None]:
     """Counts the true entries of a tree of masks.
 
-    Returns the count, and its sum with the total `before`.
+    Returns the count, and its sum with the total `before`; None if that is None.
     """
-    counts = [_arithmetic.totals(mask)[0] for mask in jax.tree.leaves(masks)]
-    number = total(counts)
-    return number, _arithmetic.saturating_add(before, number)
+    if before is None:
+        return None, None
+    return add_counts([_arithmetic.totals(x) for x in jax.tree.leaves(masks)], before)
 
 
 def cast_like(tree: Any, like: Any) -> Any:

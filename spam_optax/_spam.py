@@ -16,24 +16,24 @@ from spam_optax._spikes import SpikeRule
 
 
 class SpamClipState(NamedTuple):
-    """State of :func:`spam_clip`. The counters are None without `count_spikes`.
+    """State of :func:`spam_clip`. The counters are None without `count`.
 
     Attributes:
       clip_step: Number of steps taken.
       clip_nu: Second moment of the clipped gradients.
-      spike_count: Number of coordinates clipped as spikes in the last step.
-      spike_total: The same, summed over all steps.
-      nonfinite_count: Number of NaN, infinite or overflowing coordinates in the last
-        step.
-      nonfinite_total: The same, summed over all steps.
+      spam_clip_clipped_count: Number of coordinates clipped as spikes in the last step.
+      spam_clip_clipped_total: The same, summed over all steps.
+      spam_clip_nonfinite_count: Number of NaN, infinite or overflowing coordinates in
+        the last step.
+      spam_clip_nonfinite_total: The same, summed over all steps.
     """
 
     clip_step: jax.Array  # shape=(), dtype=jnp.int32.
     clip_nu: optax.Updates
-    spike_count: jax.Array | None  # shape=(), dtype=jnp.int32.
-    spike_total: jax.Array | None  # shape=(), dtype=jnp.int32.
-    nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
-    nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
+    spam_clip_clipped_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    spam_clip_clipped_total: jax.Array | None  # shape=(), dtype=jnp.int32.
+    spam_clip_nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    spam_clip_nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 class ScaleBySpamAdamState(NamedTuple):
@@ -43,28 +43,28 @@ class ScaleBySpamAdamState(NamedTuple):
       count: Number of steps taken.
       mu: First moment.
       nu: Second moment.
-      dropped_count: Number of NaN, infinite or overflowing coordinates in the last
-        step, which were set to 0. None if `count_dropped` is False.
-      dropped_total: The same, summed over all steps.
+      nonfinite_count: Number of NaN, infinite or overflowing coordinates in the last
+        step, which were set to 0. None if `count` is False.
+      nonfinite_total: The same, summed over all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
-    dropped_count: jax.Array | None  # shape=(), dtype=jnp.int32.
-    dropped_total: jax.Array | None  # shape=(), dtype=jnp.int32.
+    nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 class ScaleBySpamState(NamedTuple):
-    """State of :func:`scale_by_spam`. The counters are None without `count_spikes`.
+    """State of :func:`scale_by_spam`. The counters are None without `count`.
 
     Attributes:
       count: Number of steps taken.
       mu: First moment.
       nu: Second moment. A coordinate is a spike if its square exceeds `threshold` times
         this moment.
-      spike_count: Number of coordinates clipped as spikes in the last step.
-      spike_total: The same, summed over all steps.
+      clipped_count: Number of coordinates clipped as spikes in the last step.
+      clipped_total: The same, summed over all steps.
       nonfinite_count: Number of NaN, infinite or overflowing coordinates in the last
         step.
       nonfinite_total: The same, summed over all steps.
@@ -73,8 +73,8 @@ class ScaleBySpamState(NamedTuple):
     count: jax.Array  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
-    spike_count: jax.Array | None  # shape=(), dtype=jnp.int32.
-    spike_total: jax.Array | None  # shape=(), dtype=jnp.int32.
+    clipped_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    clipped_total: jax.Array | None  # shape=(), dtype=jnp.int32.
     nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
     nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
@@ -86,7 +86,7 @@ def spam_clip(
     reset_interval: jax.typing.ArrayLike | None = 500,
     grace_steps: jax.typing.ArrayLike = 20,
     clip_unseen: bool = False,
-    count_spikes: bool = True,
+    count: bool = False,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Clips each coordinate of the gradient by its own second moment.
@@ -133,12 +133,12 @@ def spam_clip(
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import spam_optax
-      >>> tx = spam_optax.spam_clip(grace_steps=1)
+      >>> tx = spam_optax.spam_clip(grace_steps=1, count=True)
       >>> params = jnp.zeros(2)
       >>> state = tx.init(params)
       >>> gradients, state = tx.update(jnp.array([1.0, 1.0]), state)
       >>> gradients, state = tx.update(jnp.array([1.0, -1e6]), state)
-      >>> print(gradients.round(3), optax.tree.get(state, "spike_count"))
+      >>> print(gradients.round(3), optax.tree.get(state, "spam_clip_clipped_count"))
       [ 1.    -2.236] 1
 
     References:
@@ -148,14 +148,14 @@ def spam_clip(
     threshold, b2, reset_interval, grace_steps = _check_clip(
         threshold, b2, reset_interval, grace_steps
     )
-    _validate.check_flags(clip_unseen=clip_unseen, count_spikes=count_spikes)
+    _validate.check_flags(clip_unseen=clip_unseen, count=count)
     nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
 
     def init_fn(params: optax.Params) -> SpamClipState:
         return SpamClipState(
             jnp.zeros([], jnp.int32),
             _moments.init_nu(params, nu_dtype),
-            *_moments.init_counters(count_spikes, 4),
+            *_moments.init_counters(count, 4),
         )
 
     def update_fn(
@@ -174,7 +174,7 @@ def spam_clip(
             if g is None:
                 return None, nu, ()
             narrow, counts = _arithmetic.narrow_like(g, nu), ()
-            if count_spikes:
+            if count:
                 bad = _arithmetic.is_nonfinite(narrow)
                 nu, counts = _spikes.count(narrow, nu, bad, rule)
             clipped, nu = _spikes.clip_and_update_nu(narrow, nu, b2, rule)
@@ -182,7 +182,8 @@ def spam_clip(
             return clipped, _arithmetic.cast(nu, old_nu.dtype), counts
 
         clipped, nu, counts = _moments.map_tensors(clip_tensor, updates, state.clip_nu)
-        counters = _add_counts(counts, state) if count_spikes else (None,) * 4
+        totals = state.spam_clip_clipped_total, state.spam_clip_nonfinite_total
+        counters = _moments.add_counts(counts, *totals)
         unflatten = jax.tree.structure(state.clip_nu).unflatten
         return unflatten(clipped), SpamClipState(step, unflatten(nu), *counters)
 
@@ -197,7 +198,7 @@ def scale_by_spam_adam(
     reset_interval: jax.typing.ArrayLike | None = 500,
     warmup_steps: jax.typing.ArrayLike = 150,
     restart_bias_correction: bool = False,
-    count_dropped: bool = True,
+    count: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
@@ -224,7 +225,7 @@ def scale_by_spam_adam(
     )
     _validate.check_flags(
         restart_bias_correction=restart_bias_correction,
-        count_dropped=count_dropped,
+        count=count,
     )
     mu_dtype = _validate.check_moment_dtype("mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
@@ -242,7 +243,7 @@ def scale_by_spam_adam(
             jnp.zeros([], jnp.int32),
             _moments.init_mu(params, mu_dtype),
             _moments.init_nu(params, nu_dtype),
-            *_moments.init_counters(count_dropped, 2),
+            *_moments.init_counters(count, 2),
         )
 
     def update_fn(
@@ -262,7 +263,7 @@ def scale_by_spam_adam(
                 return None, mu, nu, ()
             g = _arithmetic.narrow_like(g, nu)
             bad = _arithmetic.is_nonfinite(g)
-            counts = _arithmetic.totals(bad) if count_dropped else ()
+            counts = _arithmetic.totals(bad) if count else ()
             g = jnp.where(bad, jnp.zeros_like(g), g)
             mu = _arithmetic.ema(mu, _arithmetic.widen(g), b1)
             nu = _arithmetic.ema(nu, _arithmetic.abs_sq(g), b2)
@@ -275,11 +276,7 @@ def scale_by_spam_adam(
         )
         unflatten = jax.tree.structure(state.mu).unflatten
         direction = _moments.cast_updates(unflatten(direction), updates, params)
-        counters = (None, None)
-        if count_dropped:
-            dropped = _moments.total([n for of_tensor in counts for n in of_tensor])
-            total = _arithmetic.saturating_add(state.dropped_total, dropped)
-            counters = (dropped, total)
+        counters = _moments.add_counts(counts, state.nonfinite_total)
         return direction, ScaleBySpamAdamState(
             step, unflatten(mu), unflatten(nu), *counters
         )
@@ -298,7 +295,7 @@ def spam_adam(
     reset_interval: jax.typing.ArrayLike | None = 500,
     warmup_steps: jax.typing.ArrayLike = 150,
     restart_bias_correction: bool = False,
-    count_dropped: bool = True,
+    count: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -329,15 +326,14 @@ def spam_adam(
       reset, and apart from the ramp the steps are as long as Adam's.
 
     A non-finite coordinate (NaN, infinite, or with an overflowing square) is set to 0,
-    and ``dropped_count`` in the state counts it. This function does not clip spikes:
+    and ``nonfinite_count`` in the state counts it. This function does not clip spikes:
     use :func:`spam_clip` before it, or :func:`spam`. Other arguments are those of
     :func:`spam`. So are the errors.
 
     Args:
       reset_interval: Number of steps between momentum resets. None: no resets.
-      count_dropped: Whether the state counts non-finite coordinates. Turn it off after
-        :func:`spam_clip`, whose updates are always finite. On TPU this second count
-        costs more than the rest of the chain.
+      count: Whether the state counts non-finite coordinates. After :func:`spam_clip`
+        there are none, and on TPU counting them costs more than the rest of the chain.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or of the gradients
@@ -374,7 +370,7 @@ def spam_adam(
             reset_interval=reset_interval,
             warmup_steps=warmup_steps,
             restart_bias_correction=restart_bias_correction,
-            count_dropped=count_dropped,
+            count=count,
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
@@ -392,7 +388,7 @@ def scale_by_spam(
     threshold: jax.typing.ArrayLike = 5000.0,
     grace_steps: jax.typing.ArrayLike = 20,
     clip_unseen: bool = False,
-    count_spikes: bool = True,
+    count: bool = False,
     reset_interval: jax.typing.ArrayLike | None = 500,
     warmup_steps: jax.typing.ArrayLike = 150,
     restart_bias_correction: bool = False,
@@ -424,7 +420,7 @@ def scale_by_spam(
         threshold=threshold,
         grace_steps=grace_steps,
         clip_unseen=clip_unseen,
-        count_spikes=count_spikes,
+        count=count,
         reset_interval=reset_interval,
         warmup_steps=warmup_steps,
         restart_bias_correction=restart_bias_correction,
@@ -457,7 +453,7 @@ def spam(
     threshold: jax.typing.ArrayLike = 5000.0,
     grace_steps: jax.typing.ArrayLike = 20,
     clip_unseen: bool = False,
-    count_spikes: bool = True,
+    count: bool = False,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: _moments.Mask | None = None,
     reset_interval: jax.typing.ArrayLike | None = 500,
@@ -475,8 +471,10 @@ def spam(
     and `nu_dtype` and the gradients are float32. Clipped 16-bit gradients stay in
     float32 here. The chain rounds them to 16 bits.
 
-    Statistics are in the state, for example ``optax.tree.get(state, "spike_count")``.
-    The others are ``spike_total``, ``nonfinite_count`` and ``nonfinite_total``.
+    With ``count=True`` the state has counters, which
+    ``optax.tree.get(state, "clipped_count")`` and the names ``clipped_total``,
+    ``nonfinite_count`` and ``nonfinite_total`` read. A transformation for chains puts
+    a name before them: ``spam_clip_clipped_count``.
 
     How each coordinate of the gradient is handled:
 
@@ -507,9 +505,10 @@ def spam(
       grace_steps: Number of steps without clipping, at the start and after each reset.
       clip_unseen: Whether a coordinate without history (``v == 0``) is clipped to 0, as
         in the authors' implementation.
-      count_spikes: Whether the state counts clipped and non-finite coordinates. The
-        counters are sums over whole arrays, so leave this off inside
-        ``jax.shard_map``.
+      count: Whether the state counts clipped and non-finite coordinates. On a GPU this
+        takes a fifth of the step or more. The counters are sums over whole arrays, so
+        leave it off inside ``jax.shard_map``. :func:`track_spikes` has statistics per
+        tensor without it.
       weight_decay: Decoupled weight decay, >= 0. It is multiplied by the learning rate,
         and not by the ramp after a reset. 0 adds no decay, and ``update`` then needs no
         parameters.
@@ -544,7 +543,7 @@ def spam(
       >>> import optax
       >>> import spam_optax
       >>> f = lambda x: jnp.sum(x**2)
-      >>> tx = spam_optax.spam(learning_rate=0.1, grace_steps=2)
+      >>> tx = spam_optax.spam(learning_rate=0.1, grace_steps=2, count=True)
       >>> params = jnp.array([1.0, 2.0, 3.0])
       >>> state = tx.init(params)
       >>> for step in range(4):
@@ -553,7 +552,7 @@ def spam(
       ...         gradients = gradients.at[0].set(1e9)
       ...     updates, state = tx.update(gradients, state, params)
       ...     params = optax.apply_updates(params, updates)
-      ...     spikes = optax.tree.get(state, "spike_count")
+      ...     spikes = optax.tree.get(state, "clipped_count")
       ...     print(f"objective: {f(params):.2f}, spikes: {spikes}")
       objective: 12.83, spikes: 0
       objective: 11.72, spikes: 0
@@ -575,7 +574,7 @@ def spam(
             threshold=threshold,
             grace_steps=grace_steps,
             clip_unseen=clip_unseen,
-            count_spikes=count_spikes,
+            count=count,
             reset_interval=reset_interval,
             warmup_steps=warmup_steps,
             restart_bias_correction=restart_bias_correction,
@@ -617,7 +616,7 @@ class SpamSettings(NamedTuple):
     threshold: jax.typing.ArrayLike
     grace_steps: jax.typing.ArrayLike
     clip_unseen: bool
-    count_spikes: bool
+    count: bool
     reset_interval: jax.typing.ArrayLike | None
     warmup_steps: jax.typing.ArrayLike
     restart_bias_correction: bool
@@ -635,7 +634,7 @@ class SpamSettings(NamedTuple):
         for check, names in ((_check_clip, clip), (_check_adam, adam)):
             values = check(*(getattr(self, name) for name in names))
             numbers |= zip(names, values, strict=True)
-        flags = ("clip_unseen", "count_spikes", "restart_bias_correction")
+        flags = ("clip_unseen", "count", "restart_bias_correction")
         _validate.check_flags(**{name: getattr(self, name) for name in flags})
         dtypes = {
             name: _validate.check_moment_dtype(name, getattr(self, name))
@@ -650,7 +649,7 @@ def init_spam(params: optax.Params, settings: SpamSettings) -> ScaleBySpamState:
         jnp.zeros([], jnp.int32),
         _moments.init_mu(params, settings.mu_dtype),
         _moments.init_nu(params, settings.nu_dtype),
-        *_moments.init_counters(settings.count_spikes, 4),
+        *_moments.init_counters(settings.count, 4),
     )
 
 
@@ -692,7 +691,7 @@ def spam_step(
             return None, mu, nu, ()
         # In the compute dtype: a clipped gradient need not be rounded to bfloat16.
         g, counts = _arithmetic.widen(_arithmetic.narrow_like(g, nu)), ()
-        if settings.count_spikes:
+        if settings.count:
             bad = _arithmetic.is_nonfinite(g) if nonfinite is None else nonfinite
             nu, counts = _spikes.count(g, nu, bad, rule)
         g, nu = _spikes.clip_and_update_nu(g, nu, b2, rule)
@@ -708,21 +707,9 @@ def spam_step(
         step_tensor, gradients, state.mu, state.nu, nonfinite
     )
     direction, mu, nu = map(structure.unflatten, (direction, mu, nu))
-    counters = _add_counts(counts, state) if settings.count_spikes else (None,) * 4
+    totals = state.clipped_total, state.nonfinite_total
+    counters = _moments.add_counts(counts, *totals)
     return direction, ScaleBySpamState(step, mu, nu, *counters)
-
-
-def _add_counts(
-    counts: list[tuple[jax.Array, ...]], state: SpamClipState | ScaleBySpamState
-) -> tuple[jax.Array, ...]:
-    """Adds the counts of all tensors. Returns the four counters of a state."""
-    spikes, nonfinite = (_moments.total([c[i] for c in counts if c]) for i in (0, 1))
-    return (
-        spikes,
-        _arithmetic.saturating_add(state.spike_total, spikes),
-        nonfinite,
-        _arithmetic.saturating_add(state.nonfinite_total, nonfinite),
-    )
 
 
 def _step_scale(

@@ -68,7 +68,7 @@ def scale_by_sparse_spam(
     threshold: jax.typing.ArrayLike = 5000.0,
     grace_steps: jax.typing.ArrayLike = 20,
     clip_unseen: bool = False,
-    count_spikes: bool = True,
+    count: bool = False,
     reset_interval: jax.typing.ArrayLike | None = 500,
     warmup_steps: jax.typing.ArrayLike = 150,
     restart_bias_correction: bool = False,
@@ -101,7 +101,7 @@ def scale_by_sparse_spam(
             threshold=threshold,
             grace_steps=grace_steps,
             clip_unseen=clip_unseen,
-            count_spikes=count_spikes,
+            count=count,
             reset_interval=reset_interval,
             warmup_steps=warmup_steps,
             restart_bias_correction=restart_bias_correction,
@@ -126,7 +126,7 @@ def sparse_spam(
     threshold: jax.typing.ArrayLike = 5000.0,
     grace_steps: jax.typing.ArrayLike = 20,
     clip_unseen: bool = False,
-    count_spikes: bool = True,
+    count: bool = False,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: _moments.Mask | None = None,
     reset_interval: jax.typing.ArrayLike | None = 500,
@@ -156,7 +156,7 @@ def sparse_spam(
     little more often. Above a density of 1/2 such a group has a single entry, which
     always has momentum.
 
-    Statistics are in the state as in :func:`spam_optax.spam`. ``spike_count`` counts
+    Statistics are in the state as in :func:`spam_optax.spam`. ``clipped_count`` counts
     only entries with momentum, because the others have no second moment.
     ``nonfinite_count`` counts all entries.
 
@@ -242,7 +242,7 @@ def sparse_spam(
                 threshold=threshold,
                 grace_steps=grace_steps,
                 clip_unseen=clip_unseen,
-                count_spikes=count_spikes,
+                count=count,
                 reset_interval=reset_interval,
                 warmup_steps=warmup_steps,
                 restart_bias_correction=restart_bias_correction,

@@ -24,17 +24,17 @@ class ScaleByStableAdamWState(NamedTuple):
         second moment, in the last step. The update was divided by it if it was above 1.
         One entry per tensor, in the order of :func:`tensor_names`; 0 for a gradient
         without a finite coordinate.
-      dropped_count: Number of NaN, infinite or overflowing coordinates in the last
+      nonfinite_count: Number of NaN, infinite or overflowing coordinates in the last
         step.
-      dropped_total: The same, summed over all steps.
+      nonfinite_total: The same, summed over all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     update_rms: jax.Array  # shape=(tensors,), dtype=jnp.float32.
-    dropped_count: jax.Array  # shape=(), dtype=jnp.int32.
-    dropped_total: jax.Array  # shape=(), dtype=jnp.int32.
+    nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 def scale_by_stable_adamw(
@@ -42,6 +42,7 @@ def scale_by_stable_adamw(
     b2: jax.typing.ArrayLike = 0.99,
     eps: jax.typing.ArrayLike = 1e-6,
     *,
+    count: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
@@ -66,6 +67,7 @@ def scale_by_stable_adamw(
     b1 = _validate.check_decay("b1", b1)
     b2 = _validate.check_decay("b2", b2)
     eps = _validate.check_number("eps", eps, above=0)
+    _validate.check_flags(count=count)
     mu_dtype = _validate.check_moment_dtype("mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
 
@@ -75,7 +77,7 @@ def scale_by_stable_adamw(
             _moments.init_mu(params, mu_dtype),
             _moments.init_nu(params, nu_dtype),
             jnp.zeros([len(jax.tree.leaves(params))], jnp.float32),
-            *_moments.init_counters(True, 2),
+            *_moments.init_counters(count, 2),
         )
 
     def update_fn(
@@ -110,7 +112,7 @@ def scale_by_stable_adamw(
                 _moments.cast_like(mu, state.mu),
                 _moments.cast_like(nu, state.nu),
                 _moments.vector(rms, state.mu),
-                *_moments.count(bad, state.dropped_total),
+                *_moments.count(bad, state.nonfinite_total),
             ),
         )
 
@@ -125,6 +127,7 @@ def stable_adamw(
     *,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: _moments.Mask | None = None,
+    count: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -189,7 +192,9 @@ def stable_adamw(
       vision-language models <https://arxiv.org/abs/2304.13013>`_, 2023, algorithm 2.
     """
     return _moments.optimizer(
-        scale_by_stable_adamw(b1, b2, eps, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_stable_adamw(
+            b1, b2, eps, count=count, mu_dtype=mu_dtype, nu_dtype=nu_dtype
+        ),
         learning_rate,
         weight_decay,
         mask,

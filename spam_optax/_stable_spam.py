@@ -25,8 +25,8 @@ class AdaClipState(NamedTuple):
     Attributes:
       adaclip_steps: Number of steps in the running mean.
       adaclip_mean: Running mean of the largest absolute value in the tensor.
-      adaclip_count: Number of coordinates clipped in the last step.
-      adaclip_total: The same, summed over all steps.
+      adaclip_clipped_count: Number of coordinates clipped in the last step.
+      adaclip_clipped_total: The same, summed over all steps.
       adaclip_nonfinite_count: Number of NaN, infinite or overflowing coordinates in the
         last step.
       adaclip_nonfinite_total: The same, summed over all steps.
@@ -34,10 +34,10 @@ class AdaClipState(NamedTuple):
 
     adaclip_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
     adaclip_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
-    adaclip_count: jax.Array  # shape=(), dtype=jnp.int32.
-    adaclip_total: jax.Array  # shape=(), dtype=jnp.int32.
-    adaclip_nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
-    adaclip_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+    adaclip_clipped_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    adaclip_clipped_total: jax.Array | None  # shape=(), dtype=jnp.int32.
+    adaclip_nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    adaclip_nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 class AdaGNState(NamedTuple):
@@ -57,8 +57,8 @@ class AdaGNState(NamedTuple):
     adagn_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
     adagn_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
     adagn_square: jax.Array  # shape=(tensors,), dtype=jnp.float32.
-    adagn_nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
-    adagn_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+    adagn_nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    adagn_nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 class GradientStabilizerState(NamedTuple):
@@ -76,8 +76,8 @@ class GradientStabilizerState(NamedTuple):
 
     stabilizer_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
     stabilizer_square: jax.Array  # shape=(tensors,), dtype=jnp.float32.
-    stabilizer_nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
-    stabilizer_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+    stabilizer_nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    stabilizer_nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 class ScaleByStableSpamState(NamedTuple):
@@ -94,12 +94,12 @@ class ScaleByStableSpamState(NamedTuple):
       norm_steps: Number of steps in `norm_mean` and `norm_square`.
       norm_mean: Running mean of the norm.
       norm_square: Running mean of the squared norm.
-      limited_count: Number of coordinates that the adaptive clip clipped in the last
+      clipped_count: Number of coordinates that the adaptive clip clipped in the last
         step.
-      limited_total: The same, summed over all steps.
-      dropped_count: Number of NaN, infinite or overflowing coordinates in the last
+      clipped_total: The same, summed over all steps.
+      nonfinite_count: Number of NaN, infinite or overflowing coordinates in the last
         step.
-      dropped_total: The same, summed over all steps.
+      nonfinite_total: The same, summed over all steps.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32.
@@ -110,13 +110,15 @@ class ScaleByStableSpamState(NamedTuple):
     norm_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
     norm_mean: jax.Array  # shape=(tensors,), dtype=jnp.float32.
     norm_square: jax.Array  # shape=(tensors,), dtype=jnp.float32.
-    limited_count: jax.Array  # shape=(), dtype=jnp.int32.
-    limited_total: jax.Array  # shape=(), dtype=jnp.int32.
-    dropped_count: jax.Array  # shape=(), dtype=jnp.int32.
-    dropped_total: jax.Array  # shape=(), dtype=jnp.int32.
+    clipped_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    clipped_total: jax.Array | None  # shape=(), dtype=jnp.int32.
+    nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
-def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformation:
+def adaclip(
+    gamma3: jax.typing.ArrayLike = 0.999, *, count: bool = False
+) -> optax.GradientTransformation:
     r"""Clips each tensor at the running mean of its largest coordinate.
 
     For each tensor, with :math:`k` the number of steps:
@@ -134,6 +136,7 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
 
     Args:
       gamma3: Decay of the running mean, in [0, 1).
+      count: Whether the state counts coordinates; see :func:`spam_optax.spam`.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.
@@ -147,11 +150,11 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
       >>> import jax.numpy as jnp
       >>> import optax
       >>> import spam_optax
-      >>> tx = spam_optax.adaclip(gamma3=0.9)
+      >>> tx = spam_optax.adaclip(gamma3=0.9, count=True)
       >>> state = tx.init(jnp.zeros(3))
       >>> gradients, state = tx.update(jnp.array([1.0, -2.0, 0.5]), state)
       >>> gradients, state = tx.update(jnp.array([1.0, -200.0, 0.5]), state)
-      >>> print(gradients.round(), optax.tree.get(state, "adaclip_count"))
+      >>> print(gradients.round(), optax.tree.get(state, "adaclip_clipped_count"))
       [   1. -106.    0.] 1
 
     References:
@@ -159,10 +162,11 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
       section 3: AdaClip.
     """
     gamma3 = _validate.check_decay("gamma3", gamma3)
+    _validate.check_flags(count=count)
 
     def init_fn(params: optax.Params) -> AdaClipState:
         steps, mean = _init_statistics(params, 1)
-        return AdaClipState(steps, mean, *_moments.init_counters(True, 4))
+        return AdaClipState(steps, mean, *_moments.init_counters(count, 4))
 
     def update_fn(
         updates: optax.Updates,
@@ -175,14 +179,9 @@ def adaclip(gamma3: jax.typing.ArrayLike = 0.999) -> optax.GradientTransformatio
         clipped, spikes, steps, mean = _adaclip(
             finite, bad, state.adaclip_steps, state.adaclip_mean, gamma3
         )
-        add = _arithmetic.saturating_add
+        totals = state.adaclip_clipped_total, state.adaclip_nonfinite_total
         return jax.tree.unflatten(structure, _cast(clipped, gradients)), AdaClipState(
-            steps,
-            mean,
-            spikes,
-            add(state.adaclip_total, spikes),
-            nonfinite,
-            add(state.adaclip_nonfinite_total, nonfinite),
+            steps, mean, *_moments.add_counts([(spikes, nonfinite)], *totals)
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -194,6 +193,7 @@ def adagn(
     eps: jax.typing.ArrayLike = 1e-8,
     *,
     total_steps: jax.typing.ArrayLike | None = None,
+    count: bool = False,
 ) -> optax.GradientTransformation:
     r"""Rescales each tensor by the running mean and mean square of its norm.
 
@@ -219,6 +219,7 @@ def adagn(
       total_steps: Number of steps :math:`T` of the run. `gamma1` falls to half along
         a cosine, ``gamma1 * (0.5 + 0.25 * (1 + cos(pi * t / (T + 1))))``, until step T,
         and stays there. None: `gamma1` is constant.
+      count: Whether the state counts coordinates; see :func:`spam_optax.spam`.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.
@@ -245,12 +246,13 @@ def adagn(
       section 3: AdaGN.
     """
     gamma1, gamma2, eps, total_steps = _check_norm(gamma1, gamma2, eps, total_steps)
+    _validate.check_flags(count=count)
 
     def init_fn(params: optax.Params) -> AdaGNState:
         return AdaGNState(
             jnp.zeros([], jnp.int32),
             *_init_statistics(params, 2),
-            *_moments.init_counters(True, 2),
+            *_moments.init_counters(count, 2),
         )
 
     def update_fn(
@@ -273,15 +275,17 @@ def adagn(
         return jax.tree.unflatten(structure, _cast(scaled, gradients)), AdaGNState(
             step,
             *statistics,
-            nonfinite,
-            _arithmetic.saturating_add(state.adagn_nonfinite_total, nonfinite),
+            *_moments.add_counts([(nonfinite,)], state.adagn_nonfinite_total),
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
 def gradient_stabilizer(
-    gamma1: jax.typing.ArrayLike = 0.6, gamma2: jax.typing.ArrayLike = 0.999
+    gamma1: jax.typing.ArrayLike = 0.6,
+    gamma2: jax.typing.ArrayLike = 0.999,
+    *,
+    count: bool = False,
 ) -> optax.GradientTransformation:
     r"""Rescales each tensor by the running mean and root mean square of its norm.
 
@@ -301,6 +305,7 @@ def gradient_stabilizer(
     Args:
       gamma1: Decay of the running mean of the norm, in [0, 1).
       gamma2: Decay of the running mean of the squared norm, in [0, 1).
+      count: Whether the state counts coordinates; see :func:`spam_optax.spam`.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.
@@ -323,10 +328,11 @@ def gradient_stabilizer(
       Huang et al., `GradientStabilizer <https://arxiv.org/abs/2502.17055>`_, 2026.
     """
     gamma1, gamma2, *_ = _check_norm(gamma1, gamma2)
+    _validate.check_flags(count=count)
 
     def init_fn(params: optax.Params) -> GradientStabilizerState:
         _, mean, square = _init_statistics(params, 2)
-        return GradientStabilizerState(mean, square, *_moments.init_counters(True, 2))
+        return GradientStabilizerState(mean, square, *_moments.init_counters(count, 2))
 
     def update_fn(
         updates: optax.Updates,
@@ -346,8 +352,7 @@ def gradient_stabilizer(
             GradientStabilizerState(
                 mean,
                 square,
-                nonfinite,
-                _arithmetic.saturating_add(state.stabilizer_nonfinite_total, nonfinite),
+                *_moments.add_counts([(nonfinite,)], state.stabilizer_nonfinite_total),
             ),
         )
 
@@ -364,7 +369,7 @@ def scale_by_stable_spam(
     gamma3: jax.typing.ArrayLike = 0.999,
     reset_interval: jax.typing.ArrayLike | None = 1000,
     total_steps: jax.typing.ArrayLike | None = None,
-    reference_resets: bool = False,
+    count: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
@@ -391,7 +396,7 @@ def scale_by_stable_spam(
     b2 = _validate.check_decay("b2", b2)
     gamma3 = _validate.check_decay("gamma3", gamma3)
     reset_interval, _ = _validate.check_reset(reset_interval)
-    _validate.check_flags(reference_resets=reference_resets)
+    _validate.check_flags(count=count)
     mu_dtype = _validate.check_moment_dtype("mu_dtype", mu_dtype)
     nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
 
@@ -402,7 +407,7 @@ def scale_by_stable_spam(
             _moments.init_nu(params, nu_dtype),
             *_init_statistics(params, 1),
             *_init_statistics(params, 2),
-            *_moments.init_counters(True, 4),
+            *_moments.init_counters(count, 4),
         )
 
     def update_fn(
@@ -428,18 +433,13 @@ def scale_by_stable_spam(
             eps,
         )
         position = functional.reset_position(step, reset_interval)
-        if reference_resets:
-            max_steps, norm_steps = (
-                jnp.where(position == 0, 1, steps) for steps in (max_steps, norm_steps)
-            )
         direction, mu, nu = _adam(
             jax.tree.unflatten(structure, scaled),
             state,
             (b1 * scale, b2, eps),
             position,
-            reference_resets,
         )
-        add = _arithmetic.saturating_add
+        totals = state.clipped_total, state.nonfinite_total
         return _moments.cast_updates(
             direction, updates, params
         ), ScaleByStableSpamState(
@@ -451,10 +451,7 @@ def scale_by_stable_spam(
             norm_steps,
             norm_mean,
             norm_square,
-            spikes,
-            add(state.limited_total, spikes),
-            nonfinite,
-            add(state.dropped_total, nonfinite),
+            *_moments.add_counts([(spikes, nonfinite)], *totals),
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -471,9 +468,9 @@ def stable_spam(
     gamma3: jax.typing.ArrayLike = 0.999,
     reset_interval: jax.typing.ArrayLike | None = 1000,
     total_steps: jax.typing.ArrayLike | None = None,
-    reference_resets: bool = False,
     weight_decay: jax.typing.ArrayLike = 0.0,
     mask: _moments.Mask | None = None,
+    count: bool = False,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -496,8 +493,12 @@ def stable_spam(
     ``gamma1=0.85, gamma2=0.99999``.
 
     The adaptive clip compares each tensor with the running mean of its own maximum, so
-    it clips something in about every other step. ``limited_count`` is therefore not a
+    it clips something in about every other step. ``clipped_count`` is therefore not a
     count of rare spikes.
+
+    Resets differ from those of the authors' implementation. There a reset step uses the
+    old moments once more and loses its gradient, and the bias corrections of the
+    adaptive clip and norm restart although their running means do not.
 
     Other arguments are those of :func:`spam`.
 
@@ -510,11 +511,6 @@ def stable_spam(
       total_steps: Number of steps :math:`T` of the run. `b1` and `gamma1` fall to half
         along a cosine, times ``0.5 + 0.25 * (1 + cos(pi * t / (T + 1)))``, until step
         T, and stay there. None: they are constant.
-      reference_resets: Whether resets are those of the authors' implementation. A
-        reset step then uses the old moments once more, with the bias corrections of a
-        first step, and sets them to 0 afterwards, so the gradient of this step is lost.
-        The bias corrections of the adaptive clip and norm also restart, but their
-        running means do not, so little is clipped in much of the next window.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or of the gradients
@@ -562,7 +558,7 @@ def stable_spam(
             gamma3=gamma3,
             reset_interval=reset_interval,
             total_steps=total_steps,
-            reference_resets=reference_resets,
+            count=count,
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
@@ -667,14 +663,13 @@ def _adagn(finite, bad, statistics, gamma1, gamma2, eps):
     return _rescale(finite, norm, wanted, steps > 0), steps, mean, square
 
 
-def _adam(gradients, state, decays, position, reference_resets):
+def _adam(gradients, state, decays, position):
     """Returns Adam's direction and the new moments."""
     b1, b2, eps = decays
     step = optax.safe_increment(state.count)
     since_reset = jnp.where(position < step, position + 1, step)
     mu, nu = state.mu, state.nu
-    if not reference_resets:
-        mu, nu = (_moments.zero_at_reset(x, position) for x in (mu, nu))
+    mu, nu = (_moments.zero_at_reset(x, position) for x in (mu, nu))
     mu = _moments.move_all(mu, gradients, b1, _arithmetic.widen)
     nu = _moments.move_all(nu, gradients, b2, _arithmetic.abs_sq)
     first = functional.bias_correction(b1, since_reset)
@@ -684,8 +679,6 @@ def _adam(gradients, state, decays, position, reference_resets):
         return (m / first / (_arithmetic.root(v / second) + eps)).astype(m.dtype)
 
     direction = _moments.map_leaves(direct, mu, nu)
-    if reference_resets:
-        mu, nu = (_moments.zero_at_reset(x, position) for x in (mu, nu))
     return (
         direction,
         _moments.cast_like(mu, state.mu),

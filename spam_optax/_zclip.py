@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _norms, _validate
+from spam_optax import _arithmetic, _moments, _norms, _validate
 
 
 class ZClipState(NamedTuple):
@@ -32,8 +32,8 @@ class ZClipState(NamedTuple):
     zclip_mean: jax.Array  # shape=(), dtype=jnp.float32.
     zclip_std: jax.Array  # shape=(), dtype=jnp.float32.
     zclip_scale: jax.Array  # shape=(), dtype=jnp.float32.
-    zclip_nonfinite_count: jax.Array  # shape=(), dtype=jnp.int32.
-    zclip_nonfinite_total: jax.Array  # shape=(), dtype=jnp.int32.
+    zclip_nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
+    zclip_nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 def zclip(
@@ -43,6 +43,7 @@ def zclip(
     *,
     max_norm: jax.typing.ArrayLike | None = 1.0,
     warmup_steps: jax.typing.ArrayLike = 25,
+    count: bool = False,
 ) -> optax.GradientTransformation:
     r"""Clips the global norm of the gradient when its z-score is high.
 
@@ -75,6 +76,7 @@ def zclip(
       max_norm: Largest norm of the result, > 0. None: no such limit.
       warmup_steps: Number of steps for the first mean and standard deviation, at
         least 2.
+      count: Whether the state counts coordinates; see :func:`spam_optax.spam`.
 
     Returns:
       The transformation. Its updates have the dtype of the gradients.
@@ -108,17 +110,17 @@ def zclip(
     eps = _validate.check_number("eps", eps, above=0)
     if max_norm is not None:
         max_norm = _validate.check_number("max_norm", max_norm, above=0)
+    _validate.check_flags(count=count)
     warmup_steps = _validate.check_steps("warmup_steps", warmup_steps, low=2)
 
     def init_fn(params: optax.Params) -> ZClipState:
         _norms.check_params(params)
         return ZClipState(
-            zclip_steps=jnp.zeros([], jnp.int32),
-            zclip_mean=jnp.zeros([], jnp.float32),
-            zclip_std=jnp.zeros([], jnp.float32),
-            zclip_scale=jnp.ones([], jnp.float32),
-            zclip_nonfinite_count=jnp.zeros([], jnp.int32),
-            zclip_nonfinite_total=jnp.zeros([], jnp.int32),
+            jnp.zeros([], jnp.int32),
+            jnp.zeros([], jnp.float32),
+            jnp.zeros([], jnp.float32),
+            jnp.ones([], jnp.float32),
+            *_moments.init_counters(count, 2),
         )
 
     def update_fn(

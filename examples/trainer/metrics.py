@@ -60,12 +60,17 @@ def of_step(
 
 def clipped_in_step(opt_state: optax.OptState) -> jax.typing.ArrayLike:
     """Returns how many coordinates SPAM clipped in the last step; 0 without SPAM."""
-    return optax.tree.get(opt_state, "spike_count", 0)
+    return _clipped(opt_state, "count")
 
 
 def clipped_so_far(opt_state: optax.OptState) -> int:
     """Returns how many coordinates SPAM clipped in all steps; 0 without SPAM."""
-    return int(optax.tree.get(opt_state, "spike_total", 0))
+    return int(_clipped(opt_state, "total"))
+
+
+def _clipped(opt_state: optax.OptState, which: str) -> jax.typing.ArrayLike:
+    alone = optax.tree.get(opt_state, f"spam_clip_clipped_{which}", 0)
+    return optax.tree.get(opt_state, f"clipped_{which}", alone)
 
 
 def tensor_norms(tree: Any) -> jax.Array:

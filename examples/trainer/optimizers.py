@@ -82,6 +82,7 @@ def spam(config, learning_rate, make=spam_optax.spam, **kwargs):
         "b2": B2,
         "threshold": config.threshold,
         "weight_decay": decay(config),
+        "count": True,
         **config.spam_intervals,
     }
     return make(learning_rate, **(settings | kwargs))
@@ -94,6 +95,7 @@ def spam_chain(config, learning_rate):
         b2=B2,
         reset_interval=intervals["reset_interval"],
         grace_steps=intervals["grace_steps"],
+        count=True,
     )
     adam = spam_optax.spam_adam(
         learning_rate,
@@ -102,7 +104,6 @@ def spam_chain(config, learning_rate):
         weight_decay=decay(config),
         reset_interval=intervals["reset_interval"],
         warmup_steps=intervals["warmup_steps"],
-        count_dropped=False,  # spam_clip counts
     )
     return optax.chain(clip, adam)
 

@@ -114,7 +114,7 @@ CLIP = {
     "grace_steps": "count",
     "nu_dtype": "nu dtype",
     "clip_unseen": "flag",
-    "count_spikes": "flag",
+    "count": "flag",
 }
 ADAM = {
     "b1": "decay",
@@ -126,7 +126,7 @@ ADAM = {
     "mu_dtype": "mu dtype",
     "nu_dtype": "nu dtype",
 }
-COUNT = {"count_dropped": "flag"}
+COUNT = {"count": "flag"}
 OPTIMIZER = {"learning_rate": "not negative", "weight_decay": "not negative"}
 ZCLIP = {
     "threshold": "positive",
@@ -134,19 +134,20 @@ ZCLIP = {
     "eps": "positive",
     "max_norm": "positive or None",
     "warmup_steps": "window",
+    "count": "flag",
 }
 ADAGC = {
     "threshold": "above one",
     "decay": "decay",
     "max_norm": "positive",
     "warmup_steps": "count",
+    "count": "flag",
 }
-NORM = {"gamma1": "decay", "gamma2": "decay"}
+NORM = {"gamma1": "decay", "gamma2": "decay", "count": "flag"}
 ADAGN = NORM | {"eps": "positive", "total_steps": "interval"}
 PLAIN_ADAM = {name: ADAM[name] for name in ("b1", "b2", "eps", "mu_dtype", "nu_dtype")}
 STABLE_SPAM = PLAIN_ADAM | ADAGN
 STABLE_SPAM |= {"gamma3": "decay", "reset_interval": "interval"}
-STABLE_SPAM |= {"reference_resets": "flag"}
 LAYOUT = {"density": "density", "row_blocks": "blocks"}
 LAYERS = {"a": jnp.ones((8, 4)), "b": jnp.ones(3)}
 MASKS = LAYOUT | {"key": "key", "selection": "selection"}

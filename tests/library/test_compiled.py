@@ -59,40 +59,45 @@ def compile_step(tx, mesh, spec):
 
 BYTES = {
     "adam": (lambda: optax.adam(1e-3), 28),
-    "spam": (lambda: spam_optax.spam(1e-3), 28),
-    "spam_adam": (lambda: spam_optax.spam_adam(1e-3), 28),
+    "spam": (lambda: spam_optax.spam(1e-3, count=True), 28),
+    "spam_adam": (lambda: spam_optax.spam_adam(1e-3, count=True), 28),
     "spam_bfloat16_moments": (
-        lambda: spam_optax.spam(1e-3, mu_dtype="bfloat16", nu_dtype="bfloat16"),
+        lambda: spam_optax.spam(
+            1e-3, count=True, mu_dtype="bfloat16", nu_dtype="bfloat16"
+        ),
         20,
     ),
-    "spam_decayed": (lambda: spam_optax.spam(1e-3, weight_decay=0.1), 28),
+    "spam_decayed": (lambda: spam_optax.spam(1e-3, count=True, weight_decay=0.1), 28),
     # One more moment to read and to write.
     "spam_clip_then_adam": (
-        lambda: optax.chain(spam_optax.spam_clip(), optax.adam(1e-3)),
+        lambda: optax.chain(spam_optax.spam_clip(count=True), optax.adam(1e-3)),
         36,
     ),
     "spam_clip_then_spam_adam": (
-        lambda: optax.chain(
-            spam_optax.spam_clip(), spam_optax.spam_adam(count_dropped=False)
-        ),
+        lambda: optax.chain(spam_optax.spam_clip(count=True), spam_optax.spam_adam()),
         36,
     ),
     "reset_moments": (lambda: spam_optax.reset_moments(optax.adam(1e-3), 500), 28),
     # A pass over the gradient more for every statistic of it that the next one needs.
-    "adaclip": (lambda: optax.chain(spam_optax.adaclip(), optax.adam(1e-3)), 32),
-    "adagn": (lambda: optax.chain(spam_optax.adagn(), optax.adam(1e-3)), 32),
-    "gradient_stabilizer": (
-        lambda: optax.chain(spam_optax.gradient_stabilizer(), optax.adam(1e-3)),
+    "adaclip": (
+        lambda: optax.chain(spam_optax.adaclip(count=True), optax.adam(1e-3)),
         32,
     ),
-    "zclip": (lambda: optax.chain(spam_optax.zclip(), optax.adam(1e-3)), 32),
-    "adagc": (lambda: optax.chain(spam_optax.adagc(), optax.adam(1e-3)), 32),
-    "stable_spam": (lambda: spam_optax.stable_spam(1e-3), 36),
+    "adagn": (lambda: optax.chain(spam_optax.adagn(count=True), optax.adam(1e-3)), 32),
+    "gradient_stabilizer": (
+        lambda: optax.chain(
+            spam_optax.gradient_stabilizer(count=True), optax.adam(1e-3)
+        ),
+        32,
+    ),
+    "zclip": (lambda: optax.chain(spam_optax.zclip(count=True), optax.adam(1e-3)), 32),
+    "adagc": (lambda: optax.chain(spam_optax.adagc(count=True), optax.adam(1e-3)), 32),
+    "stable_spam": (lambda: spam_optax.stable_spam(1e-3, count=True), 36),
     # Gradient and second moment twice; which coordinates are finite, kept in between.
-    "stable_adamw": (lambda: spam_optax.stable_adamw(1e-3), 38),
+    "stable_adamw": (lambda: spam_optax.stable_adamw(1e-3, count=True), 38),
     # No second moment, 8 bytes less than Adam; the squares take a pass over the
     # gradient, and which coordinates are finite is kept in between.
-    "adam_mini": (lambda: spam_optax.adam_mini(1e-3), 26),
+    "adam_mini": (lambda: spam_optax.adam_mini(1e-3, count=True), 26),
 }
 
 
@@ -113,7 +118,7 @@ def sparse(**kwargs):
 
 
 SPARSE_BYTES = {
-    "uncounted": (dict(count_spikes=False), 21.1),
+    "uncounted": (dict(count=False), 21.1),
     "counted": (dict(), 25.5),
     "decayed": (dict(weight_decay=0.1), 25.5),
 }

@@ -22,8 +22,8 @@ QUICK = dict(reset_interval=5, grace_steps=2)
 TRANSFORMATIONS = {
     "spam_clip": lambda: spam_optax.spam_clip(**QUICK),
     "spam_adam": lambda: spam_optax.spam_adam(0.1, reset_interval=5, weight_decay=0.1),
-    "spam": lambda: spam_optax.spam(0.1, **QUICK),
-    "spam_uncounted": lambda: spam_optax.spam(0.1, count_spikes=False, **QUICK),
+    "spam": lambda: spam_optax.spam(0.1, count=True, **QUICK),
+    "spam_uncounted": lambda: spam_optax.spam(0.1, **QUICK),
     "sparse_spam": lambda: spam_optax.sparse_spam(0.1, weight_decay=0.1, **QUICK),
     "sparse_spam_by_gradient": lambda: spam_optax.sparse_spam(
         0.1, selection="max_gradient", **QUICK
@@ -437,8 +437,8 @@ def test_moments_sharded_unlike_the_parameters(name):
 def test_shard_map(name):
     """Elementwise, so it runs on each device's part, where nothing is counted."""
     tx = {
-        "spam": spam_optax.spam(0.1, count_spikes=False),
-        "spam_adam": spam_optax.spam_adam(0.1, count_dropped=False),
+        "spam": spam_optax.spam(0.1),
+        "spam_adam": spam_optax.spam_adam(0.1),
     }[name]
     params = jnp.linspace(-1.0, 1.0, 16)
     state = tx.init(params)

@@ -35,13 +35,12 @@ NUMBERS = {
 }
 DTYPES = {"mu_dtype", "nu_dtype"}
 MASKS = {"density", "sparse_params", "key", "selection", "row_blocks"}
-CLIP = {"clip_unseen", "count_spikes"}
+CLIP = {"clip_unseen", "count"}
 # What makes a transformation, and which of its arguments are no numbers.
 FACTORIES = {
     spam_optax.spam_clip: CLIP | {"nu_dtype"},
-    spam_optax.scale_by_spam_adam: DTYPES
-    | {"restart_bias_correction", "count_dropped"},
-    spam_optax.spam_adam: DTYPES | {"restart_bias_correction", "count_dropped", "mask"},
+    spam_optax.scale_by_spam_adam: DTYPES | {"restart_bias_correction", "count"},
+    spam_optax.spam_adam: DTYPES | {"restart_bias_correction", "count", "mask"},
     spam_optax.scale_by_spam: DTYPES | CLIP | {"restart_bias_correction"},
     spam_optax.spam: DTYPES | CLIP | {"restart_bias_correction", "mask"},
     spam_optax.scale_by_sparse_spam: DTYPES
@@ -51,17 +50,17 @@ FACTORIES = {
     spam_optax.sparse_spam: DTYPES | CLIP | MASKS | {"restart_bias_correction", "mask"},
     spam_optax.reset_moments: {"inner", "fields"},
     spam_optax.track_spikes: {"inner"},
-    spam_optax.adaclip: set(),
-    spam_optax.adagn: set(),
-    spam_optax.gradient_stabilizer: set(),
-    spam_optax.scale_by_stable_spam: DTYPES | {"reference_resets"},
-    spam_optax.stable_spam: DTYPES | {"reference_resets", "mask"},
-    spam_optax.zclip: set(),
-    spam_optax.adagc: set(),
-    spam_optax.scale_by_stable_adamw: DTYPES,
-    spam_optax.stable_adamw: DTYPES | {"mask"},
-    spam_optax.scale_by_adam_mini: DTYPES | {"partition"},
-    spam_optax.adam_mini: DTYPES | {"partition", "mask"},
+    spam_optax.adaclip: {"count"},
+    spam_optax.adagn: {"count"},
+    spam_optax.gradient_stabilizer: {"count"},
+    spam_optax.scale_by_stable_spam: DTYPES | {"count"},
+    spam_optax.stable_spam: DTYPES | {"count", "mask"},
+    spam_optax.zclip: {"count"},
+    spam_optax.adagc: {"count"},
+    spam_optax.scale_by_stable_adamw: DTYPES | {"count"},
+    spam_optax.stable_adamw: DTYPES | {"count", "mask"},
+    spam_optax.scale_by_adam_mini: DTYPES | {"count", "partition"},
+    spam_optax.adam_mini: DTYPES | {"count", "partition", "mask"},
     testing.inject_spikes: {"key", "kind", "steps"},
 }
 OTHERS = {

@@ -259,13 +259,13 @@ def test_every_statistic_has_a_name_of_its_own_in_a_long_chain():
     tx = spam_optax.track_spikes(
         optax.chain(
             testing.inject_spikes(0),
-            spam_optax.spam_clip(),
-            spam_optax.spam_adam(schedule),
+            spam_optax.spam_clip(count=True),
+            spam_optax.spam_adam(schedule, count=True),
         )
     )
     params = make_params()
     _, state = update(tx, make_gradients(0), tx.init(params), params)
-    adam = {"mu", "nu", "dropped_count", "dropped_total"}
+    adam = {"mu", "nu", "nonfinite_count", "nonfinite_total"}
     names = {
         *STATISTICS,
         *spam_optax.SpamClipState._fields,

@@ -32,7 +32,7 @@ SELECTIONS = ("random", "max_gradient", "max_weight")
 def everywhere(learning_rate=1e-3, density=0.25, **kwargs):
     """Sparse momentum in every matrix, whatever its name."""
     kwargs = {"sparse_params": True} | kwargs
-    return spam_optax.sparse_spam(learning_rate, density, **kwargs)
+    return spam_optax.sparse_spam(learning_rate, density, **({"count": True} | kwargs))
 
 
 def gradients_of(shape, steps, seed=0, p_spike=0.01, scale=1000.0):
@@ -126,7 +126,7 @@ def march(settings, density, shape, dtype="float32", steps=230):
         )
     assert sum(spikes) > 0
     if dtype == "float32":
-        counts = optax.tree.get(states, "spike_count")
+        counts = optax.tree.get(states, "clipped_count")
         np.testing.assert_array_equal(counts, spikes)
 
 
@@ -522,7 +522,7 @@ def test_state_bytes():
 
     counters = 4 + 16 + 4
     assert state_bytes() == 2 * params.size + counters
-    assert state_bytes(count_spikes=False) == 2 * params.size + counters - 16
+    assert state_bytes(count=False) == 2 * params.size + counters - 16
     assert state_bytes(mu_dtype="bfloat16", nu_dtype="bfloat16") == (
         params.size + counters
     )

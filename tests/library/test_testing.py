@@ -251,14 +251,14 @@ def test_in_a_chain_the_optimizer_sees_the_fault_and_spam_counts_it():
     """First in a chain: what is injected is what is clipped, in the third step."""
     tx = optax.chain(
         testing.inject_spikes(0, 0.1, 1e6, steps=[3]),
-        spam_optax.spam_clip(grace_steps=2, reset_interval=None),
+        spam_optax.spam_clip(grace_steps=2, reset_interval=None, count=True),
     )
     gradients, update = gradients_of(), jax.jit(tx.update)
     state = tx.init(gradients)
     for step in range(1, 5):
         updates, state = update(gradients, state)
         injected = optax.tree.get(state, "injected_count")
-        assert optax.tree.get(state, "spike_count") == injected
+        assert optax.tree.get(state, "spam_clip_clipped_count") == injected
         assert (injected > 100) == (step == 3)
         assert max(abs(u).max() for u in updates.values()) < 1000
 
