@@ -8,6 +8,7 @@ does anything.
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,8 @@ AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split a batch
 BATCH = P(None, ROWS)  # of (accumulate, rows, tokens)
 
+MOST_CPU_DEVICES = 4  # each repeats the update of parameters that it has whole
+
 # The first pattern that ends a tensor's name decides. An optimizer's state has the
 # names of the parameters at the end of its own, and so follows them.
 RULES = (
@@ -36,17 +39,28 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Parallelism:
-    """Sizes of the mesh's axes. They do not change what is computed, up to rounding."""
+    """Sizes of the mesh's axes, which change the results by rounding only."""
 
     data: int | None = None  # None: the devices that are left
     fsdp: int = 1
     tensor: int = 1
 
 
+def use_cpu_cores() -> None:
+    """Makes each core of a CPU a device, unless JAX_NUM_CPU_DEVICES is set.
+
+    XLA computes most of a small step on one core per device. Must be called before JAX
+    looks for devices.
+    """
+    if jax.config.jax_num_cpu_devices < 1:
+        cores = min(os.cpu_count() or 1, MOST_CPU_DEVICES)
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
 def make_mesh(
     parallelism: Parallelism, rows: int, devices: list[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh of the devices for micro-batches of `rows` sequences.
+    """Makes a mesh of the devices for micro-batches of `rows` sequences.
 
     Without `data`, as many devices are used as can share the rows evenly.
     """
@@ -76,7 +90,7 @@ def make_mesh(
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Any) -> P:
-    """How the tensor called `name` is split; an axis must divide it, or is left out."""
+    """Returns how a tensor is split; an axis that does not divide it is left out."""
     for pattern, axes in RULES:
         if re.search(rf"(^|/){pattern}$", name) and len(axes) == len(shape):
             return P(
@@ -96,7 +110,7 @@ def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of `tree`, for compiling and for restoring.
+    """Returns shapes, dtypes and shardings of `tree`, for compiling and restoring.
 
     The tree is of parameters, or of anything that holds tensors with their names.
     """
@@ -137,12 +151,12 @@ def gather_columns(table: jax.Array) -> jax.Array:
 
 
 def put_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:
-    """One global batch of what every host has of it."""
+    """Makes one global batch of the parts that the hosts have."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), local)
 
 
 def put_everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A stack of batches that every host has whole, split among all devices."""
+    """Splits a stack of batches, which every host has whole, among all devices."""
     rows = math.prod(mesh.shape[axis] for axis in ROWS)
     sharding = NamedSharding(mesh, BATCH if array.shape[1] % rows == 0 else P())
     return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
