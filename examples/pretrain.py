@@ -36,11 +36,13 @@ step for a TPU or GPU that is not at hand, and prints how much memory the step t
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import datetime
 import errno
 import functools
 import json
+import os
 import pathlib
 import shlex
 import signal
@@ -150,7 +152,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.compile_only:
             return compile_only.run(given, cli.parallelism(options), options)
-        sharding.use_cpu_cores()
         hosts.connect(cluster)
         return run(given, options)
     except UsageError as error:
@@ -257,13 +258,19 @@ def train_all(
         console.print_run(task)
         console.print_moments(task)
         folder.write_tensor_names(task.tensor_names)
+    chosen = [optimizers.make(name, config) for name in config.optimizers]
+    if jax.process_count() == 1 and not folder.metrics.exists():
+        compile_together(task, chosen)
     with console.Progress(config) as progress:
-        for name in config.optimizers:
+        for optimizer in chosen:
             if stop.signal is not None:
                 break
-            with Checkpoints(f"{checkpoints}/{name}", config.keep_checkpoints) as saved:
+            path = f"{checkpoints}/{optimizer.name}"
+            with Checkpoints(path, config.keep_checkpoints) as saved:
                 try:
-                    train_one(task, name, folder, saved, progress, stop, wandb_project)
+                    train_one(
+                        task, optimizer, folder, saved, progress, stop, wandb_project
+                    )
                 except loop.Halted as error:
                     halted.append(str(error))
                 except loop.DataLost as error:
@@ -273,17 +280,28 @@ def train_all(
     return halted
 
 
+def compile_together(
+    task: train_step.Task, chosen: Sequence[optimizers.Optimizer]
+) -> None:
+    """Compiles the steps of several optimizers at once, since each takes one core."""
+    if len(chosen) > 1:
+        dtype = task.validation.dtype
+        steps = [train_step.lower_step(task, optimizer, dtype) for optimizer in chosen]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda step: step.compile(), steps))
+
+
 def train_one(
     task: train_step.Task,
-    name: str,
+    optimizer: optimizers.Optimizer,
     folder: RunFolder,
     checkpoints: Checkpoints,
     progress: console.Progress,
     stop: hosts.StopRequest,
     wandb_project: str | None,
 ) -> None:
-    """Trains the optimizer called `name` to the end, or until it is stopped."""
-    optimizer = optimizers.make(name, task.config)
+    """Trains one optimizer to the end, or until it is stopped."""
+    name = optimizer.name
     recorded = hosts.broadcast(
         lambda: sinks.recorded(folder.metrics, name, task.config)
     )

@@ -18,7 +18,7 @@ import rich
 import rich.box
 import rich.table
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from trainer import data, hardware, hlo, model, optimizers, sharding, train_step
 from trainer.config import RunConfig
@@ -177,22 +177,7 @@ def compile_step(name: str, config: RunConfig, mesh: Mesh) -> jax.stages.Compile
     task = train_step.make_task(config, configure(config, mesh), mesh)
     optimizer = optimizers.make(name, config)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: train_step.initial_state(task, optimizer))
-        rows = config.batch_size // config.accumulate
-        batch = jax.ShapeDtypeStruct(
-            (config.accumulate, rows, config.sequence_length + 1),
-            jnp.uint16,
-            sharding=NamedSharding(mesh, sharding.BATCH),
-        )
-        lowered = train_step.train_step.lower(
-            sharding.abstract(state, mesh),
-            batch,
-            graphdef=task.graphdef,
-            faults=task.faults,
-            optimizer=optimizer,
-            z_loss=config.z_loss,
-        )
-        return lowered.compile()
+        return train_step.lower_step(task, optimizer, jnp.uint16).compile()
 
 
 def configure(config: RunConfig, mesh: Mesh) -> model.ModelConfig:

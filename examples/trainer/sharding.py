@@ -8,7 +8,6 @@ does anything.
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +23,6 @@ from trainer.errors import UsageError
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that split a batch
 BATCH = P(None, ROWS)  # of (accumulate, rows, tokens)
-
-MOST_CPU_DEVICES = 4  # each repeats the update of parameters that it has whole
 
 # The first pattern that ends a tensor's name decides. An optimizer's state has the
 # names of the parameters at the end of its own, and so follows them.
@@ -44,17 +41,6 @@ class Parallelism:
     data: int | None = None  # None: the devices that are left
     fsdp: int = 1
     tensor: int = 1
-
-
-def use_cpu_cores() -> None:
-    """Makes each core of a CPU a device, unless JAX_NUM_CPU_DEVICES is set.
-
-    XLA computes most of a small step on one core per device. Must be called before JAX
-    looks for devices.
-    """
-    if jax.config.jax_num_cpu_devices < 1:
-        cores = min(os.cpu_count() or 1, MOST_CPU_DEVICES)
-        jax.config.update("jax_num_cpu_devices", cores)
 
 
 def make_mesh(
@@ -90,15 +76,22 @@ def make_mesh(
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Any) -> P:
-    """Returns how a tensor is split; an axis that does not divide it is left out."""
+    """Returns how a tensor is split; an axis that does not divide it is left out.
+
+    Axes of one device are left out as well, as XLA does. So arrays and their
+    descriptions have equal shardings, and share compiled programs.
+    """
     for pattern, axes in RULES:
         if re.search(rf"(^|/){pattern}$", name) and len(axes) == len(shape):
-            return P(
-                *(
-                    axis if axis and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(axes, shape, strict=True)
-                )
-            )
+            kept = [
+                axis
+                if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+                else None
+                for axis, size in zip(axes, shape, strict=True)
+            ]
+            while kept and kept[-1] is None:
+                kept.pop()
+            return P(*kept)
     return P()
 
 
