@@ -79,7 +79,7 @@ def run(given: dict[str, Any], parallelism, options: argparse.Namespace) -> int:
     print(
         f"{config.model.preset} on {mesh.size} x {devices[0].device_kind}, mesh"
         f" {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())};"
-        f" {config.batch_size} x {config.sequence_length} tokens a step",
+        f" {config.batch_size} x {config.sequence_length} tokens per step",
         flush=True,
     )
     if devices[0].platform == "gpu" and not model.has_fused_attention("bfloat16"):
