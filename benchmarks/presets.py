@@ -32,7 +32,7 @@ def _has_compiler(target):
 
 
 def _row(preset, target, fsdp, optimizer):
-    settings = config.RunConfig.from_settings({"preset": preset})
+    settings = config.RunConfig.from_settings(preset=preset)
     devices = compile_only.find_devices(target)
     mesh = sharding.make_mesh(
         sharding.Parallelism(fsdp=fsdp), settings.batch_size, devices
