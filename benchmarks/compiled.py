@@ -2,8 +2,6 @@
 
 import functools
 import importlib.util
-import os
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import optimizers, shapes, steps
+from trainer import hlo
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SHARDINGS = {"rows": P("x"), "columns": P(None, "x"), "both": P("x", "y")}
@@ -103,16 +102,10 @@ def collectives(name, sharding):
     mesh = Mesh(devices("v5e").reshape(2, 2), ("x", "y"))
     spec = SHARDINGS[sharding]
     _, compiled = compile_step(SHARDED[name](), mesh, spec, jnp.float32)
-    pattern = r"= (\S+|\(.*?\)) (all-[a-z-]+|reduce-scatter|collective-[a-z-]+)\("
     largest = {}
-    for result, kind in re.findall(pattern, compiled.as_text()):
-        sizes = [
-            int(np.prod([int(n) for n in dims.split(",") if n]))
-            for dims in re.findall(r"\w+\[([\d,]*)\]", result)
-        ]
-        kind = kind.removesuffix("-start")
-        if not kind.endswith("-done"):
-            largest[kind] = max(largest.get(kind, 0), *sizes)
+    for kind, results in hlo.collectives(compiled.as_text()):
+        sizes = [array.size for array in results]
+        largest[kind] = max(largest.get(kind, 0), *sizes)
     return largest
 
 
@@ -132,9 +125,6 @@ def compile_step(tx, mesh, spec, gradient_dtype):
 
 def devices(chip):
     """The chips of a small topology, as the compiler knows them."""
-    import libtpu
-
-    os.environ.setdefault("TPU_LIBRARY_PATH", libtpu.get_library_path())
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=TOPOLOGIES[chip]
     )

@@ -1,12 +1,8 @@
 """Memory of the trainer's step on TPU and H100, from their compilers."""
 
 import importlib.util
-import pathlib
-import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-
-from trainer import compile_only, config, hardware, sharding  # noqa: E402
+from trainer import compile_only, config, hardware, sharding
 
 # Preset, target and how many devices share the parameters.
 CASES = (
@@ -36,7 +32,7 @@ def _has_compiler(target):
 
 
 def _row(preset, target, fsdp, optimizer):
-    settings = config.RunConfig.from_settings({"preset": preset})
+    settings = config.RunConfig.from_settings(preset=preset)
     devices = compile_only.find_devices(target)
     mesh = sharding.make_mesh(
         sharding.Parallelism(fsdp=fsdp), settings.batch_size, devices

@@ -2,16 +2,12 @@
 
 import argparse
 import json
-import pathlib
-import sys
 import time
 
 import jax
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
-
-from trainer import config, model, optimizers, sharding, train_step  # noqa: E402
+from trainer import config, model, optimizers, sharding, train_step
 
 
 def measure(batch: np.ndarray, steps: int) -> dict[str, list[float] | int]:

@@ -12,15 +12,15 @@ gets normal noise of 1000 x its own RMS. The optimizers are
     spam        spam_optax.spam
     clip_spam   optax.chain(optax.clip_by_global_norm(1.0), spam)
 
-It is a demonstration: one seed, one learning rate for all. What it shows: under Adam
-the faults enter the moments and the loss stops falling. They hit every coordinate at
-once, so the global norm sees them, and clipping it stops them; SPAM added to that
-changes little. SPAM alone lies between: its threshold of 5000 limits a coordinate to
-70.7 x sqrt(v), v is not bias corrected, small after a reset, and grows with what
-passes, so a burst still reaches the moments at 10 to 150 x the usual gradient norm.
---threshold 100 lets less through.
+This is a demonstration with one seed, and one learning rate for all. Under Adam the
+faults enter the moments, and the loss stops falling. The faults hit every coordinate at
+once, so they raise the global norm, and clipping that norm stops them. SPAM in addition
+changes little. SPAM alone lies in between: its threshold of 5000 limits a coordinate to
+70.7 x sqrt(v). v is not bias corrected, it is small after a reset, and it grows with
+what passes. So a burst still reaches the moments at 10 to 150 x the usual gradient
+norm. With --threshold 100 less passes.
 
-The run's folder, runs/<date and time> unless --output says otherwise, holds
+The folder of the run is runs/<date and time>, or --output. It holds
 
     metrics.jsonl           a line for every step and evaluation, written at once
     summary.json            the table at the end
@@ -30,17 +30,19 @@ The run's folder, runs/<date and time> unless --output says otherwise, holds
     config.json             the settings
     checkpoints/            for --resume; the last one has the trained parameters
 
-The same program trains the LLaMA shapes of 9M to 1B parameters on TPUs and GPUs, one
-host or many: examples/tpu and examples/gpu say how. --compile-only asks the compiler
-for a target beforehand what a step takes in memory, with no such device at hand.
+The same program trains the LLaMA shapes of 9M to 1B parameters on TPUs and GPUs, on one
+host or many: see examples/tpu and examples/gpu. --compile-only compiles the training
+step for a TPU or GPU that is not at hand, and prints how much memory the step takes.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import datetime
 import errno
 import functools
 import json
+import os
 import pathlib
 import shlex
 import signal
@@ -111,33 +113,33 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoints",
         metavar="PATH",
-        help="folder or bucket (gs://...) for the checkpoints, which every host must"
-        " reach (default: checkpoints in --output)",
+        help="folder or bucket (gs://...) for the checkpoints, which every host can"
+        " write to (default: checkpoints in --output)",
     )
     group.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in --output, bit for bit, with the settings it has",
+        help="continue the run in --output with its settings; on the same mesh the"
+        " result is the same, bit for bit",
     )
     group.add_argument(
         "--skip-bad-data",
         type=cli.whole(0),
         default=0,
         metavar="N",
-        help="if a file of a streamed data set cannot be read, leave out the rest of it"
-        " and go on, for up to N files on each host; may change on --resume"
-        " (default: 0)",
+        help="if a file of a streamed data set cannot be read, leave out the rest of"
+        " it, for up to N files on each host; may change on --resume (default: 0)",
     )
     group.add_argument(
-        "--wandb", metavar="PROJECT", help="send the metrics to Weights & Biases too"
+        "--wandb", metavar="PROJECT", help="also send the metrics to Weights & Biases"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code.
 
-    0 when done or after SIGTERM, 1 if training came to a bad end, 2 for a mistake in
-    the command, 130 after Ctrl-C.
+    The code is 0 when done or after SIGTERM, 1 if training failed, 2 for a mistake in
+    the command, and 130 after Ctrl-C.
     """
     parser, options = parse(arguments)
     given = cli.run_settings(options)
@@ -256,13 +258,19 @@ def train_all(
         console.print_run(task)
         console.print_moments(task)
         folder.write_tensor_names(task.tensor_names)
+    chosen = [optimizers.make(name, config) for name in config.optimizers]
+    if jax.process_count() == 1 and not folder.metrics.exists():
+        compile_together(task, chosen)
     with console.Progress(config) as progress:
-        for name in config.optimizers:
+        for optimizer in chosen:
             if stop.signal is not None:
                 break
-            with Checkpoints(f"{checkpoints}/{name}", config.keep_checkpoints) as saved:
+            path = f"{checkpoints}/{optimizer.name}"
+            with Checkpoints(path, config.keep_checkpoints) as saved:
                 try:
-                    train_one(task, name, folder, saved, progress, stop, wandb_project)
+                    train_one(
+                        task, optimizer, folder, saved, progress, stop, wandb_project
+                    )
                 except loop.Halted as error:
                     halted.append(str(error))
                 except loop.DataLost as error:
@@ -272,17 +280,28 @@ def train_all(
     return halted
 
 
+def compile_together(
+    task: train_step.Task, chosen: Sequence[optimizers.Optimizer]
+) -> None:
+    """Compiles the steps of several optimizers at once, since each takes one core."""
+    if len(chosen) > 1:
+        dtype = task.validation.dtype
+        steps = [train_step.lower_step(task, optimizer, dtype) for optimizer in chosen]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda step: step.compile(), steps))
+
+
 def train_one(
     task: train_step.Task,
-    name: str,
+    optimizer: optimizers.Optimizer,
     folder: RunFolder,
     checkpoints: Checkpoints,
     progress: console.Progress,
     stop: hosts.StopRequest,
     wandb_project: str | None,
 ) -> None:
-    """Trains the optimizer called `name` to the end, or until it is stopped."""
-    optimizer = optimizers.make(name, task.config)
+    """Trains one optimizer to the end, or until it is stopped."""
+    name = optimizer.name
     recorded = hosts.broadcast(
         lambda: sinks.recorded(folder.metrics, name, task.config)
     )
@@ -327,7 +346,7 @@ def begin_or_resume(
         if recorded > 2 * task.config.checkpoint_every:
             raise UsageError(
                 f"there is no checkpoint in {checkpoints.folder}, but metrics.jsonl has"
-                f" {recorded} steps of {optimizer.name}: say where they are with"
+                f" {recorded} steps of {optimizer.name}: name their folder with"
                 " --checkpoints, or start again in another folder with --output"
             )
         if recorded:

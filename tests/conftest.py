@@ -3,13 +3,11 @@
 import os
 import pathlib
 
-# Before JAX is imported: with libtpu installed it would look for a TPU, and the
-# compiler for one (test_compiled.py) asks for a metadata server unless told not to.
+from trainer import hardware
+
+# Before JAX is imported: with libtpu installed it would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+hardware.prepare_libtpu()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -21,34 +21,34 @@ from trainer import hosts
 from trainer.errors import UsageError
 from trainer.train_step import TrainState
 
-Place = dict[str, Any]  # state of the data's iterator, as JSON knows it
+DataPosition = dict[str, Any]  # state of the data's iterator, a JSON object
 
-# What reads and writes raise that Orbax gave up because another had failed.
-LATE = "Event loop is closed", "Encountered error while reading array index"
+# Errors raised by reads and writes that Orbax cancelled after another one failed.
+LATE_ERRORS = "Event loop is closed", "Encountered error while reading array index"
 
-# Orbax logs what it raises, and asyncio the errors of reads that Orbax gave up.
+# Orbax logs what it raises, and asyncio the errors of reads that Orbax cancelled.
 for logger in ("absl", "asyncio"):
     logging.getLogger(logger).setLevel(logging.CRITICAL)
 
 
 @functools.cache
-def pass_over_late_errors() -> None:
-    """From now on; Python would print a traceback for each, whenever it comes."""
+def hide_late_errors() -> None:
+    """Hides the errors of reads and writes that Orbax cancelled."""
     usual = sys.unraisablehook
 
     def hook(unraisable):
-        if not str(unraisable.exc_value).startswith(LATE):
+        if not str(unraisable.exc_value).startswith(LATE_ERRORS):
             usual(unraisable)
 
     sys.unraisablehook = hook
 
 
-class Manager(ocp.CheckpointManager):
-    """Orbax's, which leaves the question whether to stop to `hosts.StopRequest`.
+class CheckpointManager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves the decision to stop to `hosts.StopRequest`.
 
-    It would tell JAX the step that it saves, at any time and from any thread. JAX would
-    take it for the step that this host is at, and could make the hosts stop at one that
-    has gone by.
+    It would report the step that it saves to JAX, at any time and from any thread. JAX
+    would take it for the current step of this host, and could make the hosts stop at a
+    step that is already over.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -58,19 +58,18 @@ class Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The newest checkpoints in a folder, or in a bucket (``gs://...``).
 
-    They are written behind the training's back: `save` copies the state and returns;
-    leaving the with statement waits. A checkpoint becomes visible when it is complete;
-    one that was being written when the program was killed is never seen. Each has a
-    digest of what it holds, so that a damaged one is told from a good one.
+    They are written in the background: `save` copies the state and returns, and leaving
+    the with statement waits. A checkpoint becomes visible when it is complete. Each has
+    a digest of its contents, by which a damaged one is recognized.
     """
 
     def __init__(self, folder: str, keep: int):
-        pass_over_late_errors()
+        hide_late_errors()
         self.folder = epath.Path(folder)
         if "://" not in folder:
             self.folder = self.folder.resolve()  # Orbax insists on it
         with self._failing_clearly():
-            self._manager = Manager(
+            self._manager = CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, cleanup_tmp_directories=True
@@ -85,15 +84,15 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *exception) -> None:
-        # After an error, closing may raise the same again.
+        # After an error, closing may raise the same error again.
         with contextlib.suppress(Exception) if kind else self._failing_clearly():
             self._manager.close()
 
     def latest_step(self) -> int:
-        """The step of the newest checkpoint, good or not; 0 if there is none."""
+        """Returns the step of the newest checkpoint, good or not, or 0."""
         return self._manager.latest_step() or 0
 
-    def save(self, state: TrainState, place: Place) -> None:
+    def save(self, state: TrainState, place: DataPosition) -> None:
         """Begins to write a checkpoint; waits for the one before to be complete.
 
         Raises:
@@ -112,13 +111,14 @@ class Checkpoints:
 
     def restore(
         self, like: TrainState, recorded: int, warn: Callable[[str], None]
-    ) -> tuple[TrainState, Place] | None:
-        """The newest good checkpoint.
+    ) -> tuple[TrainState, DataPosition] | None:
+        """Restores the newest good checkpoint.
 
         Args:
           like: Shapes, dtypes and shardings; the mesh may differ from the one saved on.
           recorded: Steps that metrics.jsonl has; newer checkpoints are passed over.
-          warn: Told of those and of damaged ones, which are renamed.
+          warn: Called with a message about those and about damaged ones, which are
+        renamed.
 
         Returns:
           The state and this host's place in the data; None if there is no checkpoint.
@@ -153,9 +153,9 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: TrainState):
-        """State and places of one checkpoint, and what is wrong with it, if anything.
+        """Reads state and places in the data of one checkpoint, and finds problems.
 
-        The manager would wait for all hosts, and for ever for one that cannot read.
+        Orbax's manager would wait forever for a host that cannot read.
         """
         folder = self.folder / str(step)
         restore_state = ocp.args.StandardRestore(like)
@@ -166,7 +166,7 @@ class Checkpoints:
             )
             rest = ocp.JsonCheckpointHandler().restore(folder / "rest")
             places, expected = rest["data"], rest["digest"]
-        except Exception as error:  # whatever becomes of a damaged file
+        except Exception as error:  # Orbax raises many kinds for a damaged file
             problem = reason(error)
         problem = hosts.first_nonempty(
             problem
@@ -187,15 +187,15 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failing_clearly(self) -> Iterator[None]:
-        """Raises OSError, with what is left, for all that can go wrong in writing."""
+        """Turns any error in writing into an OSError with the complete checkpoints."""
         try:
             yield
-        except Exception as error:  # a full disk has many names
+        except Exception as error:  # Orbax raises many kinds for a full disk
             message = f"{reason(error)}; complete checkpoints: {self._complete()}"
             raise OSError(errno.EIO, message, str(self.folder)) from error
 
     def _complete(self) -> str:
-        """The steps whose checkpoints are complete, as one reads them."""
+        """Lists the steps whose checkpoints are complete, for a message."""
         try:
             steps = sorted(ocp.utils.checkpoint_steps(self.folder))
         except Exception:  # the folder itself cannot be reached
@@ -211,7 +211,7 @@ def digest(state: TrainState, places: list[str]) -> str:
 
 @jax.jit
 def fingerprint(state: TrainState) -> jax.Array:
-    """A sum over the bits of all arrays; the same on any mesh."""
+    """Returns a sum over the bits of all arrays, which is the same on any mesh."""
     total = jnp.zeros([], jnp.uint32)
     for place, leaf in enumerate(jax.tree.leaves(state)):
         bits = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
@@ -224,8 +224,8 @@ def fingerprint(state: TrainState) -> jax.Array:
 def place_of_host(places: list[str]) -> str:
     """This host's place in the data.
 
-    In a text it is the same on all hosts, and so for any number of them; in a stream
-    each has read documents of its own.
+    Text files have one place for all hosts, whose number may change. In a stream each
+    host has read other documents.
     """
     count = jax.process_count()
     if len(places) == count:
@@ -239,7 +239,7 @@ def place_of_host(places: list[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a few words: the operating system's if it was to blame."""
+    """Describes an error briefly, in the operating system's words if it has any."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's form
         return os.strerror(int(code[1]))
     error = error.__cause__ or error  # Orbax may wrap it in a long description

@@ -1,7 +1,7 @@
 """Compiles the training step for devices that are not at hand, and measures it.
 
-The TPU compiler is in the libtpu wheel, that for NVIDIA GPUs in the wheels of JAX's
-CUDA plugin; neither needs a device. What they say of memory is exact.
+The TPU compiler is in the libtpu wheel, and that for NVIDIA GPUs in the wheels of JAX's
+CUDA plugin. Neither needs a device. The numbers for memory are exact.
 """
 
 import argparse
@@ -18,14 +18,14 @@ import rich
 import rich.box
 import rich.table
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from trainer import data, hardware, model, optimizers, sharding, train_step
+from trainer import data, hardware, hlo, model, optimizers, sharding, train_step
 from trainer.config import RunConfig
 from trainer.errors import UsageError
 
 TARGETS = "tpu:TOPOLOGY, such as tpu:v5e:4x4, or gpu:h100:N"
-# XLA's description of the device, without which it would ask one.
+# XLA's description of the device, which it would otherwise read from a device.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -44,13 +44,13 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 class Measurement(NamedTuple):
-    """What the compiler says of one training step, for each device."""
+    """The compiler's numbers for one training step, per device."""
 
     optimizer: str
     state: int  # bytes of parameters and optimizer state
     temporaries: int  # bytes at most, beside them
     total: int  # bytes at most
-    flops: float | None  # None: this compiler does not say
+    flops: float | None  # None: this compiler does not report it
     accessed: float | None  # bytes of memory moved
     collectives: dict[str, tuple[int, int]]  # by kind: how many, bytes of their results
     seconds: float  # to compile
@@ -58,7 +58,7 @@ class Measurement(NamedTuple):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "compile only", "ask the compiler what a step takes, without the device"
+        "compile only", "what a training step takes on a device that is not at hand"
     )
     group.add_argument(
         "--compile-only",
@@ -69,7 +69,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: dict[str, Any], parallelism, options: argparse.Namespace) -> int:
-    """Compiles the step of every optimizer asked for; 1 if one does not fit."""
+    """Compiles the step of every optimizer; returns 1 if one does not fit."""
     jax.config.update("jax_platforms", "cpu")  # or JAX looks for the device
     config = RunConfig.from_settings(**given)
     rows = data.rows_per_host(config, data.Host(0, 1))
@@ -79,13 +79,13 @@ def run(given: dict[str, Any], parallelism, options: argparse.Namespace) -> int:
     print(
         f"{config.model.preset} on {mesh.size} x {devices[0].device_kind}, mesh"
         f" {' x '.join(f'{name} {size}' for name, size in mesh.shape.items())};"
-        f" {config.batch_size} x {config.sequence_length} tokens a step",
+        f" {config.batch_size} x {config.sequence_length} tokens per step",
         flush=True,
     )
     if devices[0].platform == "gpu" and not model.has_fused_attention("bfloat16"):
         print(
-            "cuDNN is not here: attention is XLA's own, which takes more memory than"
-            " the fused kernel that a GPU runs in bfloat16"
+            "cuDNN is not installed: attention is XLA's own, which takes more memory"
+            " than the fused kernel that a GPU runs in bfloat16"
         )
     fits = True
     for name in config.optimizers:
@@ -103,7 +103,7 @@ def run(given: dict[str, Any], parallelism, options: argparse.Namespace) -> int:
 
 
 def find_devices(target: str | None) -> list[jax.Device]:
-    """The devices of a target, which only compile."""
+    """Returns the devices of a target, which can only compile."""
     kind, _, place = (target or "").partition(":")
     makers = {"tpu": tpu_devices, "gpu": gpu_devices}
     if kind not in makers or not place:
@@ -120,17 +120,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         raise ValueError("every side of a topology must be >= 1")
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError("--target tpu needs the TPU compiler: pip install libtpu")
-    import libtpu
-
-    # No metadata server is asked, and a second program may compile at the same time.
-    for name, value in {
-        "TPU_LIBRARY_PATH": libtpu.get_library_path(),
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }.items():
-        os.environ.setdefault(name, value)
+    hardware.prepare_libtpu()
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     return list(described.devices)
 
@@ -177,73 +167,44 @@ def measure(name: str, config: RunConfig, mesh: Mesh) -> Measurement:
         total=arguments + results + temporaries + memory.generated_code_size_in_bytes,
         flops=costs.get("flops"),
         accessed=costs.get("bytes accessed"),
-        collectives=collectives(compiled.as_text()),
+        collectives=count_collectives(compiled.as_text()),
         seconds=seconds,
     )
 
 
 def compile_step(name: str, config: RunConfig, mesh: Mesh) -> jax.stages.Compiled:
-    """The very step that training runs, for the devices of `mesh`."""
+    """Compiles the step that training runs, for the devices of `mesh`."""
     task = train_step.make_task(config, configure(config, mesh), mesh)
     optimizer = optimizers.make(name, config)
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(lambda: train_step.initial_state(task, optimizer))
-        rows = config.batch_size // config.accumulate
-        batch = jax.ShapeDtypeStruct(
-            (config.accumulate, rows, config.sequence_length + 1),
-            jnp.uint16,
-            sharding=NamedSharding(mesh, sharding.BATCH),
-        )
-        lowered = train_step.train_step.lower(
-            sharding.abstract(state, mesh),
-            batch,
-            graphdef=task.graphdef,
-            faults=task.faults,
-            optimizer=optimizer,
-            z_loss=config.z_loss,
-        )
-        return lowered.compile()
+        return train_step.lower_step(task, optimizer, jnp.uint16).compile()
 
 
 def configure(config: RunConfig, mesh: Mesh) -> model.ModelConfig:
-    """The model of a run on the devices of `mesh`."""
+    """Returns the model of a run on the devices of `mesh`."""
     platform = mesh.devices.flat[0].platform
     return model.for_platform(config.model, vocabulary(config), platform)
 
 
 def vocabulary(config: RunConfig) -> int:
-    """The preset's, unless the tokenizer's name tells another."""
+    """Returns the vocabulary of the tokenizer if its name has it, or of the preset."""
     name, _, size = config.tokenizer.partition(":")
     if name == "bpe" and size.isdecimal():
         return int(size)
     return config.model.vocabulary
 
 
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8}
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-    r"(-start)?\("
-)
-
-
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Of a compiled program: how many of each kind, and the bytes of their results."""
+def count_collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Returns, by kind, the number of collectives and the bytes of their results."""
     counts, sizes = Counter(), Counter()
-    for result, kind, started in COLLECTIVE.findall(text):
+    for kind, results in hlo.collectives(text):
         counts[kind] += 1
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
-        if started and kind in ("all-gather", "collective-permute"):
-            arrays = arrays[len(arrays) // 2 :]  # the first half are the operands
-        for dtype, shape in arrays:
-            size = SIZES.get(dtype, 4)
-            for axis in filter(None, shape.split(",")):
-                size *= int(axis)
-            sizes[kind] += size
+        sizes[kind] += sum(array.nbytes for array in results)
     return {kind: (counts[kind], sizes[kind]) for kind in sorted(counts)}
 
 
 def out_of_memory(error: Exception) -> str:
-    """The sentence of the compiler that has the numbers."""
+    """Returns the part of the compiler's message that has the numbers."""
     found = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ hbm", str(error))
     return found[0] if found else str(error).splitlines()[0]
 

@@ -1,16 +1,19 @@
-"""What the devices can do, from their makers' data sheets."""
+"""Peak and memory of devices, and the environment of the TPU compiler."""
 
+import importlib.util
+import os
 from typing import NamedTuple
 
 
 class Device(NamedTuple):
     """One chip, as JAX counts devices."""
 
-    flops: float  # a second, of dense bfloat16 products
+    flops: float  # per second, of dense bfloat16 products
     memory: int  # bytes
 
 
-# By the beginning of jax.Device.device_kind; the longer of two that fit comes first.
+# From the makers' data sheets. The keys are the beginnings of jax.Device.device_kind;
+# the longer of two that match comes first.
 DEVICES = {
     "TPU v4": Device(275e12, 32 << 30),
     "TPU v5 lite": Device(197e12, 16 << 30),
@@ -28,8 +31,28 @@ DEVICES = {
 
 
 def find(device_kind: str) -> Device | None:
-    """The data of a kind of device; None if it is not in the table."""
+    """Returns the data of a kind of device; None if it is not in the table."""
     for beginning, device in DEVICES.items():
         if device_kind.startswith(beginning):
             return device
     return None
+
+
+def prepare_libtpu() -> None:
+    """Sets the environment in which libtpu compiles without a TPU.
+
+    It then sends no request to a metadata server, and a second program may compile at
+    the same time.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        return
+    import libtpu
+
+    for name, value in {
+        "TPU_LIBRARY_PATH": libtpu.get_library_path(),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""The loop around the training step, and what it records."""
+"""The loop around the training step, and the rows that it records."""
 
 import math
 import time
@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from trainer import hosts, metrics, sharding, train_step
-from trainer.checkpoints import Place
+from trainer.checkpoints import DataPosition
 from trainer.config import RunConfig
 from trainer.data import shards
 from trainer.errors import DataError, UsageError
@@ -17,22 +17,22 @@ from trainer.optimizers import Optimizer
 from trainer.output.sinks import Row
 from trainer.train_step import Task, TrainState
 
-AHEAD = 4  # batches that a host takes at a time, if there are several hosts
+BATCHES_AT_ONCE = 4  # that a host takes, if there are several hosts
 
 
 class Halted(UsageError):
-    """A step was not finite; training stopped at the state before it."""
+    """Reports a step that was not finite; training stopped at the state before it."""
 
 
 class DataLost(DataError):
-    """No batch could be read for a step; the state before it is saved."""
+    """Reports that no batch could be read for a step; the state before is saved."""
 
 
 class StepRecorder:
     """Turns device metrics into rows, one step behind the device.
 
-    Fetching a value waits for it. Fetched a step late, it is there already, and the
-    device never stands idle while the host writes.
+    Fetching a value waits until it is computed. One step later it is there already, and
+    the device need not wait for the host.
     """
 
     def __init__(self, task: Task, optimizer: Optimizer, record: Callable[[Row], None]):
@@ -44,7 +44,7 @@ class StepRecorder:
             task.model, task.config.sequence_length, task.mesh
         )
         self._pending = None
-        self._last_time = None  # None: the next step's time would not be its own
+        self._last_time = None  # None: the time of the next step includes other work
         self.halted: Row | None = None  # the row of a step that was not finite
 
     def push(self, step: int, measured: metrics.Metrics) -> None:
@@ -84,7 +84,7 @@ class StepRecorder:
 
 def fetched(
     batches: grain.DatasetIterator,
-) -> Iterator[tuple[np.ndarray, Place]]:
+) -> Iterator[tuple[np.ndarray, DataPosition]]:
     """Yields this host's batches, each with the place in the data after it.
 
     Several hosts take a few batches at a time and then exchange how many they got,
@@ -93,7 +93,7 @@ def fetched(
     Raises:
       DataError: On every host, at the same batch, if one of them cannot read it.
     """
-    together = AHEAD if jax.process_count() > 1 else 1
+    together = BATCHES_AT_ONCE if jax.process_count() > 1 else 1
     while True:
         taken, problem = [], ""
         try:
@@ -117,7 +117,7 @@ def train(
     batches: grain.DatasetIterator,
     *,
     record: Callable[[Row], None],
-    save: Callable[[TrainState, Place], None],
+    save: Callable[[TrainState, DataPosition], None],
     stop: Callable[[int], bool],
 ) -> TrainState:
     """Trains from `state` to the last step of the run, or until `stop`.
@@ -125,13 +125,13 @@ def train(
     Args:
       state: Where to start: a first state, or a restored checkpoint.
       task: Model, data and faults.
-      optimizer: What turns gradients into updates.
+      optimizer: The optimizer.
       batches: This host's batches, from the one after `state`'s on.
       record: Called with one row a step and one an evaluation, in order.
       save: Called with the state, and the place of `batches` that goes with it, at
         every checkpoint, at the last step, when stopped or halted; all rows up to that
         step have been recorded by then.
-      stop: Asked after every step, with its number.
+      stop: Called after every step with its number; returns whether to stop.
 
     Returns:
       The last state.
@@ -167,7 +167,7 @@ def train(
             z_loss=config.z_loss,
         )
         recorder.push(step, measured)
-        places.pop(step - 3, None)  # a halt is seen one step late, and goes back one
+        places.pop(step - 3, None)  # a halt is noticed one step late
 
         last, stopped = step == config.steps, stop(step)
         due = {

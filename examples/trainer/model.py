@@ -87,7 +87,7 @@ class ModelConfig:
         return self.layers * block + self.vocabulary * self.width
 
     def flops_per_token(self, tokens: int) -> int:
-        """Of one training step, for sequences of so many tokens.
+        """Returns the FLOPs per token of a step on sequences of `tokens` tokens.
 
         Twice the matrix parameters forward, twice that backward, and attention's two
         products over the whole sequence, masked half included: the convention of PaLM,
@@ -121,7 +121,7 @@ def for_platform(config: ModelConfig, vocabulary: int, platform: str) -> ModelCo
 
 
 def has_fused_attention(dtype: str) -> bool:
-    """Whether cuDNN is here, with a kernel for this dtype: half precision only."""
+    """Returns whether cuDNN is installed and has an attention kernel for this dtype."""
     x = jax.ShapeDtypeStruct((1, 64, 1, 64), dtype)
     attend = functools.partial(
         jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
@@ -134,7 +134,7 @@ def has_fused_attention(dtype: str) -> bool:
 
 
 def make_initializers(config: ModelConfig) -> initializers.StableInitializers:
-    """For kernels, those that write to the residual stream, and the embedding.
+    """Returns initializers of kernels, residual kernels and the embedding.
 
     The standard one is a normal distribution for all: GPT-2's deviation of 0.02 at
     width 625, more in a narrower model. WeSaR's kernels have initializers of their own.
@@ -146,7 +146,7 @@ def make_initializers(config: ModelConfig) -> initializers.StableInitializers:
 
 
 def flat_dot_general(x, kernel, dimension_numbers, **kwargs):
-    """`lax.dot_general` of a matrix and activations with any leading axes.
+    """Multiplies activations with any leading axes by a matrix, as `lax.dot_general`.
 
     The leading axes are merged first because XLA's CPU backend takes about 1.3 times
     as long for the gradient of a 3-D product.
@@ -168,7 +168,7 @@ def linear(
     residual: bool = False,
     use_bias: bool = False,
 ) -> nnx.Linear:
-    """A matrix; `residual` if its output is added to the stream."""
+    """Makes a linear layer; `residual` if its output is added to the stream."""
     if config.initialization == "wesar":
         std = (2 / (5 * config.width)) ** 0.5  # Spike No More's
         target_std = std / (2 * config.layers) ** 0.5 if residual else std
@@ -192,7 +192,7 @@ def norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
-    """Rotary positions: turns pairs of features by an angle that grows with position.
+    """Applies rotary positions: rotates pairs of features by position-dependent angles.
 
     The product of a rotated query and a rotated key depends on their contents and on
     the distance between them only.
@@ -269,7 +269,7 @@ class Block(nnx.Module):
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
     def scaled_norm(self, x_BTD: jax.Array, factor: jax.Array) -> jax.Array:
-        """LayerNorm Scaling: pre-norm, times 1 over the root of the block's number."""
+        """Applies the block with norms scaled by `factor` (LayerNorm Scaling)."""
         x_BTD = x_BTD + self.attention(factor * self.attention_norm(x_BTD))
         return x_BTD + self.ffn(factor * self.ffn_norm(x_BTD))
 
@@ -313,7 +313,7 @@ class Decoder(nnx.Module):
         return logits_BTV.astype(jnp.float32)
 
     def look_up(self, tokens_BT: jax.Array) -> jax.Array:
-        """What the tokens enter the residual stream as."""
+        """Returns the embeddings of the tokens."""
         return self.embed(tokens_BT)
 
 
@@ -363,9 +363,9 @@ def scan_blocks(
 
 
 def cast_table(arrays: tuple[jax.Array, ...], *, dtype: str, **options):
-    """An embedding's `promote_dtype` that makes its table whole for the lookup.
+    """Casts an embedding's table and gathers its columns, as its `promote_dtype`.
 
-    It is the table that devices exchange, then, rather than what they looked up.
+    The devices then exchange the table instead of the rows that they looked up.
     """
     del options  # Flax's, for inputs that are not floats yet
     cast = (x.astype(dtype) for x in arrays)
@@ -375,7 +375,7 @@ def cast_table(arrays: tuple[jax.Array, ...], *, dtype: str, **options):
 def stack_blocks(
     block: type[nnx.Module], config: ModelConfig, rngs: nnx.Rngs
 ) -> nnx.Module:
-    """All blocks as one, with independently drawn parameters."""
+    """Makes all blocks as one module, with independently drawn parameters."""
 
     @nnx.split_rngs(splits=config.layers)
     @nnx.vmap(in_axes=0, out_axes=0)

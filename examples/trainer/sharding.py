@@ -36,7 +36,7 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Parallelism:
-    """Sizes of the mesh's axes. They do not change what is computed, up to rounding."""
+    """Sizes of the mesh's axes, which change the results by rounding only."""
 
     data: int | None = None  # None: the devices that are left
     fsdp: int = 1
@@ -46,7 +46,7 @@ class Parallelism:
 def make_mesh(
     parallelism: Parallelism, rows: int, devices: list[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh of the devices for micro-batches of `rows` sequences.
+    """Makes a mesh of the devices for micro-batches of `rows` sequences.
 
     Without `data`, as many devices are used as can share the rows evenly.
     """
@@ -76,15 +76,22 @@ def make_mesh(
 
 
 def spec(name: str, shape: tuple[int, ...], mesh: Any) -> P:
-    """How the tensor called `name` is split; an axis must divide it, or is left out."""
+    """Returns how a tensor is split; an axis that does not divide it is left out.
+
+    Axes of one device are left out as well, as XLA does. So arrays and their
+    descriptions have equal shardings, and share compiled programs.
+    """
     for pattern, axes in RULES:
         if re.search(rf"(^|/){pattern}$", name) and len(axes) == len(shape):
-            return P(
-                *(
-                    axis if axis and size % mesh.shape[axis] == 0 else None
-                    for axis, size in zip(axes, shape, strict=True)
-                )
-            )
+            kept = [
+                axis
+                if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+                else None
+                for axis, size in zip(axes, shape, strict=True)
+            ]
+            while kept and kept[-1] is None:
+                kept.pop()
+            return P(*kept)
     return P()
 
 
@@ -96,7 +103,7 @@ def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of `tree`, for compiling and for restoring.
+    """Returns shapes, dtypes and shardings of `tree`, for compiling and restoring.
 
     The tree is of parameters, or of anything that holds tensors with their names.
     """
@@ -137,12 +144,12 @@ def gather_columns(table: jax.Array) -> jax.Array:
 
 
 def put_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:
-    """One global batch of what every host has of it."""
+    """Makes one global batch of the parts that the hosts have."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), local)
 
 
 def put_everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A stack of batches that every host has whole, split among all devices."""
+    """Splits a stack of batches, which every host has whole, among all devices."""
     rows = math.prod(mesh.shape[axis] for axis in ROWS)
     sharding = NamedSharding(mesh, BATCH if array.shape[1] % rows == 0 else P())
     return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 import spam_optax
 from trainer import metrics, model, sharding
@@ -195,6 +195,30 @@ def train_step(
     new = TrainState(state.step + 1, state.halted, params, opt_state, fault_state)
     kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), new, state)
     return sharding.constrain(kept._replace(halted=~going)), measured
+
+
+def lower_step(task: Task, optimizer: Optimizer, dtype: np.dtype) -> jax.stages.Lowered:
+    """Lowers the step for the devices of the task; takes no memory on them.
+
+    After ``lower_step(...).compile()`` a run of the same objects compiles no step.
+    `dtype` is that of the tokens.
+    """
+    config = task.config
+    state = jax.eval_shape(lambda: initial_state(task, optimizer))
+    rows = config.batch_size // config.accumulate
+    batch = jax.ShapeDtypeStruct(
+        (config.accumulate, rows, config.sequence_length + 1),
+        dtype,
+        sharding=NamedSharding(task.mesh, sharding.BATCH),
+    )
+    return train_step.lower(
+        sharding.abstract(state, task.mesh),
+        batch,
+        graphdef=task.graphdef,
+        faults=task.faults,
+        optimizer=optimizer,
+        z_loss=config.z_loss,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",))

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import pretrain
-from trainer import compile_only, config, hardware, optimizers, sharding
+from trainer import compile_only, config, hardware, hlo, optimizers, sharding
 
 # A program for a device that is not here is stored in the suite's cache of compiled
 # programs, cannot be loaded from it, and is then compiled again.
@@ -69,16 +69,13 @@ def test_1b_fits_sixteen_chips_and_sparse_momentum_saves_memory():
 
 
 def large_results(compiled, tensors):
-    """Collectives by kind and shape, but for those of a number or so a tensor."""
-    found = Counter()
-    for result, kind, _ in compile_only.COLLECTIVE.findall(compiled.as_text()):
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-            size = 1
-            for axis in filter(None, shape.split(",")):
-                size *= int(axis)
-            if size > tensors:
-                found[kind, dtype, shape] += 1
-    return found
+    """Results of collectives by kind, without those of about one number per tensor."""
+    return Counter(
+        (collective.kind, array)
+        for collective in hlo.collectives(compiled.as_text())
+        for array in collective.results
+        if array.size > tensors
+    )
 
 
 @pytest.mark.slow
@@ -86,7 +83,7 @@ def large_results(compiled, tensors):
 @needs_libtpu
 def test_optimizer_adds_only_scalar_collectives(monkeypatch):
     """On a mesh with all three axes: SPAM's step sends what plain SGD's does."""
-    sgd = optimizers.Row(lambda _, rate: optax.sgd(rate), momentum_decay=None)
+    sgd = optimizers.Entry(lambda _, rate: optax.sgd(rate), momentum_decay=None)
     monkeypatch.setitem(optimizers.TABLE, "sgd", sgd)
     settings = config.RunConfig.from_settings(preset="9m", batch_size=16, remat="none")
     devices = compile_only.find_devices("tpu:v5e:2x4")
@@ -174,9 +171,10 @@ def test_collectives_are_counted_with_their_bytes():
   %a = f32[4,8]{1,0} all-gather(%x), dimensions={0}
   %b = (f32[], bf16[16]{0}) all-reduce(%y, %z), to_apply=%add
   %c = (bf16[2]{0}, bf16[8]{0}) all-gather-start(%w)
-  %d = f32[4] add(%a, %b)
+  %d = bf16[8]{0} all-gather-done(%c)
+  %e = f32[4] add(%a, %b)
 """
-    assert compile_only.collectives(text) == {
+    assert compile_only.count_collectives(text) == {
         "all-gather": (2, 4 * 8 * 4 + 16),
         "all-reduce": (1, 4 + 32),
     }

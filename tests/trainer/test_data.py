@@ -563,7 +563,7 @@ def test_hosts_end_at_the_same_batch(monkeypatch):
     for mine, others in ((2, 99), (99, 2), (2, 2), (99, 0)):
         other = [others % 97, "file.jsonl, after row 7"]
         if others == 99:
-            other = [loop.AHEAD, ""]
+            other = [loop.BATCHES_AT_ONCE, ""]
         monkeypatch.setattr(hosts, "gather", lambda mine: [mine, other])  # noqa: B023
         taken = []
         with pytest.raises(DataError, match="file.jsonl, after row 7"):

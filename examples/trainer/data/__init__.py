@@ -19,7 +19,7 @@ ONE_HOST = Host()
 
 
 class Data(NamedTuple):
-    """What a run reads.
+    """The data of a run.
 
     `train` is endless. Its elements are this host's part of a batch, integers of shape
     ``(accumulate, rows, sequence_length + 1)``. The state of its iterator is exact: a
@@ -66,7 +66,7 @@ def rows_per_host(config: RunConfig, host: Host) -> int:
 
 
 def load_files(config: RunConfig, host: Host, rows: int) -> Data:
-    """Text files, of which any batch can be made from its number."""
+    """Loads text files, any batch of which can be made from its number."""
     tokenizer, tokens, digest = text_files.load(
         config.data, config.tokenizer, config.separator
     )
@@ -82,7 +82,7 @@ def load_files(config: RunConfig, host: Host, rows: int) -> Data:
 
 
 def load_stream(config: RunConfig, host: Host, rows: int, skip_bad_data: int) -> Data:
-    """A data set that is read from its beginning on."""
+    """Loads a data set that is read from its beginning on."""
     source = hf_stream.open_source(config.data, skip_bad_data)
     tokenizer = tokenization.load(
         config.tokenizer,

@@ -1,9 +1,9 @@
 """Data sets of the Hugging Face hub, and local folders like them, read as a stream.
 
 The order is made in two steps, both of which resume exactly. The shards of the data
-set, usually its files, come in an order that is drawn anew in every epoch; documents
-stay in theirs, because the `datasets` library loses the contents of its own shuffle
-buffer when it resumes. The windows cut from them are then shuffled within blocks of
+set, usually its files, come in an order that is drawn anew in every epoch. Documents
+keep their order within a shard, because the `datasets` library loses its own shuffle
+buffer on resuming. The windows cut from them are then shuffled within blocks of
 `SHUFFLED`.
 """
 
@@ -94,7 +94,7 @@ def open_source(data: str, skip_bad_data: int = 0) -> Source:
 
 
 def open_splits(builder: Any, shards: Shards) -> dict[str, Any]:
-    """The splits, with text for the column of texts.
+    """Opens the splits, and makes the column of texts a text column.
 
     The library takes the columns from the first file, which may be broken, or hold
     something else.
@@ -119,7 +119,7 @@ def open_splits(builder: Any, shards: Shards) -> dict[str, Any]:
 
 
 def quiet_library() -> Any:
-    """The package datasets, without its progress bars and warnings."""
+    """Imports the package datasets, without its progress bars and warnings."""
     try:
         import datasets
         import datasets.distributed
@@ -134,7 +134,7 @@ def quiet_library() -> Any:
 
 
 def first_text(dataset: Any, data: str, split: str) -> str:
-    """The first document of a split, which shows whether it can be used."""
+    """Reads the first document of a split, to check that it can be used."""
     try:
         document = next(iter(dataset), None)
     except DataError as error:
@@ -162,12 +162,12 @@ def text_of(document: dict[str, Any]) -> str:
 
 
 def texts(dataset: Any) -> Iterator[str]:
-    """The documents of a split, once, in the order of its files."""
+    """Yields the documents of a split, once, in the order of its files."""
     return map(text_of, dataset)
 
 
 def data_files(builder: Any) -> dict[str, list]:
-    """The files of a data set: by revision on the hub, by size in a local folder."""
+    """Lists the files of a data set, those of a local folder with their sizes."""
     return {
         str(split): [
             (os.path.basename(path), os.path.getsize(path))
@@ -180,7 +180,7 @@ def data_files(builder: Any) -> dict[str, list]:
 
 
 def describe(builder: Any, name: str) -> str:
-    """The number and size of a data set's files, and how many others are not read."""
+    """Describes number and size of a data set's files, and how many are not read."""
     files = data_files(builder)
     counts = [f"files in {split}: {len(paths):,}" for split, paths in files.items()]
     text = ", ".join(counts) or "files: not known"
@@ -198,7 +198,7 @@ def describe(builder: Any, name: str) -> str:
 
 
 def paths_of(builder: Any) -> Iterator[list[str]]:
-    """The files of each split."""
+    """Yields the files of each split."""
     yield from (builder.config.data_files or {}).values()
 
 
@@ -212,13 +212,13 @@ def digest(source: Source, tokenizer: Tokenizer) -> str:
 
 
 def joined(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
-    """The tokens of each document, with the separator behind them."""
+    """Yields the tokens of each document, followed by the separator."""
     for tokens in tokenization.encode_all(tokenizer, documents):
         yield np.concatenate([tokens, tokenizer.separator])
 
 
 def first_tokens(dataset: Any, tokenizer: Tokenizer, count: int) -> np.ndarray:
-    """The first `count` tokens of a split, or as many as there are."""
+    """Returns the first `count` tokens of a split, or as many as there are."""
     arrays, found = [], 0
     for tokens in joined(tokenizer, texts(dataset)):
         arrays.append(tokens)
@@ -231,7 +231,7 @@ def first_tokens(dataset: Any, tokenizer: Tokenizer, count: int) -> np.ndarray:
 def windows(
     source: Source, tokenizer: Tokenizer, length: int, seed: int, host: Host
 ) -> grain.IterDataset:
-    """This host's windows of ``length + 1`` tokens, endlessly.
+    """Returns this host's windows of ``length + 1`` tokens, endlessly.
 
     Each host gets shards of its own if they can be divided evenly, else documents.
     """
@@ -262,7 +262,8 @@ class Prefetched(grain.IterDataset):
 class PrefetchedIterator(grain.experimental.ThreadPrefetchDatasetIterator):
     """Closes itself, once, while the interpreter is still there to do it.
 
-    Grain's closes when it is collected, which may be too late, and whenever it is told.
+    Grain's iterator closes when it is collected, which may be too late, and every time
+    that `close` is called.
     """
 
     def __init__(self, parent: grain.DatasetIterator, ready: int):
@@ -281,7 +282,7 @@ def close_if_alive(reference: weakref.ref) -> None:
 
 
 def endless(dataset: Any, state: dict) -> Iterator[tuple[str, dict]]:
-    """The documents from `state` on, epoch after epoch, each with the state after it.
+    """Yields the documents from `state` on, endlessly, each with the state after it.
 
     `state` is what the `datasets` library calls the state of a data set.
     """

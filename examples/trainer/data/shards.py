@@ -103,7 +103,7 @@ class Shards:
 
 
 def checked(part: Any) -> int:
-    """The rows of a table, or 1 for a document; raises if its column is not text."""
+    """Counts the rows of a table or document; raises if its column is not text."""
     if isinstance(part, dict):
         if not isinstance(part.get(COLUMN), str | None):
             raise ValueError(f"the column {COLUMN} holds {part[COLUMN]!r}, not text")
@@ -126,7 +126,7 @@ def check_type(table: Any) -> None:
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether reading again a little later may succeed."""
+    """Returns whether reading again a little later may succeed."""
     if isinstance(error, LASTING):
         return False
     if isinstance(error, ConnectionError | TimeoutError):
@@ -137,13 +137,13 @@ def may_pass(error: Exception) -> bool:
 
 
 def name_of(shard: dict[str, Any]) -> str:
-    """The file of a shard, as far as it can be read from its reader's arguments."""
+    """Returns the file of a shard, if its reader's arguments have it."""
     lists = [value for value in shard.values() if isinstance(value, list)]
     names = [str(name) for name in itertools.chain(*lists) if isinstance(name, str)]
     return names[0] if names else f"the shard {shard}"[:200]
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """Formats an error as one line."""
     text = " ".join(str(error).split())[:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -26,7 +26,7 @@ from trainer.files import replacing
 DATA = pathlib.Path(__file__).parents[2] / "data"
 SHAKESPEARE = DATA / "shakespeare.txt"
 PROSE = DATA / "prose_pd.txt.xz"
-# How files begin that nobody means to train on byte by byte.
+# The first bytes of files that are not text.
 PACKED = {
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ": "xz",
@@ -35,12 +35,12 @@ PACKED = {
     b"PK\x03\x04": "zip",
     b"PAR1": "Parquet",
 }
-PIECE = 2**18  # bytes of a file that are in memory at once
+PIECE = 2**18  # bytes of a file that are read at once
 LARGE = 2**24  # bytes of text that take long enough to encode for a progress bar
 
 
 class Corpus(NamedTuple):
-    """Two contiguous stretches of one text, as tokens."""
+    """Two contiguous parts of one text, as tokens."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -58,7 +58,7 @@ def split(text: bytes | np.ndarray, validation_fraction: float = 0.1) -> Corpus:
 
 
 def training_length(length: int, validation_fraction: float = 0.1) -> int:
-    """How much of a text of `length` is not for validation."""
+    """Returns the length of the training part of a text."""
     return length - round(length * validation_fraction)
 
 
@@ -82,7 +82,7 @@ class Windows:
 
 
 def shuffled_windows(tokens: np.ndarray, length: int, seed: int) -> grain.MapDataset:
-    """All windows, endlessly, in an order that is drawn anew in every epoch."""
+    """Returns all windows, endlessly, in an order that is drawn anew in every epoch."""
     windows = grain.MapDataset.source(Windows(tokens, length))
     return windows.seed(seed).shuffle().repeat()
 
@@ -100,7 +100,7 @@ def batched(
 def batches(
     tokens: np.ndarray, length: int, batch_size: int, seed: int
 ) -> grain.MapDataset:
-    """Shuffled training batches of shape ``(batch_size, length + 1)``.
+    """Returns shuffled training batches of shape ``(batch_size, length + 1)``.
 
     Batch number `n` is ``batches(...)[n]``, a pure function of the seed and `n`: the
     step number is the whole state of the data iterator. The order is drawn anew in
@@ -112,7 +112,7 @@ def batches(
 def evaluation_batches(
     tokens: np.ndarray, length: int, batch_size: int, limit: int
 ) -> np.ndarray:
-    """Up to `limit` evenly spaced windows: ``(batches, batch_size, length + 1)``.
+    """Stacks up to `limit` evenly spaced windows.
 
     A text with fewer windows than `batch_size` makes one smaller batch.
     """
@@ -129,7 +129,7 @@ def evaluation_batches(
 
 
 class Span(NamedTuple):
-    """A stretch of a file."""
+    """A part of a file."""
 
     path: pathlib.Path
     start: int  # bytes
@@ -137,7 +137,7 @@ class Span(NamedTuple):
 
 
 def find(data: str | None) -> list[pathlib.Path]:
-    """The files that `data` names: a file, a folder with .txt files, or a pattern.
+    """Finds the files that `data` names: a file, a folder of .txt files, or a pattern.
 
     Hidden files are left out, links are followed, and no file is taken twice.
     """
@@ -145,7 +145,7 @@ def find(data: str | None) -> list[pathlib.Path]:
 
 
 def look_up(data: str | None) -> tuple[list[pathlib.Path], int]:
-    """The files that `data` names, and the number of hidden ones left out."""
+    """Finds the files that `data` names, and counts the hidden ones left out."""
     if data is None:
         return [SHAKESPEARE], 0
     if not data:
@@ -172,7 +172,7 @@ def look_up(data: str | None) -> tuple[list[pathlib.Path], int]:
 
 
 def matching(pattern: str, hidden: bool) -> Iterator[pathlib.Path]:
-    """The paths that a pattern names; ** stands for any folders, each visited once.
+    """Yields the paths that a pattern names; ** visits every folder once.
 
     The package glob would follow a link to a parent folder round and round.
     """
@@ -190,7 +190,7 @@ def matching(pattern: str, hidden: bool) -> Iterator[pathlib.Path]:
 
 
 def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The files in `folder` and below."""
+    """Yields the files in `folder` and below."""
     for inner, files in folders_below(folder):
         yield from (inner / file for file in files)
 
@@ -198,7 +198,7 @@ def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 def folders_below(
     folder: pathlib.Path,
 ) -> Iterator[tuple[pathlib.Path, list[str]]]:
-    """The folder itself and those below, each once, with the names of their files.
+    """Yields the folder and those below, each once, with the names of their files.
 
     Linked folders come last, so that a file is found under its own path first.
     """
@@ -224,7 +224,7 @@ def is_hidden(path: pathlib.Path) -> bool:
 
 
 def each_once(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
-    """The files among `paths`, sorted, each once.
+    """Returns the files among `paths`, sorted, each once.
 
     A link counts only if the file that it leads to is not among them.
     """
@@ -236,7 +236,7 @@ def each_once(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
 
 
 def describe(data: str | None) -> str:
-    """The number and size of the files that `data` names, and how many are left out."""
+    """Describes the number and size of the files that `data` names."""
     files, hidden = look_up(data)
     size = sum(span.stop for span in whole(files))
     text = f"{len(files):,} file{'s' * (len(files) > 1)}, {size:,} bytes"
@@ -255,7 +255,7 @@ def reading(path: pathlib.Path) -> Iterator[None]:
 
 
 def unpacked(path: pathlib.Path) -> pathlib.Path:
-    """The text in an .xz file, as a file of the user's cache that is made if needed."""
+    """Unpacks an .xz file into the user's cache, if it is not there yet."""
     try:
         with path.open("rb") as packed:
             digest = hashlib.file_digest(packed, "sha256").hexdigest()
@@ -275,7 +275,7 @@ def unpacked(path: pathlib.Path) -> pathlib.Path:
 
 
 def whole(paths: Sequence[pathlib.Path]) -> list[Span]:
-    """All of every file."""
+    """Returns a span of all of every file."""
     spans = []
     for path in paths:
         with reading(path), path.open("rb") as file:
@@ -296,7 +296,7 @@ def check_is_text(path: pathlib.Path, beginning: bytes) -> None:
 
 
 def split_spans(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
-    """`split`, before encoding: every tokenizer trains on the same text.
+    """Splits the text before it is encoded, so that every tokenizer has the same split.
 
     The boundary moves to the start of the character that it would cut.
     """
@@ -315,7 +315,7 @@ def split_spans(spans: Sequence[Span]) -> tuple[list[Span], list[Span]]:
 
 
 def start_of_character(path: pathlib.Path, position: int) -> int:
-    """Where the UTF-8 character starts that has the byte at `position`."""
+    """Returns where the UTF-8 character with the byte at `position` starts."""
     with reading(path), path.open("rb") as file:
         for start in range(position, max(0, position - 3) - 1, -1):
             file.seek(start)
@@ -325,7 +325,7 @@ def start_of_character(path: pathlib.Path, position: int) -> int:
 
 
 def pieces(span: Span, errors: str = "strict") -> Iterator[str]:
-    """The text of `span`, in pieces that end with a line unless lines are long."""
+    """Yields the text of `span` in pieces, which end with a line if they can."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     with reading(span.path), span.path.open("rb") as file:
         file.seek(span.start)
@@ -345,12 +345,12 @@ def pieces(span: Span, errors: str = "strict") -> Iterator[str]:
 
 
 def texts(spans: Sequence[Span]) -> Iterator[str]:
-    """The text of all `spans`, in pieces."""
+    """Yields the text of all `spans`, in pieces."""
     return itertools.chain.from_iterable(map(pieces, spans))
 
 
 def encoded(spans: Sequence[Span], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The tokens of all `spans`, in pieces, with a separator between two files."""
+    """Yields the tokens of all `spans`, with a separator between two files."""
     errors = "surrogateescape" if tokenizer == BYTES else "strict"
     for number, span in enumerate(spans):
         if number:
@@ -361,7 +361,7 @@ def encoded(spans: Sequence[Span], tokenizer: Tokenizer) -> Iterator[np.ndarray]
 def cached(
     spans: Sequence[Span], tokenizer: Tokenizer, path: pathlib.Path
 ) -> np.ndarray:
-    """The tokens of all `spans`, mapped from the file `path`.
+    """Returns the tokens of all `spans`, mapped from the file `path`.
 
     If there is no such file they are encoded first.
     """
@@ -384,7 +384,7 @@ def cached(
 
 
 def is_array(path: pathlib.Path) -> bool:
-    """Whether the file is there and holds a complete array."""
+    """Returns whether the file exists and holds a complete array."""
     try:
         np.load(path, mmap_mode="r")
     except (OSError, ValueError):
@@ -431,7 +431,7 @@ def text_digest(data: str | None) -> str:
 
 
 def cache_folder(path: pathlib.Path) -> pathlib.Path:
-    """Where to keep what is computed from the text at `path`.
+    """Returns the folder that keeps what is computed from the text at `path`.
 
     Beside it if possible, out of sight of patterns like data/*; else, as for the
     embedded text, in the user's cache.
@@ -458,7 +458,7 @@ def user_cache() -> pathlib.Path:
 def load(
     data: str | None, name: str, separator: str | None = None
 ) -> tuple[Tokenizer, Corpus, str]:
-    """The tokenizer called `name`, the text files' tokens, and the digest of both.
+    """Loads the tokenizer called `name`, the text files' tokens, and a digest of both.
 
     The token `separator`, or else the tokenizer's own, stands between two files.
 

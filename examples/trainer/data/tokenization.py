@@ -42,7 +42,7 @@ class Tokenizer(NamedTuple):
 
     @property
     def separator(self) -> np.ndarray:
-        """What stands between two documents: the end token, or else a line's end."""
+        """The tokens between two documents: the end token, or else a line end."""
         if self.end is not None:
             return np.array([self.end], self.dtype)
         tokens = self.encode("\n")
@@ -56,7 +56,7 @@ class Tokenizer(NamedTuple):
 
 
 def encode_bytes(text: str) -> np.ndarray:
-    """The bytes of `text`; surrogates stand for bytes that are not UTF-8."""
+    """Encodes `text` as bytes; surrogates stand for bytes that are not UTF-8."""
     return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
 
 
@@ -69,7 +69,7 @@ def load(
     cache: pathlib.Path,
     separator: str | None = None,
 ) -> Tokenizer:
-    """The tokenizer called `name`.
+    """Loads the tokenizer called `name`.
 
     Args:
       name: "bytes", the UTF-8 bytes; "bpe:SIZE", a byte-level BPE of at most SIZE
@@ -110,7 +110,7 @@ def encode_all(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarra
 
 
 def library() -> Any:
-    """The package tokenizers, which only other tokenizers than "bytes" need."""
+    """Imports the package tokenizers, which every tokenizer but "bytes" needs."""
     try:
         import tokenizers
     except ImportError as error:
@@ -121,7 +121,7 @@ def library() -> Any:
 
 
 def read(name: str, path: pathlib.Path, separator: str | None = None) -> Tokenizer:
-    """The tokenizer in a tokenizer.json.
+    """Reads the tokenizer in a tokenizer.json.
 
     A control token that is spelled out in a text is encoded as ordinary text, so no
     document can contain the token for the end of a document.
@@ -169,7 +169,7 @@ def read(name: str, path: pathlib.Path, separator: str | None = None) -> Tokeniz
 def end_token(
     ids: dict[str, int], content: dict, path: pathlib.Path, separator: str | None
 ) -> str | None:
-    """The token that ends a document, or None if none is known."""
+    """Returns the token that ends a document, or None if none is known."""
     if separator is not None:
         if separator not in ids:
             some = ", ".join(control_tokens(content)[:5]) or next(iter(ids))
@@ -184,12 +184,12 @@ def end_token(
 
 
 def control_tokens(content: dict) -> list[str]:
-    """The control tokens of a tokenizer.json."""
+    """Returns the control tokens of a tokenizer.json."""
     return [token["content"] for token in content["added_tokens"] if token["special"]]
 
 
 def declared_end(path: pathlib.Path) -> str | None:
-    """What the tokenizer_config.json beside a tokenizer.json calls the end of text."""
+    """Returns the end of text that the tokenizer_config.json beside it declares."""
     try:
         beside = path.with_name("tokenizer_config.json").read_text(encoding="utf-8")
         token = json.loads(beside).get("eos_token")
@@ -199,7 +199,7 @@ def declared_end(path: pathlib.Path) -> str | None:
 
 
 def last_of_template(processor: dict | None) -> str | None:
-    """The control token that a tokenizer.json puts after a text, if any."""
+    """Returns the control token that a tokenizer.json puts after a text, if any."""
     if processor is None:
         return None
     if processor["type"] == "Sequence":
@@ -235,7 +235,7 @@ def spellings(
 
 
 def size_of(name: str) -> int:
-    """The number in "bpe:8192"."""
+    """Returns the number in "bpe:8192"."""
     size = name.removeprefix("bpe:")
     if not size.isdecimal() or not 257 <= int(size) <= LARGEST:
         raise UsageError(
@@ -249,7 +249,7 @@ def size_of(name: str) -> int:
 def trained(
     size: int, texts: Callable[[], Iterable[str]], cache: pathlib.Path
 ) -> pathlib.Path:
-    """The file of a BPE trained on `texts`, which is trained if it is not there."""
+    """Returns the file of a BPE trained on `texts`; trains it if it is not there."""
     key = digest_of(itertools.chain([RULES, str(LONGEST_WORD)], beginning(texts())))
     path = cache / f"bpe-{size}-{key[:32]}.json"
     if path.is_file():
@@ -294,7 +294,7 @@ def train(size: int, texts: Iterable[str]) -> Any:
 
 
 def beginning(texts: Iterable[str]) -> Iterator[str]:
-    """The first texts, as many as a BPE is trained on."""
+    """Yields the first texts, as many as a BPE is trained on."""
     left = TRAINING_CHARACTERS
     for text in texts:
         yield text[:left]
@@ -314,7 +314,7 @@ def digest_of(texts: Iterable[str]) -> str:
 
 
 def pretrained(name: str) -> pathlib.Path:
-    """The tokenizer.json of a repository on the hub, downloaded or downloaded before.
+    """Returns a tokenizer.json from the hub, downloaded now or before.
 
     Without a connection only the latter.
     """
@@ -341,7 +341,7 @@ def pretrained(name: str) -> pathlib.Path:
 
 
 def quiet_hub() -> Any:
-    """The package huggingface_hub, without its progress bars and warnings."""
+    """Imports the package huggingface_hub, without its progress bars and warnings."""
     import huggingface_hub.constants
     import huggingface_hub.utils
 
@@ -351,10 +351,9 @@ def quiet_hub() -> Any:
 
 
 def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached.
+    """Returns whether the Hugging Face hub can be reached.
 
-    Asked once, before all else, because the hub's client itself would try for half a
-    minute.
+    This is checked first, because the hub's own client would try for half a minute.
     """
     hub = quiet_hub()
     try:

@@ -34,7 +34,7 @@ class Curves(NamedTuple):
     bucket: int  # steps that share a point
 
     def thin(self, name: str, reduce: Callable) -> tuple[np.ndarray, np.ndarray]:
-        """Step numbers and values of a column."""
+        """Returns step numbers and values of a column, thinned."""
         numbers, values = column(self.steps, "step"), column(self.steps, name)
         return summary.thin(numbers, values, reduce, self.bucket)
 
@@ -114,7 +114,7 @@ def thousands(step: float, position: int) -> str:
 def draw_losses(
     panel, curves: dict[str, Curves], summaries: dict[str, dict], config: RunConfig
 ) -> None:
-    """Training losses, raw and smoothed, labeled at their ends; validation losses."""
+    """Draws training losses, raw and smoothed, and validation losses."""
     low, high = loss_limits(curves, config)
     panel.set_ylim(low, high)
     panel.set_ylabel(f"loss ({summary.loss_unit(config)})")
@@ -155,7 +155,7 @@ def loss_limits(curves: dict[str, Curves], config: RunConfig) -> tuple[float, fl
 
 
 def trailing_mean(values: np.ndarray, window: int = SMOOTHING) -> np.ndarray:
-    """Mean of up to `window` values ending at each."""
+    """Returns the mean of up to `window` values ending at each."""
     return np.array(
         [values[max(0, i + 1 - window) : i + 1].mean() for i in range(len(values))]
     )
@@ -167,7 +167,7 @@ def last_finite(values: np.ndarray, default: float) -> float:
 
 
 def thin_evaluations(curve: Curves) -> tuple[np.ndarray, np.ndarray]:
-    """Step numbers and losses of the evaluations."""
+    """Returns step numbers and losses of the evaluations."""
     numbers, losses = (
         column(curve.evaluations, name) for name in ("step", "eval_loss")
     )
@@ -176,7 +176,7 @@ def thin_evaluations(curve: Curves) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_evaluations(panel, curve: Curves) -> None:
-    """A dot for every validation loss inside the panel's limits."""
+    """Draws a dot for every validation loss inside the panel's limits."""
     numbers, losses = thin_evaluations(curve)
     low, high = panel.get_ylim()
     inside = (losses >= low) & (losses <= high)
@@ -192,7 +192,7 @@ def draw_evaluations(panel, curve: Curves) -> None:
 
 
 def mark_halt(panel, curve: Curves, height: float) -> None:
-    """A cross where the optimizer halted, if it did."""
+    """Draws a cross where the optimizer halted, if it did."""
     if curve.halted_at is not None:
         panel.plot(
             curve.halted_at, height, "X", color=curve.color, markersize=9, zorder=4
@@ -247,7 +247,7 @@ def spread(ends: dict[str, float], low: float, high: float) -> dict[str, float]:
 
 
 def draw_norms(panel, name: str, curve: Curves) -> None:
-    """Gradient norm before and after clipping."""
+    """Draws the gradient norm before and after clipping."""
     numbers, before = curve.thin("grad_norm", summary.largest)
     _, after = curve.thin("clipped_grad_norm", summary.largest)
     panel.semilogy(numbers, before, color=BEFORE, linewidth=2.2)
@@ -269,7 +269,7 @@ def draw_norms(panel, name: str, curve: Curves) -> None:
 
 
 def share_norm_axis(panels: list[matplotlib.axes.Axes]) -> None:
-    """One scale for all, with room for the words above the curves."""
+    """Sets one scale for all panels, with room for text above the curves."""
     limits = [panel.get_ylim() for panel in panels]
     low, high = min(low for low, _ in limits), max(high for _, high in limits)
     for position, panel in enumerate(panels):

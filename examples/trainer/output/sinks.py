@@ -1,6 +1,6 @@
-"""Records of a run: metrics.jsonl, TensorBoard events and, if asked for, wandb.
+"""Where the metrics of a run go: metrics.jsonl, TensorBoard and, optionally, wandb.
 
-metrics.jsonl has one JSON object a line: a step,
+metrics.jsonl has one JSON object per line. It is a step,
 
     optimizer, step            from 1
     loss                       of this step's batch, before its update; nats per token
@@ -15,10 +15,10 @@ metrics.jsonl has one JSON object a line: a step,
     fault                      whether this step's gradient was corrupted
     tokens_per_second          null where compilation or other work came between
     flops_utilization          of the devices' bfloat16 peak, by the model; null for a
-                               device that trainer.hardware does not know
+                               device that is not in trainer.hardware
 
-or an evaluation: `optimizer`, `step`, `eval_loss` and `eval_perplexity`. JSON knows no
-NaN or infinity: a number that is not finite is null.
+or an evaluation: `optimizer`, `step`, `eval_loss` and `eval_perplexity`. A number that
+is not finite is null, because JSON has no NaN or infinity.
 """
 
 import contextlib
@@ -42,11 +42,11 @@ from trainer.errors import UsageError
 Row = dict[str, Any]
 
 TENSORS_EVERY = 10  # steps between the norms of single tensors in TensorBoard, wandb
-FLUSH_EVERY = 10  # seconds between what TensorBoard gets to see
+FLUSH_EVERY = 10  # seconds between writes to TensorBoard's file
 
 
 def finite(value: Any) -> Any:
-    """`value`, with None in place of every NaN or infinity in it."""
+    """Returns `value` with None in place of every NaN or infinity."""
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -58,7 +58,7 @@ def finite(value: Any) -> Any:
 
 
 def scalars(row: Row, tensor_names: Iterable[str]) -> dict[str, float]:
-    """The numbers of a row under one name each; single tensors' every few steps."""
+    """Returns the numbers of a row by name, those of tensors only every few steps."""
     row = finite(row)
     others = ("optimizer", "step", "fault", "tensors")
     numbers = {name: value for name, value in row.items() if name not in others}
@@ -92,8 +92,8 @@ class Metrics:
 class TensorBoard:
     """Writes the numbers of one optimizer's rows as TensorBoard scalars.
 
-    Not by a SummaryWriter of tensorboardX, whose thread dies when the disk is full and
-    lets the program wait for it for ever.
+    It does not use a SummaryWriter of tensorboardX, whose thread dies when the disk is
+    full; the program would then wait for it forever.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ def import_wandb():
 
 
 class MetricSinks:
-    """Everything that takes the rows of one optimizer; on host 0 alone."""
+    """Passes the rows of one optimizer to all sinks, on host 0 alone."""
 
     def __init__(
         self, folder, task, optimizer: str, step: int, progress, wandb_project
@@ -210,7 +210,7 @@ class MetricSinks:
 
 
 def read(path: pathlib.Path) -> list[Row]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Reads the rows of a metrics.jsonl, without a last line that a crash cut short."""
     if not path.exists():
         return []
     rows = []
@@ -227,7 +227,7 @@ def read(path: pathlib.Path) -> list[Row]:
 
 
 def recorded(path: pathlib.Path, optimizer: str, config: RunConfig) -> int:
-    """The last step up to which an optimizer's rows are all there."""
+    """Returns the last step up to which no row of an optimizer is missing."""
     rows = read(path)
     steps = {row["step"] for row in steps_of(rows, optimizer)}
     evaluations = {row["step"] for row in evaluations_of(rows, optimizer)}
@@ -240,7 +240,7 @@ def recorded(path: pathlib.Path, optimizer: str, config: RunConfig) -> int:
 
 
 def cut(path: pathlib.Path, optimizer: str, step: int) -> None:
-    """Leaves of an optimizer's rows those up to its checkpoint."""
+    """Removes an optimizer's rows after the step of its checkpoint."""
     rows = (
         row
         for row in read(path)
@@ -252,10 +252,10 @@ def cut(path: pathlib.Path, optimizer: str, step: int) -> None:
 
 
 def steps_of(rows: Iterable[Row], optimizer: str) -> list[Row]:
-    """The training steps of one optimizer, in order."""
+    """Returns the training steps of one optimizer, in order."""
     return [row for row in rows if row["optimizer"] == optimizer and "loss" in row]
 
 
 def evaluations_of(rows: Iterable[Row], optimizer: str) -> list[Row]:
-    """The evaluations of one optimizer, in order."""
+    """Returns the evaluations of one optimizer, in order."""
     return [row for row in rows if row["optimizer"] == optimizer and "eval_loss" in row]

@@ -17,12 +17,12 @@ POINTS = 2000  # of a curve at most: more than a picture has pixels in a row
 
 
 def column(rows: list[Row], name: str) -> np.ndarray:
-    """A column as float64; what was not finite is NaN."""
+    """Returns a column as float64, with NaN for values that were not finite."""
     return np.array([row[name] for row in rows], np.float64)
 
 
 def running_median(values: np.ndarray, window: int = MEDIAN_WINDOW) -> np.ndarray:
-    """Median of up to `window` finite values before each; NaN where there is none."""
+    """Returns the median of up to `window` finite values before each, or NaN."""
     known = np.where(np.isfinite(values), values, np.nan)
     padded = np.concatenate([np.full(window, np.nan), known])
     before = np.lib.stride_tricks.sliding_window_view(padded, window)[: len(values)]
@@ -33,7 +33,7 @@ def running_median(values: np.ndarray, window: int = MEDIAN_WINDOW) -> np.ndarra
 
 
 def find_spikes(grad_norms: np.ndarray) -> np.ndarray:
-    """Whether a step's gradient norm exceeds 10 times its running median.
+    """Returns whether each step's gradient norm exceeds 10 times its running median.
 
     A norm that is not finite is a spike.
     """
@@ -44,7 +44,7 @@ def find_spikes(grad_norms: np.ndarray) -> np.ndarray:
 def worst_loss_jump(
     losses: np.ndarray, burst_starts: tuple[int, ...], skipped: int = 1
 ) -> float | None:
-    """The largest rise of the training loss in the 40 steps after a burst began.
+    """Returns the largest rise of the training loss within 40 steps after a burst.
 
     The rise is over the mean loss of the 20 steps before the burst. The `skipped` first
     steps of a burst belong to neither: the loss of the first is computed before its
@@ -62,7 +62,7 @@ def worst_loss_jump(
 
 
 def worst_burst(steps: list[Row]) -> float | None:
-    """The largest fault left after clipping, in units of the usual gradient norm."""
+    """Returns the largest fault after clipping, in units of the usual gradient norm."""
     usual = running_median(column(steps, "grad_norm"))
     ratio = column(steps, "clipped_grad_norm") / usual
     ratio = ratio[[row["fault"] for row in steps]]
@@ -70,13 +70,13 @@ def worst_burst(steps: list[Row]) -> float | None:
 
 
 def halted_at(steps: list[Row]) -> int | None:
-    """The step whose loss or update was not finite; None if there is none."""
+    """Returns the step whose loss or update was not finite, or None."""
     last = [column(steps[-1:], name) for name in ("loss", "update_norm")]
     return None if np.all(np.isfinite(last)) else steps[-1]["step"]
 
 
 def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
-    """The summary of every optimizer that has finished or halted.
+    """Returns the summary of every optimizer that has finished or halted.
 
     Each has `halted_at`, the step that was not finite, `final_eval_loss`,
     `final_eval_perplexity`, `worst_loss_jump`, `worst_burst`, `spikes_seen`,
@@ -109,13 +109,13 @@ def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
 
 
 def median(values: np.ndarray) -> float | None:
-    """Median of the finite values; None if there are none."""
+    """Returns the median of the finite values, or None if there are none."""
     values = values[np.isfinite(values)]
     return float(np.median(values)) if len(values) else None
 
 
 class TensorSpikes(NamedTuple):
-    """How often and how far the gradient of one tensor spiked."""
+    """The number and size of the spikes in one tensor's gradient."""
 
     name: str
     steps: int  # with a score above SPIKE_SCORE, or one that is not finite
@@ -125,7 +125,7 @@ class TensorSpikes(NamedTuple):
 
 
 def tensor_spikes(steps: list[Row], names: Sequence[str]) -> list[TensorSpikes]:
-    """The spikes of every tensor, from one optimizer's steps; the worst come first.
+    """Returns the spikes of every tensor in one optimizer's steps, the worst first.
 
     Those are the tensors with the most spikes, and of these the ones with the largest.
     """
@@ -151,7 +151,7 @@ def tensor_spikes(steps: list[Row], names: Sequence[str]) -> list[TensorSpikes]:
 
 
 def bucket_size(steps: int, points: int = POINTS) -> int:
-    """How many steps share a point, for a curve of at most `points`."""
+    """Returns how many steps share a point, for a curve of at most `points`."""
     return max(1, -(-steps // points))
 
 
@@ -161,7 +161,7 @@ def thin(
     reduce: Callable[[np.ndarray, np.ndarray], np.ndarray],
     size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A curve with one point for every `size` steps: `largest` or `mean` of them.
+    """Reduces a curve to one point per `size` steps, by `largest` or `mean`.
 
     It stands at the first of them, and is NaN only if none of them is finite.
     """
@@ -170,12 +170,12 @@ def thin(
 
 
 def largest(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Of each part that begins at one of `starts`."""
+    """Returns the largest value of each part that begins at one of `starts`."""
     return np.fmax.reduceat(values, starts) if len(starts) else values
 
 
 def mean(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Of the finite values of each part that begins at one of `starts`."""
+    """Returns the mean of the finite values of each part, which begin at `starts`."""
     if not len(starts):
         return values
     is_finite = np.isfinite(values)
@@ -232,7 +232,7 @@ def loss_unit(config: RunConfig) -> str:
 
 
 def columns(summaries: dict[str, dict], config: RunConfig) -> dict[str, Column]:
-    """The columns that have something to say of this run."""
+    """Returns the columns that have values in this run."""
     left_out = set()
     if config.tokenizer == "bytes":
         left_out.add("final_eval_perplexity")
@@ -244,12 +244,12 @@ def columns(summaries: dict[str, dict], config: RunConfig) -> dict[str, Column]:
 
 
 def number(value: float | None, style: str) -> str:
-    """A number as text, or a dash."""
+    """Formats a number, or a dash for None."""
     return "-" if value is None else format(value, style)
 
 
 def cells(values: dict, shown: dict[str, Column]) -> list[str]:
-    """One optimizer's line of the table; if it halted, with the step for its loss."""
+    """Returns one optimizer's line, with the step in place of the loss if it halted."""
     texts = {key: number(values[key], column.style) for key, column in shown.items()}
     if values["halted_at"] is not None:
         texts["final_eval_loss"] = f"halted at {values['halted_at']:,}"
