@@ -69,8 +69,9 @@ def clipped_so_far(opt_state: optax.OptState) -> int:
 
 
 def _clipped(opt_state: optax.OptState, which: str) -> jax.typing.ArrayLike:
-    alone = optax.tree.get(opt_state, f"spam_clip_clipped_{which}", 0)
-    return optax.tree.get(opt_state, f"clipped_{which}", alone)
+    names = f"clipped_{which}", f"spam_clip_clipped_{which}"
+    counters = [optax.tree.get(opt_state, name) for name in names]
+    return next((counter for counter in counters if counter is not None), 0)
 
 
 def tensor_norms(tree: Any) -> jax.Array:

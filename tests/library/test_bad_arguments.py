@@ -146,6 +146,7 @@ ADAGC = {
 NORM = {"gamma1": "decay", "gamma2": "decay", "count": "flag"}
 ADAGN = NORM | {"eps": "positive", "total_steps": "interval"}
 PLAIN_ADAM = {name: ADAM[name] for name in ("b1", "b2", "eps", "mu_dtype", "nu_dtype")}
+PLAIN_ADAM |= COUNT
 STABLE_SPAM = PLAIN_ADAM | ADAGN
 STABLE_SPAM |= {"gamma3": "decay", "reset_interval": "interval"}
 LAYOUT = {"density": "density", "row_blocks": "blocks"}
@@ -168,7 +169,7 @@ FUNCTIONS = (
         (optax.trace(0.9),),
         {"threshold": "above one", "decay": "decay"},
     ),
-    (spam_optax.adaclip, (), {"gamma3": "decay"}),
+    (spam_optax.adaclip, (), {"gamma3": "decay"} | COUNT),
     (spam_optax.adagn, (), ADAGN),
     (spam_optax.gradient_stabilizer, (), NORM),
     (spam_optax.scale_by_stable_spam, (), STABLE_SPAM),

@@ -117,9 +117,9 @@ def sparse(**kwargs):
 
 
 SPARSE_BYTES = {
-    "uncounted": (dict(count=False), 21.1),
-    "counted": (dict(), 25.5),
-    "decayed": (dict(weight_decay=0.1), 25.5),
+    "uncounted": (dict(), 21.1),
+    "counted": (dict(count=True), 25.5),
+    "decayed": (dict(count=True, weight_decay=0.1), 25.5),
 }
 
 
@@ -135,8 +135,8 @@ def test_bytes_of_sparse_momentum(devices, name):
 
 
 SHARDED = {
-    "spam": lambda: spam_optax.spam(1e-3),
-    "sparse_spam": lambda: sparse(row_blocks=2),
+    "spam": lambda: spam_optax.spam(1e-3, count=True),
+    "sparse_spam": lambda: sparse(count=True, row_blocks=2),
 }
 
 

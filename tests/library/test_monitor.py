@@ -275,7 +275,7 @@ def test_every_statistic_has_a_name_of_its_own_in_a_long_chain():
     for name in names:
         assert optax.tree.get(state, name) is not None
     # In spam the names are the clip's; only the schedule has a counter beside it.
-    tx = spam_optax.track_spikes(spam_optax.spam(schedule))
+    tx = spam_optax.track_spikes(spam_optax.spam(schedule, count=True))
     state = tx.init(params)
     for name in (*STATISTICS, *spam_optax.ScaleBySpamState._fields[1:]):
         assert optax.tree.get(state, name) is not None

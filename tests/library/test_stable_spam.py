@@ -182,7 +182,7 @@ def test_pieces_chained_are_stable_spam():
     """Before the first reset, behind which the fused one restarts Adam's counter."""
     params = {"a": jnp.ones((5, 7)), "b": jnp.zeros((3, 2))}
     chain = optax.chain(
-        spam_optax.adaclip(), spam_optax.adagn(), optax.adam(1e-3, eps=1e-8)
+        spam_optax.adaclip(count=True), spam_optax.adagn(), optax.adam(1e-3, eps=1e-8)
     )
     fused = spam_optax.stable_spam(1e-3)
     gradients = {
@@ -208,7 +208,7 @@ def statistics(state):
 
 
 ALL = {name: make for name, (make, _) in PIECES.items()} | {
-    "scale_by_stable_spam": spam_optax.scale_by_stable_spam
+    "scale_by_stable_spam": lambda: spam_optax.scale_by_stable_spam(count=True)
 }
 
 
