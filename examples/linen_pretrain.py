@@ -42,8 +42,8 @@ WIDTH, HEADS, NUM_LAYERS = 96, 3, 2
 BATCH_SIZE, SEQUENCE_LENGTH = 16, 64
 OPTIMIZERS = {
     "adam": optax.adam,
-    "spam": spam_optax.spam,
-    "sparse_spam": spam_optax.sparse_spam,
+    "spam": functools.partial(spam_optax.spam, count=True),
+    "sparse_spam": functools.partial(spam_optax.sparse_spam, count=True),
 }
 
 

@@ -20,25 +20,29 @@ pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is 
 
 QUICK = dict(reset_interval=5, grace_steps=2)
 TRANSFORMATIONS = {
-    "spam_clip": lambda: spam_optax.spam_clip(**QUICK),
-    "spam_adam": lambda: spam_optax.spam_adam(0.1, reset_interval=5, weight_decay=0.1),
+    "spam_clip": lambda: spam_optax.spam_clip(count=True, **QUICK),
+    "spam_adam": lambda: spam_optax.spam_adam(
+        0.1, reset_interval=5, weight_decay=0.1, count=True
+    ),
     "spam": lambda: spam_optax.spam(0.1, count=True, **QUICK),
     "spam_uncounted": lambda: spam_optax.spam(0.1, **QUICK),
-    "sparse_spam": lambda: spam_optax.sparse_spam(0.1, weight_decay=0.1, **QUICK),
+    "sparse_spam": lambda: spam_optax.sparse_spam(
+        0.1, weight_decay=0.1, count=True, **QUICK
+    ),
     "sparse_spam_by_gradient": lambda: spam_optax.sparse_spam(
         0.1, selection="max_gradient", **QUICK
     ),
     "reset_moments": lambda: spam_optax.reset_moments(optax.adam(0.1), 5),
     "track_spikes": lambda: spam_optax.track_spikes(spam_optax.spam(0.1, **QUICK)),
     "inject_spikes": lambda: spam_optax.testing.inject_spikes(0, 0.5, 10.0, steps=[3]),
-    "adaclip": spam_optax.adaclip,
-    "adagn": lambda: spam_optax.adagn(total_steps=5),
-    "gradient_stabilizer": spam_optax.gradient_stabilizer,
+    "adaclip": lambda: spam_optax.adaclip(count=True),
+    "adagn": lambda: spam_optax.adagn(total_steps=5, count=True),
+    "gradient_stabilizer": lambda: spam_optax.gradient_stabilizer(count=True),
     "stable_spam": lambda: spam_optax.stable_spam(
-        0.1, reset_interval=5, total_steps=6, weight_decay=0.1
+        0.1, reset_interval=5, total_steps=6, weight_decay=0.1, count=True
     ),
-    "zclip": lambda: spam_optax.zclip(warmup_steps=3),
-    "adagc": lambda: spam_optax.adagc(warmup_steps=3),
+    "zclip": lambda: spam_optax.zclip(warmup_steps=3, count=True),
+    "adagc": lambda: spam_optax.adagc(warmup_steps=3, count=True),
     "stable_adamw": lambda: spam_optax.stable_adamw(0.1, weight_decay=0.1),
     "adam_mini": lambda: spam_optax.adam_mini(0.1, weight_decay=0.1),
 }
