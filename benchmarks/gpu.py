@@ -44,6 +44,7 @@ RELATIVES = {
     ),
     "zclip, adam": lambda: optax.chain(spam_optax.zclip(), optax.adam(RATE)),
     "adagc, adam": lambda: optax.chain(spam_optax.adagc(), optax.adam(RATE)),
+    "stable_spam, counts": lambda: spam_optax.stable_spam(RATE, count=True),
     "track_spikes(adam)": lambda: spam_optax.track_spikes(optax.adam(RATE)),
 }
 

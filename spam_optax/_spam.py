@@ -506,7 +506,7 @@ def spam(
       clip_unseen: Whether a coordinate without history (``v == 0``) is clipped to 0, as
         in the authors' implementation.
       count: Whether the state counts clipped and non-finite coordinates. On a GPU this
-        takes a fifth of the step or more. The counters are sums over whole arrays, so
+        adds a fifth to a half to the step. The counters are sums over whole arrays, so
         leave it off inside ``jax.shard_map``. :func:`track_spikes` has statistics per
         tensor without it.
       weight_decay: Decoupled weight decay, >= 0. It is multiplied by the learning rate,
