@@ -25,6 +25,8 @@ from spam_optax._reset import reset_moments as reset_moments
 from spam_optax._serialization import (
     register_serialization as register_serialization,
 )
+from spam_optax._skip_spikes import SkipSpikesState as SkipSpikesState
+from spam_optax._skip_spikes import skip_spikes as skip_spikes
 from spam_optax._spam import ScaleBySpamAdamState as ScaleBySpamAdamState
 from spam_optax._spam import ScaleBySpamState as ScaleBySpamState
 from spam_optax._spam import SpamClipState as SpamClipState
@@ -39,6 +41,8 @@ from spam_optax._sparse import momentum_density as momentum_density
 from spam_optax._sparse import momentum_mask as momentum_mask
 from spam_optax._sparse import scale_by_sparse_spam as scale_by_sparse_spam
 from spam_optax._sparse import sparse_spam as sparse_spam
+from spam_optax._spike_history import SkipReason as SkipReason
+from spam_optax._spike_history import StepHistory as StepHistory
 from spam_optax._stable_adamw import ScaleByStableAdamWState as ScaleByStableAdamWState
 from spam_optax._stable_adamw import scale_by_stable_adamw as scale_by_stable_adamw
 from spam_optax._stable_adamw import stable_adamw as stable_adamw

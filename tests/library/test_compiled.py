@@ -76,6 +76,12 @@ BYTES = {
         lambda: optax.chain(spam_optax.spam_clip(count=True), spam_optax.spam_adam()),
         36,
     ),
+    # As much as a clip of the global norm: the choice of a state moves nothing.
+    "clip_by_global_norm": (
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
+        32,
+    ),
+    "skip_spikes": (lambda: spam_optax.skip_spikes(optax.adam(1e-3)), 32),
     "reset_moments": (lambda: spam_optax.reset_moments(optax.adam(1e-3), 500), 28),
     # A pass over the gradient more for every statistic of it that the next one needs.
     "adaclip": (

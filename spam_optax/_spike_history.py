@@ -1,0 +1,185 @@
+r"""When a value is a spike among the recent ones of its series.
+
+A window holds the last `window` accepted values, a ring in float32. With their median
+:math:`m` and median absolute deviation :math:`d`, a value :math:`x` is a spike if
+
+.. math::
+  x - m > \max(\sigma \cdot 1.4826 d, \; s |m|)
+
+for `sigma` :math:`\sigma` and `share` :math:`s`. The factor 1.4826 makes the deviation
+of normal values their standard deviation. The share is needed because real gradient
+norms have heavy tails. One outlier in the window does not change the rule.
+
+In the published form, which SkipStep of OLMo uses, a value is a spike if
+:math:`x > \mathrm{mean} + \sigma \cdot \mathrm{std}`, and every finite value enters the
+window. One outlier then hides all others until it has left the window.
+"""
+
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from spam_optax import _validate
+
+_NORMAL = 1.4826  # Standard deviation of normal values over their median deviation.
+
+
+class SkipReason(enum.IntFlag):
+    """Why a step was skipped: the sum of what held, 0 for a step that was taken."""
+
+    LOSS_SPIKE = 1
+    NORM_SPIKE = 2
+    LOSS_NONFINITE = 4
+    NORM_NONFINITE = 8
+
+
+class StepHistory(NamedTuple):
+    """The accepted losses and gradient norms of the recent steps.
+
+    Attributes:
+      skip_losses: The last accepted losses, a ring.
+      skip_loss_count: Number of losses that have entered it.
+      skip_norms: The last accepted gradient norms, a ring.
+      skip_norm_count: Number of norms that have entered it.
+      skipped_in_a_row: Number of steps skipped since the last one that was taken.
+    """
+
+    skip_losses: jax.Array  # shape=(window,), dtype=jnp.float32.
+    skip_loss_count: jax.Array  # shape=(), dtype=jnp.int32.
+    skip_norms: jax.Array  # shape=(window,), dtype=jnp.float32.
+    skip_norm_count: jax.Array  # shape=(), dtype=jnp.int32.
+    skipped_in_a_row: jax.Array  # shape=(), dtype=jnp.int32.
+
+
+class SkipRule(NamedTuple):
+    """The arguments of :func:`spam_optax.skip_spikes` that decide about a step."""
+
+    window: int = 128
+    sigma: jax.typing.ArrayLike = 6.0
+    loss_share: jax.typing.ArrayLike = 0.2
+    norm_share: jax.typing.ArrayLike = 2.0
+    min_history: jax.typing.ArrayLike = 32
+    max_consecutive: jax.typing.ArrayLike = 8
+    robust: bool = True
+
+    def checked(self) -> "SkipRule":
+        """Returns the rule with Python numbers. Raises if one is invalid."""
+        number, most = _validate.check_number, 2**16
+        _validate.check_static("window", self.window)
+        window = int(_validate.check_whole("window", self.window, low=2, high=most))
+        _validate.check_flags(robust=self.robust)
+        return SkipRule(
+            window,
+            number("sigma", self.sigma, above=0),
+            number("loss_share", self.loss_share, at_least=0),
+            number("norm_share", self.norm_share, at_least=0),
+            _validate.check_whole("min_history", self.min_history, low=2, high=window),
+            _validate.check_steps("max_consecutive", self.max_consecutive, low=1),
+            self.robust,
+        )
+
+
+class _Test(NamedTuple):
+    sigma: jax.typing.ArrayLike
+    share: jax.typing.ArrayLike
+    min_history: jax.typing.ArrayLike
+    robust: bool
+
+
+def init(window: int) -> StepHistory:
+    """Returns a history without steps."""
+    zero, empty = jnp.zeros([], jnp.int32), jnp.zeros([window], jnp.float32)
+    return StepHistory(empty, zero, empty, zero, zero)
+
+
+def judge(
+    history: StepHistory,
+    loss: jax.Array | None,
+    norm: jax.Array | None,
+    rule: SkipRule,
+) -> tuple[jax.Array, StepHistory]:
+    """Decides whether a step is skipped.
+
+    Args:
+      history: The history before the step.
+      loss: The step's loss, a float32 scalar. None: it is not watched.
+      norm: The step's global gradient norm, likewise.
+      rule: The rule.
+
+    Returns:
+      The :class:`SkipReason` as an int32 scalar, and the history after the step.
+    """
+    series = (
+        (history[0:2], loss, rule.loss_share, 1, 4),
+        (history[2:4], norm, rule.norm_share, 2, 8),
+    )
+    reason = jnp.zeros([], jnp.int32)
+    for (values, count), value, share, spike, nonfinite in series:
+        if value is not None:
+            test = _Test(rule.sigma, share, rule.min_history, rule.robust)
+            code = jnp.where(value > limit(values, count, test), spike, 0)
+            reason |= jnp.where(jnp.isfinite(value), code, nonfinite)
+    is_finite = reason < 4
+    in_a_row = history.skipped_in_a_row
+    has_new_level = is_finite & (reason > 0) & (in_a_row >= rule.max_consecutive)
+    reason = jnp.where(has_new_level, 0, reason)
+    # In the published form spikes enter the windows too.
+    enters = (reason == 0) if rule.robust else is_finite
+    windows = []
+    for (values, count), value, *_ in series:
+        if value is not None:
+            count = jnp.where(has_new_level, 0, count)
+            values, count = push(values, count, value, enters)
+        windows += [values, count]
+    in_a_row = jnp.where(reason == 0, 0, jnp.minimum(in_a_row, 2**30) + 1)
+    return reason, StepHistory(*windows, in_a_row)
+
+
+def limit(values: jax.Array, count: jax.Array, test: _Test) -> jax.Array:
+    """Returns the largest value that is no spike; infinite with too short a history.
+
+    Args:
+      values: The window, of shape ``(window,)`` and dtype float32.
+      count: How many values have entered it.
+      test: The arguments of the rule.
+    """
+    number = jnp.minimum(count, len(values))
+    is_filled = jnp.arange(len(values)) < number
+    if test.robust:
+        center = _median(values, is_filled, number)
+        deviation = _median(jnp.abs(values - center), is_filled, number)
+        distance = jnp.maximum(
+            test.sigma * _NORMAL * deviation, test.share * jnp.abs(center)
+        )
+    else:
+        center = jnp.mean(values, where=is_filled)
+        distance = test.sigma * jnp.std(values, where=is_filled)
+    return jnp.where(number >= test.min_history, center + distance, jnp.inf).astype(
+        jnp.float32
+    )
+
+
+def push(
+    values: jax.Array, count: jax.Array, value: jax.Array, enters: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the window and its count, with `value` in it where it `enters`."""
+    is_here = jnp.arange(len(values)) == count % len(values)
+    values = jnp.where(is_here & enters, value, values)
+    # The count stays below 2**30 and in its place of the ring.
+    count = count + enters.astype(jnp.int32)
+    wrapped = len(values) + count % len(values)
+    return values, jnp.where(count >= 2**30, wrapped, count)
+
+
+def _median(values: jax.Array, is_filled: jax.Array, number: jax.Array) -> jax.Array:
+    """Returns the median of the first values, those that are filled."""
+    ordered = jnp.sort(jnp.where(is_filled, values, jnp.inf))
+    last = jnp.maximum(number - 1, 0)
+    low, high = (
+        jnp.sum(jnp.where(jnp.arange(len(values)) == i, ordered, 0))
+        for i in (last // 2, (last + 1) // 2)
+    )
+    # Halves first: the sum of two large values overflows.
+    return low / 2 + high / 2
