@@ -56,6 +56,13 @@ def of_tensors(gradients: optax.Updates) -> jax.Array:
     return _arithmetic.stack(norms, jnp.float32)
 
 
+def global_norm(updates: optax.Updates) -> jax.Array:
+    """Returns the norm of all updates, float32; not finite if its square is not."""
+    squares = [jnp.sum(_arithmetic.abs_sq(u)) for u in jax.tree.leaves(updates)]
+    total = sum(squares, jnp.zeros([]))
+    return _arithmetic.root(total).astype(jnp.float32)
+
+
 def factor(norm: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
     """Returns the factor that scales `norm` down to `limit`.
 

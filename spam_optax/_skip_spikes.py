@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _spike_history, _validate
+from spam_optax import _arithmetic, _norms, _spike_history, _validate
 from spam_optax._spike_history import SkipRule, StepHistory
 
 
@@ -34,7 +34,7 @@ def skip_spikes(
     *,
     loss_share: jax.typing.ArrayLike = 0.2,
     norm_share: jax.typing.ArrayLike = 2.0,
-    min_history: int = 32,
+    min_history: jax.typing.ArrayLike = 32,
     max_consecutive: jax.typing.ArrayLike = 8,
     needs_loss: bool = False,
     robust: bool = True,
@@ -117,17 +117,20 @@ def skip_spikes(
 
     .. seealso:: :func:`track_spikes` for statistics of every tensor.
     """
-    rule = SkipRule(
+    rule = SkipRule.checked(
         window, sigma, loss_share, norm_share, min_history, max_consecutive, robust
-    ).checked()
+    )
     _validate.check_flags(needs_loss=needs_loss)
     _validate.check_transformation(inner)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> SkipSpikesState:
-        zero = jnp.zeros([], jnp.int32)
-        history = _spike_history.init(rule.window)
-        return SkipSpikesState(history, zero, zero, inner.init(params))
+        return SkipSpikesState(
+            _spike_history.init(rule.window),
+            jnp.zeros([], jnp.int32),
+            jnp.zeros([], jnp.int32),
+            inner.init(params),
+        )
 
     def update_fn(
         updates: optax.Updates,
@@ -137,7 +140,9 @@ def skip_spikes(
     ) -> tuple[optax.Updates, SkipSpikesState]:
         loss = _loss(extra_args, needs_loss)
         norm = extra_args.get("grad_norm")
-        norm = _global_norm(updates) if norm is None else _scalar("grad_norm", norm)
+        norm = (
+            _norms.global_norm(updates) if norm is None else _scalar("grad_norm", norm)
+        )
         reason, history = _spike_history.judge(state.history, loss, norm, rule)
         is_taken = reason == 0
         updates, inner_state = inner.update(
@@ -192,10 +197,3 @@ def _scalar(name: str, value: Any) -> jax.Array:
             f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}."
         )
     return jnp.asarray(value).astype(jnp.float32)
-
-
-def _global_norm(updates: optax.Updates) -> jax.Array:
-    """Returns the norm of all gradients; not finite if its square is not."""
-    squares = [jnp.sum(_arithmetic.abs_sq(g)) for g in jax.tree.leaves(updates)]
-    total = sum(squares, jnp.zeros([]))
-    return _arithmetic.root(total).astype(jnp.float32)

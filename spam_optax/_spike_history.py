@@ -53,45 +53,72 @@ class StepHistory(NamedTuple):
     skipped_in_a_row: jax.Array  # shape=(), dtype=jnp.int32.
 
 
-class SkipRule(NamedTuple):
-    """The arguments of :func:`spam_optax.skip_spikes` that decide about a step."""
+class SpikeTest(NamedTuple):
+    """The arguments that decide whether a value of one series is a spike."""
 
-    window: int = 128
-    sigma: jax.typing.ArrayLike = 6.0
-    loss_share: jax.typing.ArrayLike = 0.2
-    norm_share: jax.typing.ArrayLike = 2.0
-    min_history: jax.typing.ArrayLike = 32
-    max_consecutive: jax.typing.ArrayLike = 8
-    robust: bool = True
-
-    def checked(self) -> "SkipRule":
-        """Returns the rule with Python numbers. Raises if one is invalid."""
-        number, most = _validate.check_number, 2**16
-        _validate.check_static("window", self.window)
-        window = int(_validate.check_whole("window", self.window, low=2, high=most))
-        _validate.check_flags(robust=self.robust)
-        return SkipRule(
-            window,
-            number("sigma", self.sigma, above=0),
-            number("loss_share", self.loss_share, at_least=0),
-            number("norm_share", self.norm_share, at_least=0),
-            _validate.check_whole("min_history", self.min_history, low=2, high=window),
-            _validate.check_steps("max_consecutive", self.max_consecutive, low=1),
-            self.robust,
-        )
-
-
-class _Test(NamedTuple):
     sigma: jax.typing.ArrayLike
     share: jax.typing.ArrayLike
     min_history: jax.typing.ArrayLike
     robust: bool
 
+    @classmethod
+    def checked(
+        cls,
+        window: int,
+        sigma: jax.typing.ArrayLike,
+        share: jax.typing.ArrayLike,
+        min_history: jax.typing.ArrayLike,
+        robust: bool,
+        name: str = "share",
+    ) -> tuple[int, "SpikeTest"]:
+        """Returns the window and the test. Raises if an argument is invalid."""
+        _validate.check_static("window", window)
+        window = int(_validate.check_whole("window", window, low=2, high=2**16))
+        sigma = _validate.check_number("sigma", sigma, above=0)
+        share = _validate.check_number(name, share, at_least=0)
+        min_history = _validate.check_whole(
+            "min_history", min_history, low=2, high=window
+        )
+        _validate.check_flags(robust=robust)
+        return window, cls(sigma, share, min_history, robust)
+
+
+class SkipRule(NamedTuple):
+    """The arguments that decide whether a step is skipped."""
+
+    window: int
+    loss: SpikeTest
+    norm: SpikeTest
+    max_consecutive: jax.typing.ArrayLike
+
+    @classmethod
+    def checked(
+        cls,
+        window: int,
+        sigma: jax.typing.ArrayLike,
+        loss_share: jax.typing.ArrayLike,
+        norm_share: jax.typing.ArrayLike,
+        min_history: jax.typing.ArrayLike,
+        max_consecutive: jax.typing.ArrayLike,
+        robust: bool,
+    ) -> "SkipRule":
+        """Returns the rule. Raises if an argument is invalid."""
+        rest = min_history, robust
+        window, loss = SpikeTest.checked(window, sigma, loss_share, *rest, "loss_share")
+        _, norm = SpikeTest.checked(window, sigma, norm_share, *rest, "norm_share")
+        most = _validate.check_steps("max_consecutive", max_consecutive, low=1)
+        return cls(window, loss, norm, most)
+
 
 def init(window: int) -> StepHistory:
-    """Returns a history without steps."""
-    zero, empty = jnp.zeros([], jnp.int32), jnp.zeros([window], jnp.float32)
-    return StepHistory(empty, zero, empty, zero, zero)
+    """Returns a history without steps, whose arrays can all be donated."""
+    return StepHistory(
+        jnp.zeros([window], jnp.float32),
+        jnp.zeros([], jnp.int32),
+        jnp.zeros([window], jnp.float32),
+        jnp.zeros([], jnp.int32),
+        jnp.zeros([], jnp.int32),
+    )
 
 
 def judge(
@@ -112,13 +139,12 @@ def judge(
       The :class:`SkipReason` as an int32 scalar, and the history after the step.
     """
     series = (
-        (history[0:2], loss, rule.loss_share, 1, 4),
-        (history[2:4], norm, rule.norm_share, 2, 8),
+        (history[0:2], loss, rule.loss, 1, 4),
+        (history[2:4], norm, rule.norm, 2, 8),
     )
     reason = jnp.zeros([], jnp.int32)
-    for (values, count), value, share, spike, nonfinite in series:
+    for (values, count), value, test, spike, nonfinite in series:
         if value is not None:
-            test = _Test(rule.sigma, share, rule.min_history, rule.robust)
             code = jnp.where(value > limit(values, count, test), spike, 0)
             reason |= jnp.where(jnp.isfinite(value), code, nonfinite)
     is_finite = reason < 4
@@ -126,7 +152,7 @@ def judge(
     has_new_level = is_finite & (reason > 0) & (in_a_row >= rule.max_consecutive)
     reason = jnp.where(has_new_level, 0, reason)
     # In the published form spikes enter the windows too.
-    enters = (reason == 0) if rule.robust else is_finite
+    enters = (reason == 0) if rule.loss.robust else is_finite
     windows = []
     for (values, count), value, *_ in series:
         if value is not None:
@@ -137,7 +163,7 @@ def judge(
     return reason, StepHistory(*windows, in_a_row)
 
 
-def limit(values: jax.Array, count: jax.Array, test: _Test) -> jax.Array:
+def limit(values: jax.Array, count: jax.Array, test: SpikeTest) -> jax.Array:
     """Returns the largest value that is no spike; infinite with too short a history.
 
     Args:

@@ -708,7 +708,7 @@ def spike_steps(
     *,
     loss_share: jax.typing.ArrayLike = 0.2,
     norm_share: jax.typing.ArrayLike = 2.0,
-    min_history: int = 32,
+    min_history: jax.typing.ArrayLike = 32,
     max_consecutive: jax.typing.ArrayLike = 8,
     robust: bool = True,
 ) -> jax.Array:
@@ -747,9 +747,9 @@ def spike_steps(
       >>> print(np.flatnonzero(reasons), reasons[70], reasons[80])
       [70 80] 1 4
     """
-    rule = SkipRule(
+    rule = SkipRule.checked(
         window, sigma, loss_share, norm_share, min_history, max_consecutive, robust
-    ).checked()
+    )
     series = [x for x in (losses, norms) if x is not None]
     if not series:
         raise ValueError("spike_steps: losses or norms must be given, got neither.")

@@ -87,6 +87,13 @@ SORTS = {
     "positive or None": Sort(
         "a finite number > 0", outside(0, -1, 1e-40) + ODD + WRONG_TYPES
     ),
+    "ring": Sort(
+        "a whole number >= 2 and <= 65536",
+        outside(0, 1, 2.5, 2**16 + 1) + ODD + WRONG_SCALARS + NONE,
+    ),
+    "history": Sort(
+        "a whole number >= 2 and <= 128", outside(0, 1, 2.5, 129) + ODD + WRONG_SCALARS
+    ),
     "heads": Sort("a whole number >= 1", outside(0, -1, 2.5) + ODD + WRONG_SCALARS),
     "selection": Sort(
         "one of 'random', 'max_gradient', 'max_weight'",
@@ -149,6 +156,12 @@ PLAIN_ADAM = {name: ADAM[name] for name in ("b1", "b2", "eps", "mu_dtype", "nu_d
 PLAIN_ADAM |= COUNT
 STABLE_SPAM = PLAIN_ADAM | ADAGN
 STABLE_SPAM |= {"gamma3": "decay", "reset_interval": "interval"}
+GUARD = {
+    "window": "ring",
+    "sigma": "positive",
+    "min_history": "history",
+    "robust": "flag",
+}
 LAYOUT = {"density": "density", "row_blocks": "blocks"}
 LAYERS = {"a": jnp.ones((8, 4)), "b": jnp.ones(3)}
 MASKS = LAYOUT | {"key": "key", "selection": "selection"}
@@ -169,6 +182,14 @@ FUNCTIONS = (
         (optax.trace(0.9),),
         {"threshold": "above one", "decay": "decay"},
     ),
+    (
+        spam_optax.skip_spikes,
+        (optax.trace(0.9),),
+        GUARD
+        | {"loss_share": "not negative", "norm_share": "not negative"}
+        | {"max_consecutive": "interval", "needs_loss": "flag"},
+    ),
+    (spam_optax.clip_update_norm, (), GUARD | {"share": "not negative"}),
     (spam_optax.adaclip, (), {"gamma3": "decay"} | COUNT),
     (spam_optax.adagn, (), ADAGN),
     (spam_optax.gradient_stabilizer, (), NORM),

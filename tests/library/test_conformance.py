@@ -34,6 +34,10 @@ TRANSFORMATIONS = {
     ),
     "reset_moments": lambda: spam_optax.reset_moments(optax.adam(0.1), 5),
     "track_spikes": lambda: spam_optax.track_spikes(spam_optax.spam(0.1, **QUICK)),
+    "skip_spikes": lambda: spam_optax.skip_spikes(
+        spam_optax.spam(0.1, **QUICK), window=8, min_history=4
+    ),
+    "clip_update_norm": lambda: spam_optax.clip_update_norm(window=8, min_history=4),
     "inject_spikes": lambda: spam_optax.testing.inject_spikes(0, 0.5, 10.0, steps=[3]),
     "adaclip": lambda: spam_optax.adaclip(count=True),
     "adagn": lambda: spam_optax.adagn(total_steps=5, count=True),
@@ -404,6 +408,7 @@ def test_explicit_mesh(name):
 @pytest.mark.parametrize(
     "name",
     ["spam_clip", "spam_adam", "spam", "track_spikes", "zclip", "adagc"]
+    + ["skip_spikes", "clip_update_norm"]
     + ["stable_adamw", "adaclip", "adagn", "gradient_stabilizer", "stable_spam"],
 )
 def test_update_on_a_mesh_adds_only_scalar_all_reduces(name):

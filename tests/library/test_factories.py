@@ -32,6 +32,8 @@ NUMBERS = {
     **dict.fromkeys(("reset_interval", "interval", "total_steps"), 2),
     **dict.fromkeys(("warmup_steps", "row_blocks"), 2),
     **dict.fromkeys(("grace_steps", "key"), 1),
+    **dict.fromkeys(("sigma", "share", "loss_share", "norm_share"), 0.5),
+    **dict.fromkeys(("min_history", "max_consecutive"), 2),
 }
 DTYPES = {"mu_dtype", "nu_dtype"}
 MASKS = {"density", "sparse_params", "key", "selection", "row_blocks"}
@@ -50,6 +52,8 @@ FACTORIES = {
     spam_optax.sparse_spam: DTYPES | CLIP | MASKS | {"restart_bias_correction", "mask"},
     spam_optax.reset_moments: {"inner", "fields"},
     spam_optax.track_spikes: {"inner"},
+    spam_optax.skip_spikes: {"inner", "window", "needs_loss", "robust"},
+    spam_optax.clip_update_norm: {"window", "robust"},
     spam_optax.adaclip: {"count"},
     spam_optax.adagn: {"count"},
     spam_optax.gradient_stabilizer: {"count"},

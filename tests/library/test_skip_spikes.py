@@ -1,4 +1,4 @@
-"""Skipped steps: the rule beside NumPy, what a skip leaves alone, and the peers' bugs."""
+"""Skipped steps: the rule beside NumPy, what stays as it was, and the peers' bugs."""
 
 import functools
 
