@@ -46,7 +46,7 @@ class ScaleByAdamMiniState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
@@ -377,7 +377,7 @@ class _Layouts(NamedTuple):
     layer_axis: int | None
     stacked: Collection[str] | None
 
-    def heads_of(self, role: str) -> int | None:
+    def heads_of(self, role: str | None) -> int | None:
         """Returns the number of heads. Attention's output has that of the queries."""
         return self.key_heads if role in ("key", "value") else self.num_heads
 
@@ -512,7 +512,7 @@ def _head_patterns(leaf: _paths.Leaf, is_outputs_first: bool) -> list[tuple[str,
 def _fits(
     shape: tuple[int, ...],
     pattern: tuple[str, ...],
-    role: str,
+    role: str | None,
     layouts: _Layouts,
 ) -> bool:
     """Checks whether a pattern's axes of heads have the number of heads as length."""
@@ -588,7 +588,7 @@ def _where(leaf: _paths.Leaf) -> str:
     return jax.tree_util.keystr(leaf.path) or "the root"
 
 
-def _check_real(path: tuple, p: Any) -> None:
+def _check_real(path: tuple[Any, ...], p: Any) -> None:
     dtype = jnp.result_type(p)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
@@ -620,12 +620,12 @@ def _structured_like(tree: Any, other: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(other))
 
 
-def _check_blocks(path: tuple, shape: tuple[int, ...], blocks: Any) -> None:
+def _check_blocks(path: tuple[Any, ...], shape: tuple[int, ...], blocks: Any) -> None:
     """Raises unless `blocks` are numbers that divide a parameter's axes."""
     fits = (
         isinstance(blocks, tuple)
         and len(blocks) == len(shape)
-        and all(isinstance(n, numbers.Integral) and n >= 1 for n in blocks)
+        and all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in blocks)
         and all(size % n == 0 for size, n in zip(shape, blocks, strict=True))
     )
     if not fits:
@@ -687,7 +687,13 @@ def _reshard(x: jax.Array, axis: int, names: Any) -> jax.Array:
     return jax.sharding.reshard(x, _sharding(x, axis, names))
 
 
-def _direction(bad, m, v, corrections, eps) -> jax.Array:
+def _direction(
+    bad: jax.Array,
+    m: jax.Array,
+    v: jax.Array,
+    corrections: list[jax.Array],
+    eps: jax.typing.ArrayLike,
+) -> jax.Array:
     """Returns Adam's direction, or 0 without a finite coordinate."""
     first, second = corrections
     step = m / first / _spread(_arithmetic.root(v / second) + eps, m)

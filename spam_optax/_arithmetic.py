@@ -4,6 +4,8 @@ Arithmetic is done in float32, or in float64 for 64-bit arrays: the compute dtyp
 Stored moments and updates may have a narrower dtype.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +14,14 @@ _INT32_MAX = np.iinfo(np.int32).max
 _LARGEST_COUNT = 2.0**31 - 128  # The largest float32 that is an int32.
 
 
-def compute_dtype(x: jax.typing.ArrayLike) -> np.dtype:
+def compute_dtype(x: jax.typing.ArrayLike) -> np.dtype[Any]:
     """Returns the real compute dtype of `x`: float64 for 64-bit parts, else float32."""
     return promote_types(jnp.finfo(jnp.result_type(x)).dtype, jnp.float32)
 
 
-def promote_types(one: jax.typing.DTypeLike, other: jax.typing.DTypeLike) -> np.dtype:
+def promote_types(
+    one: jax.typing.DTypeLike, other: jax.typing.DTypeLike
+) -> np.dtype[Any]:
     """Returns the common dtype of both, also under JAX's strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(one, other)
@@ -37,7 +41,7 @@ def ema(mean: jax.Array, value: jax.Array, decay: jax.typing.ArrayLike) -> jax.A
     mean = widen(mean)
     dtype = promote_types(mean.dtype, value.dtype)
     # The cast keeps float32 moments float32 if an injected decay is float64.
-    return (decay * mean + (1 - decay) * value).astype(dtype)
+    return (decay * mean + (1 - decay) * value).astype(dtype)  # type: ignore[return-value]
 
 
 def abs_sq(x: jax.Array) -> jax.Array:
@@ -157,11 +161,11 @@ def totals(*masks: jax.Array) -> tuple[jax.Array, ...]:
     reduction would need an all-gather, so float32 is used.
     """
 
-    def one_by_one(*masks):
+    def one_by_one(*masks: jax.Array) -> tuple[jax.Array, ...]:
         totals = (mask.astype(jnp.float32).sum() for mask in masks)
         return tuple(jnp.minimum(x, _LARGEST_COUNT).astype(jnp.int32) for x in totals)
 
-    def at_once(*masks):
+    def at_once(*masks: jax.Array) -> tuple[jax.Array, ...]:
         zeros = (jnp.zeros([], jnp.int32),) * len(masks)
         add = lambda xs, ys: tuple(x + y for x, y in zip(xs, ys, strict=True))  # noqa: E731
         numbers = tuple(mask.astype(jnp.int32) for mask in masks)

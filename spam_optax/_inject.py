@@ -85,19 +85,22 @@ def inject_hyperparams(
     make = optax.inject_hyperparams(inner_factory, static, hyperparam_dtype)
 
     @functools.wraps(inner_factory)
-    def make_with_plain_numbers(*args, **kwargs):
+    def make_with_plain_numbers(*args: Any, **kwargs: Any) -> Any:
         # Optax does not recognize NumPy scalars as numbers.
-        args = [*map(_validate.to_python, args)]
+        plain = [*map(_validate.to_python, args)]
         kwargs = {name: _validate.to_python(x) for name, x in kwargs.items()}
         if _is_ours(inner_factory):
-            _check_arguments(inner_factory, static, args, kwargs)
-        return make(*args, **kwargs)
+            _check_arguments(inner_factory, static, plain, kwargs)
+        return make(*plain, **kwargs)
 
     return make_with_plain_numbers
 
 
 def _check_arguments(
-    factory: Callable, static: set[str], args: list, kwargs: dict[str, Any]
+    factory: Callable[..., Any],
+    static: set[str],
+    args: list[Any],
+    kwargs: dict[str, Any],
 ) -> None:
     """Calls the factory with the plain numbers to check them.
 
@@ -112,7 +115,7 @@ def _check_arguments(
     _validate.check_transformation(made, name="what inner_factory makes")
 
 
-def _is_ours(factory: Callable) -> bool:
+def _is_ours(factory: Callable[..., Any]) -> bool:
     function = factory
     while isinstance(function, functools.partial):
         function = function.func
@@ -120,7 +123,7 @@ def _is_ours(factory: Callable) -> bool:
     return package.partition(".")[0] == __package__
 
 
-def _static_arguments(factory: Callable) -> set[str]:
+def _static_arguments(factory: Callable[..., Any]) -> set[str]:
     """Returns the arguments whose annotation is not a number.
 
     For factories of other packages it returns none.

@@ -7,7 +7,7 @@ dtype of its own.
 import functools
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 
 from spam_optax import _arithmetic, _validate, functional
 
-Mask = optax.Params | Callable[[optax.Params], Any]
+Mask: TypeAlias = optax.Params | Callable[[optax.Params], Any]
 
 
 def check_optimizer(learning_rate: Any, weight_decay: Any) -> tuple[Any, Any]:
@@ -31,7 +31,7 @@ def init_mu(params: optax.Params, dtype: Any) -> optax.Updates:
     Those of complex parameters are complex and have the compute dtype.
     """
 
-    def zeros(path, p):
+    def zeros(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
         wide = _validate.check_inexact(path, p)
         narrow = dtype is not None and not jnp.iscomplexobj(p)
         return jnp.zeros_like(p, dtype=dtype if narrow else wide)
@@ -42,7 +42,7 @@ def init_mu(params: optax.Params, dtype: Any) -> optax.Updates:
 def init_nu(params: optax.Params, dtype: Any) -> optax.Updates:
     """Returns zero second moments, which are always real."""
 
-    def zeros(path, p):
+    def zeros(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
         wide = _validate.check_inexact(path, p)
         return jnp.zeros_like(p, dtype=dtype or jnp.finfo(wide).dtype)
 
@@ -74,7 +74,7 @@ def move_all(
 
 
 def map_tensors(
-    f: Callable[..., tuple], updates: optax.Updates, *moments: optax.Updates
+    f: Callable[..., tuple[Any, ...]], updates: optax.Updates, *moments: optax.Updates
 ) -> tuple[Any, ...]:
     """Applies `f` to the gradient and the moments of each tensor.
 
@@ -183,13 +183,11 @@ def add_counts(
     counters = []
     for i, before in enumerate(totals):
         number = total([of_tensor[i] for of_tensor in counts if of_tensor])
-        counters += [number, _arithmetic.saturating_add(before, number)]
+        counters += [number, _arithmetic.saturating_add(before, number)]  # type: ignore[arg-type]
     return tuple(counters)
 
 
-def count(
-    masks: Any, before: jax.Array | None
-) -> tuple[jax.Array | None, jax.Array | None]:
+def count(masks: Any, before: jax.Array | None) -> tuple[jax.Array | None, ...]:
     """Counts the true entries of a tree of masks.
 
     Returns the count, and its sum with the total `before`; None if that is None.

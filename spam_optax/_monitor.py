@@ -102,7 +102,7 @@ def track_spikes(
         tensors = len(jax.tree.leaves(params))
         floats = (jnp.zeros([tensors], jnp.float32) for _ in range(4))
         ints = (jnp.zeros([tensors], jnp.int32) for _ in range(3))
-        return TrackSpikesState(*floats, *ints, inner.init(params))
+        return TrackSpikesState(*floats, *ints, inner.init(params))  # type: ignore[call-arg]
 
     def update_fn(
         updates: optax.Updates,

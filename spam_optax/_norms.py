@@ -28,7 +28,7 @@ def screen(updates: optax.Updates) -> tuple[optax.Updates, optax.Updates]:
     """
     single = jnp.zeros([], jnp.float32)
 
-    def is_bad(g):
+    def is_bad(g: jax.Array) -> jax.Array:
         return functional.nonfinite_mask(_arithmetic.narrow_like(g, single))
 
     bad = _moments.map_leaves(lambda g: is_bad(jnp.asarray(g)), updates)
@@ -39,8 +39,8 @@ def screen(updates: optax.Updates) -> tuple[optax.Updates, optax.Updates]:
 
 
 def finite(
-    updates: optax.Updates, total: jax.Array
-) -> tuple[optax.Updates, tuple[jax.Array, jax.Array]]:
+    updates: optax.Updates, total: jax.Array | None
+) -> tuple[optax.Updates, tuple[jax.Array | None, ...]]:
     """Sets non-finite coordinates to 0, and counts them.
 
     Returns the gradients, and a tuple of the count and the new total.

@@ -87,9 +87,9 @@ class Leaf(NamedTuple):
       axis_names: The names of its axes, if its box has any.
     """
 
-    path: tuple
+    path: tuple[Any, ...]
     value: Any
-    axis_names: tuple | None
+    axis_names: tuple[Any, ...] | None
 
 
 def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Leaf]:
@@ -122,7 +122,7 @@ def map_leaves(
 def unboxed(tree: Any) -> Any:
     """Replaces each box by the tensor in it."""
 
-    def unbox(x):
+    def unbox(x: Any) -> Any:
         inside = jax.tree.leaves(x)
         return inside[0] if _is_box(x) and len(inside) == 1 else x
 
@@ -140,13 +140,14 @@ def _is_box(x: Any) -> bool:
     )
 
 
-def _axis_names(box: Any) -> tuple | None:
+def _axis_names(box: Any) -> tuple[Any, ...] | None:
     if hasattr(box, "names"):
         return tuple(box.names)
     metadata = box.get_metadata() if hasattr(box, "get_metadata") else {}
     for key in ("out_sharding", "sharding_names", "sharding"):
-        if isinstance(metadata.get(key), tuple):
-            return metadata[key]
+        axes = metadata.get(key)
+        if isinstance(axes, tuple):
+            return axes
     return None
 
 
@@ -155,7 +156,7 @@ def names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[str,
 
     Raises ValueError if two names are equal.
     """
-    paths: dict[str, tuple] = {}
+    paths: dict[str, tuple[Any, ...]] = {}
     for leaf in leaves(tree, is_leaf):
         name = jax.tree_util.keystr(leaf.path, simple=True, separator="/")
         if name in paths:
@@ -169,7 +170,7 @@ def names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[str,
     return tuple(paths)
 
 
-def has_name(path: tuple, names: Collection[str]) -> bool:
+def has_name(path: tuple[Any, ...], names: Collection[str]) -> bool:
     """Checks whether a part of a path has one of `names`.
 
     Names of vectors and factors count only in the last two parts. Above a ``kernel``
@@ -179,7 +180,7 @@ def has_name(path: tuple, names: Collection[str]) -> bool:
     return _has_name(_parts(path), names)
 
 
-def role(path: tuple, ndim: int) -> str | None:
+def role(path: tuple[Any, ...], ndim: int) -> str | None:
     """Returns the role of a tensor by its name, or None for an unknown matrix.
 
     Parts above the innermost attention are ignored, because attention may be inside an
@@ -188,9 +189,10 @@ def role(path: tuple, ndim: int) -> str | None:
     parts = _parts(path)
     inside = max((i + 1 for i, x in enumerate(parts) if _is_attention(x)), default=0)
     parts = parts[inside:]
-    for kind, kinds_names in (("factor", FACTORS), ("vector", VECTORS)):
-        if _has_name(parts, kinds_names):
-            return kind
+    if _has_name(parts, FACTORS):
+        return "factor"
+    if _has_name(parts, VECTORS):
+        return "vector"
     if ndim < 2:
         return "vector"
     if _has_name(parts, _LOW_RANKS):
@@ -229,12 +231,12 @@ def _nearest(
     return None
 
 
-def last_word(path: tuple) -> str:
+def last_word(path: tuple[Any, ...]) -> str:
     """Returns the last part in lower case, without numbers and underscores."""
     return "".join(_parts(path)[-1]) if _parts(path) else ""
 
 
-def is_einsum(path: tuple) -> bool:
+def is_einsum(path: tuple[Any, ...]) -> bool:
     """Checks whether a matrix belongs to an einsum.
 
     In Gemma's einsums the axis of heads comes first.
@@ -284,7 +286,7 @@ def _names_of(part: tuple[str, ...]) -> set[str]:
     return {row for row in rows if len(row) > 1 or len(part) == 1}
 
 
-def _parts(path: tuple) -> list[tuple[str, ...]]:
+def _parts(path: tuple[Any, ...]) -> list[tuple[str, ...]]:
     """Returns the words of each part of a path.
 
     One key may have several parts: ``a/b``, ``(a, b)``. A ``head`` inside attention is

@@ -156,11 +156,11 @@ def _possible_params(
     which have no updates. A parameter that is not used in a step has no update either.
     """
 
-    def of_kind(kind, leaf):
+    def of_kind(kind: Any, leaf: Any) -> Any:
         is_array = isinstance(leaf, (jax.Array, np.ndarray))
         return leaf if is_array and jnp.issubdtype(leaf.dtype, kind) else None
 
-    def of_part(kind, g, part):
+    def of_part(kind: Any, g: Any, part: Any) -> Any:
         return part if g is not None else jax.tree.map(partial(of_kind, kind), part)
 
     # All arrays, then only floats, then none.
@@ -194,7 +194,7 @@ def _has_field(state: optax.OptState, name: str) -> bool:
     )
 
 
-def _names_any(path: tuple, fields: Collection[str]) -> bool:
+def _names_any(path: tuple[Any, ...], fields: Collection[str]) -> bool:
     """Checks whether an attribute, not a dictionary key, in `path` is in `fields`."""
     return any(
         isinstance(key, jax.tree_util.GetAttrKey) and key.name in fields for key in path

@@ -48,7 +48,7 @@ class ScaleBySpamAdamState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
@@ -70,7 +70,7 @@ class ScaleBySpamState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     clipped_count: jax.Array | None  # shape=(), dtype=jnp.int32.
@@ -169,11 +169,12 @@ def spam_clip(
         position = functional.reset_position(step, reset_interval)
         rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
 
-        def clip_tensor(g, old_nu):
+        def clip_tensor(g: jax.Array | None, old_nu: jax.Array) -> tuple[Any, ...]:
             nu = _moments.zero_at_reset(old_nu, position)
             if g is None:
                 return None, nu, ()
-            narrow, counts = _arithmetic.narrow_like(g, nu), ()
+            narrow = _arithmetic.narrow_like(g, nu)
+            counts: tuple[jax.Array, ...] = ()
             if count:
                 bad = _arithmetic.is_nonfinite(narrow)
                 nu, counts = _spikes.count(narrow, nu, bad, rule)
@@ -257,7 +258,9 @@ def scale_by_spam_adam(
         position = functional.reset_position(step, reset_interval)
         scale = step_scale(step)
 
-        def step_tensor(g, old_mu, old_nu):
+        def step_tensor(
+            g: jax.Array | None, old_mu: jax.Array, old_nu: jax.Array
+        ) -> tuple[Any, ...]:
             mu, nu = _moments.zero_at_reset((old_mu, old_nu), position)
             if g is None:
                 return None, mu, nu, ()
@@ -590,14 +593,18 @@ def spam(
 # Shared by the transformations above: argument checks, initial state, one step.
 
 
-def _check_clip(threshold, b2, reset_interval, grace_steps) -> tuple:
+def _check_clip(
+    threshold: Any, b2: Any, reset_interval: Any, grace_steps: Any
+) -> tuple[Any, ...]:
     """Checks the arguments and returns them in the same order."""
     threshold = _validate.check_number("threshold", threshold, above=0)
     b2 = _validate.check_decay("b2", b2)
     return threshold, b2, *_validate.check_reset(reset_interval, grace_steps)
 
 
-def _check_adam(b1, b2, eps, reset_interval, warmup_steps) -> tuple:
+def _check_adam(
+    b1: Any, b2: Any, eps: Any, reset_interval: Any, warmup_steps: Any
+) -> tuple[Any, ...]:
     """Checks the arguments and returns them in the same order."""
     b1 = _validate.check_decay("b1", b1)
     b2 = _validate.check_decay("b2", b2)
@@ -616,7 +623,7 @@ class SpamSettings(NamedTuple):
     threshold: jax.typing.ArrayLike
     grace_steps: jax.typing.ArrayLike
     clip_unseen: bool
-    count: bool
+    count: bool  # type: ignore[assignment]
     reset_interval: jax.typing.ArrayLike | None
     warmup_steps: jax.typing.ArrayLike
     restart_bias_correction: bool
@@ -630,13 +637,13 @@ class SpamSettings(NamedTuple):
         """
         clip = ("threshold", "b2", "reset_interval", "grace_steps")
         adam = ("b1", "b2", "eps", "reset_interval", "warmup_steps")
-        numbers = {}
+        numbers: dict[str, Any] = {}
         for check, names in ((_check_clip, clip), (_check_adam, adam)):
             values = check(*(getattr(self, name) for name in names))
             numbers |= zip(names, values, strict=True)
         flags = ("clip_unseen", "count", "restart_bias_correction")
         _validate.check_flags(**{name: getattr(self, name) for name in flags})
-        dtypes = {
+        dtypes: dict[str, Any] = {
             name: _validate.check_moment_dtype(name, getattr(self, name))
             for name in ("mu_dtype", "nu_dtype")
         }
@@ -685,12 +692,18 @@ def spam_step(
         restart_bias_correction=settings.restart_bias_correction,
     )
 
-    def step_tensor(g, old_mu, old_nu, nonfinite):
+    def step_tensor(
+        g: jax.Array | None,
+        old_mu: jax.Array,
+        old_nu: jax.Array,
+        nonfinite: jax.Array | None,
+    ) -> tuple[Any, ...]:
         mu, nu = _moments.zero_at_reset((old_mu, old_nu), position)
         if g is None:
             return None, mu, nu, ()
         # In the compute dtype: a clipped gradient need not be rounded to bfloat16.
-        g, counts = _arithmetic.widen(_arithmetic.narrow_like(g, nu)), ()
+        g = _arithmetic.widen(_arithmetic.narrow_like(g, nu))
+        counts: tuple[jax.Array, ...] = ()
         if settings.count:
             bad = _arithmetic.is_nonfinite(g) if nonfinite is None else nonfinite
             nu, counts = _spikes.count(g, nu, bad, rule)
@@ -713,7 +726,13 @@ def spam_step(
 
 
 def _step_scale(
-    step: jax.Array, *, b1, b2, reset_interval, warmup_steps, restart_bias_correction
+    step: jax.Array,
+    *,
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    reset_interval: jax.typing.ArrayLike | None,
+    warmup_steps: jax.typing.ArrayLike,
+    restart_bias_correction: bool,
 ) -> jax.Array:
     """Returns the ramp times the bias corrections: a scalar."""
     ramp = functional.reset_ramp(step, reset_interval, warmup_steps)

@@ -4,7 +4,7 @@ These functions do not check their arguments. :mod:`spam_optax.functional` check
 for callers, and transformations check them when they are built.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,7 @@ class SpikeRule(NamedTuple):
     clip_unseen: bool
 
 
-def square_limit(
-    g: jax.Array, v: jax.Array, rule: SpikeRule
-) -> tuple[jax.Array, jax.Array]:
+def square_limit(g: jax.Array, v: jax.Array, rule: SpikeRule) -> tuple[jax.Array, Any]:
     """Returns the limit on ``|g|**2``, and a mask of where the limit applies.
 
     The dtype of the limit holds the square of a float64 gradient, also if the second
@@ -67,7 +65,7 @@ def clipped_square(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
     return jnp.where(_passes(g, limit, has_limit), _arithmetic.abs_sq(g), limited)
 
 
-def _passes(g: jax.Array, limit: jax.Array, has_limit: jax.Array) -> jax.Array:
+def _passes(g: jax.Array, limit: jax.Array, has_limit: Any) -> jax.Array:
     """Marks the coordinates that are finite and within their limit."""
     square = _arithmetic.abs_sq(g)
     return jnp.isfinite(square) & ((square <= limit) | ~jnp.asarray(has_limit))
@@ -101,7 +99,7 @@ def clip_and_update_nu(
 
 def count(
     g: jax.Array, v: jax.Array, nonfinite: jax.Array, rule: SpikeRule
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Counts spikes and non-finite coordinates.
 
     Returns `v`, for use after the count, and both counts.

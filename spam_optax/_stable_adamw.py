@@ -29,7 +29,7 @@ class ScaleByStableAdamWState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     update_rms: jax.Array  # shape=(tensors,), dtype=jnp.float32.
@@ -209,7 +209,14 @@ def _rms(g: jax.Array, v_hat: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array
     return _arithmetic.root(jnp.sum(ratio) / max(g.size, 1))
 
 
-def _direction(bad, m, v, rms, corrections, eps) -> jax.Array:
+def _direction(
+    bad: jax.Array,
+    m: jax.Array,
+    v: jax.Array,
+    rms: jax.Array,
+    corrections: list[jax.Array],
+    eps: jax.typing.ArrayLike,
+) -> jax.Array:
     """Returns Adam's direction over ``max(1, rms)``, or 0 without a finite gradient."""
     first, second = corrections
     step = m / first / (_arithmetic.root(v / second) + eps) / jnp.maximum(rms, 1)

@@ -102,7 +102,7 @@ class ScaleByStableSpamState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     max_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
@@ -572,7 +572,9 @@ def stable_spam(
 # Statistics are vectors with one entry per tensor.
 
 
-def _check_norm(gamma1, gamma2, eps=1.0, total_steps=None) -> tuple:
+def _check_norm(
+    gamma1: Any, gamma2: Any, eps: Any = 1.0, total_steps: Any = None
+) -> tuple[Any, ...]:
     """Returns the arguments, checked, in the same order."""
     gamma1 = _validate.check_decay("gamma1", gamma1)
     gamma2 = _validate.check_decay("gamma2", gamma2)
@@ -592,7 +594,7 @@ def _init_statistics(params: optax.Params, n: int) -> tuple[jax.Array, ...]:
 
 def _flatten(
     updates: optax.Updates, statistic: jax.Array
-) -> tuple[list[jax.Array], Any]:
+) -> tuple[list[jax.Array | None], Any]:
     """Flattens the updates. Raises if their number differs from `statistic`'s."""
     _validate.check_tensors(updates, statistic.shape[0])
     _norms.check_updates(updates)
@@ -632,14 +634,21 @@ def _of_each(
     return _arithmetic.stack(numbers, jnp.float32)
 
 
-def _adaclip(finite, bad, steps, mean, gamma3):
+def _adaclip(
+    finite: list[jax.Array | None],
+    bad: jax.Array,
+    steps: jax.Array,
+    mean: jax.Array,
+    gamma3: jax.typing.ArrayLike,
+) -> tuple[list[jax.Array | None], jax.Array, jax.Array, jax.Array]:
     """Returns the clipped gradients, how many were clipped, and new statistics."""
     largest = _of_each(lambda g: jnp.abs(g).max(initial=0), finite)
     usable = (bad == 0) | (largest > 0)
     steps = steps + usable.astype(jnp.int32)
     mean = _average(mean, largest, gamma3, usable)
     limit = _corrected(mean, gamma3, steps)
-    clipped, counts = [], []
+    clipped: list[jax.Array | None] = []
+    counts: list[jax.Array] = []
     for i, g in enumerate(finite):
         if g is None:
             clipped.append(None)
@@ -651,7 +660,14 @@ def _adaclip(finite, bad, steps, mean, gamma3):
     return clipped, _moments.total(counts), steps, mean
 
 
-def _adagn(finite, bad, statistics, gamma1, gamma2, eps):
+def _adagn(
+    finite: list[jax.Array | None],
+    bad: jax.Array,
+    statistics: tuple[jax.Array, jax.Array, jax.Array],
+    gamma1: jax.typing.ArrayLike,
+    gamma2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+) -> tuple[list[jax.Array | None], jax.Array, jax.Array, jax.Array]:
     """Returns the rescaled gradients and the new statistics."""
     steps, mean, square = statistics
     norm, usable = _measure(finite, bad)
@@ -663,7 +679,12 @@ def _adagn(finite, bad, statistics, gamma1, gamma2, eps):
     return _rescale(finite, norm, wanted, steps > 0), steps, mean, square
 
 
-def _adam(gradients, state, decays, position):
+def _adam(
+    gradients: optax.Updates,
+    state: ScaleByStableSpamState,
+    decays: tuple[Any, Any, Any],
+    position: jax.Array,
+) -> tuple[optax.Updates, optax.Updates, optax.Updates]:
     """Returns Adam's direction and the new moments."""
     b1, b2, eps = decays
     step = optax.safe_increment(state.count)
@@ -675,7 +696,7 @@ def _adam(gradients, state, decays, position):
     first = functional.bias_correction(b1, since_reset)
     second = functional.bias_correction(b2, since_reset)
 
-    def direct(m, v):
+    def direct(m: jax.Array, v: jax.Array) -> jax.Array:
         return (m / first / (_arithmetic.root(v / second) + eps)).astype(m.dtype)
 
     direction = _moments.map_leaves(direct, mu, nu)
@@ -686,7 +707,7 @@ def _adam(gradients, state, decays, position):
     )
 
 
-def _decay_scale(step, total_steps) -> jax.typing.ArrayLike:
+def _decay_scale(step: jax.Array, total_steps: Any) -> jax.Array | float:
     """Returns the factor on `b1` and `gamma1` in this step."""
     if total_steps is None:
         return 1.0
@@ -707,12 +728,16 @@ def _measure(
     return norm, ((bad == 0) | (norm > 0)) & jnp.isfinite(norm**2)
 
 
-def _average(mean, value, decay, usable) -> jax.Array:
+def _average(
+    mean: jax.Array, value: jax.Array, decay: jax.typing.ArrayLike, usable: jax.Array
+) -> jax.Array:
     """Updates the running mean where `usable`, and keeps it elsewhere."""
     return jnp.where(usable, _arithmetic.ema(mean, value, decay), mean)
 
 
-def _corrected(mean, decay, steps) -> jax.Array:
+def _corrected(
+    mean: jax.Array, decay: jax.typing.ArrayLike, steps: jax.Array
+) -> jax.Array:
     """Returns the bias-corrected running mean, which is 0 before the first step."""
     correction = functional.bias_correction(decay, jnp.maximum(steps, 1))
     return (mean / correction).astype(jnp.float32)
@@ -734,6 +759,6 @@ def _or_one(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, 1)
 
 
-def _cast(tensors: list[jax.Array], like: list[jax.Array]) -> list[jax.Array]:
+def _cast(tensors: list[Any], like: list[Any]) -> list[jax.Array]:
     dtypes = [jnp.asarray(x).dtype for x in like]
     return [_arithmetic.cast(x, to) for x, to in zip(tensors, dtypes, strict=True)]

@@ -6,7 +6,9 @@ Python and NumPy numbers are checked. Arrays and tracers are accepted, because
 """
 
 import math
+import operator
 import sys
+import types
 from collections.abc import Collection
 from typing import Any
 
@@ -23,7 +25,8 @@ def caller() -> str:
     It is the outermost factory: ``spam``, even if ``scale_by_spam`` checks. Inside
     ``init`` and ``update`` it is the factory that returned them.
     """
-    name, frame = "", sys._getframe(1)
+    name = ""
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         root, *nested = frame.f_code.co_qualname.split(".")
@@ -76,10 +79,10 @@ def check_number(
     bounds = [
         (sign, bound, holds)
         for sign, bound, holds in (
-            (">", above, lambda x, b: x > b),
-            (">=", at_least, lambda x, b: x >= b),
-            ("<", below, lambda x, b: x < b),
-            ("<=", at_most, lambda x, b: x <= b),
+            (">", above, operator.gt),
+            (">=", at_least, operator.ge),
+            ("<", below, operator.lt),
+            ("<=", at_most, operator.le),
         )
         if bound is not None
     ]
@@ -186,7 +189,7 @@ def check_decay(name: str, value: Any) -> Any:
 def check_key(key: Any) -> None:
     """Raises unless `key` is a PRNG key, typed or raw, or a number to make one from."""
     if _is_key(key):
-        is_typed = jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         if key.ndim != (0 if is_typed else 1) or not (
             is_typed or key.dtype == np.uint32
         ):
@@ -212,11 +215,11 @@ def make_key(key: Any) -> jax.Array:
 def _is_key(key: Any) -> bool:
     """Checks whether `key` is an array other than a scalar number."""
     return isinstance(key, (jax.Array, np.ndarray)) and (
-        jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 0
+        jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 0
     )
 
 
-def check_choice(name: str, value: Any, choices: tuple) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         allowed = ", ".join(map(repr, choices))
@@ -265,7 +268,7 @@ def check_reset(reset_interval: Any, grace_steps: Any = 0) -> tuple[Any, Any]:
     return reset_interval, grace_steps
 
 
-def check_moment_dtype(name: str, dtype: Any) -> np.dtype | None:
+def check_moment_dtype(name: str, dtype: Any) -> np.dtype[Any] | None:
     """Returns the canonical `dtype`. Raises unless it is None or a real float type.
 
     It must have 16 bits or more. `nu_dtype` must have the range of float32, because it
@@ -292,7 +295,9 @@ def check_moment_dtype(name: str, dtype: Any) -> np.dtype | None:
     return canonical
 
 
-def check_inexact(path: tuple, leaf: Any, what: str = "parameter") -> np.dtype:
+def check_inexact(
+    path: tuple[Any, ...], leaf: Any, what: str = "parameter"
+) -> np.dtype[Any]:
     """Returns the compute dtype of `leaf`. Raises if it is not floating or complex."""
     try:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)

@@ -84,4 +84,5 @@ def _fold(params: Any) -> Any:
                 f"got {alpha.shape}."
             )
         children["kernel"] = jax.tree.map(lambda w: scale(w, alpha), children["kernel"])
-    return type(params)(children)
+    container: Any = type(params)
+    return container(children)

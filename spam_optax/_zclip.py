@@ -156,7 +156,12 @@ def zclip(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _limit(norm: jax.Array, state: ZClipState, threshold, eps) -> jax.Array:
+def _limit(
+    norm: jax.Array,
+    state: ZClipState,
+    threshold: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+) -> jax.Array:
     """Returns the norm, or the limit if the norm is an outlier."""
     z = (norm - state.zclip_mean) / (state.zclip_std + eps)
     is_outlier = z > threshold

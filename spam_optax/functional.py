@@ -19,7 +19,6 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from spam_optax import _arithmetic, _paths, _spike_history, _spikes, _validate
 from spam_optax._spike_history import SkipRule, StepHistory
@@ -396,11 +395,12 @@ def bias_correction(
       Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, algorithm 1.
     """
     decay = _validate.check_decay("decay", decay)
-    if isinstance(decay, (jax.Array, np.ndarray)):
-        log_decay = jnp.log(jnp.asarray(decay).astype(float))
-    else:
+    log_decay: jax.typing.ArrayLike
+    if isinstance(decay, float):
         # Computed in float64, because rounding 0.999 to float32 first loses digits.
         log_decay = math.log(decay) if decay > 0 else -math.inf
+    else:
+        log_decay = jnp.log(jnp.asarray(decay).astype(float))
     return -jnp.expm1(jnp.asarray(step).astype(float) * log_decay)
 
 
@@ -648,7 +648,7 @@ def ffn_jacobian_bound(
         for name, value in arguments.items()
     )
     matrices = (jnp.sqrt(width) + jnp.sqrt(ffn_width)) ** 2
-    return 1 + std_in * std_out / residual_std * matrices
+    return 1 + std_in * std_out / residual_std * matrices  # type: ignore[return-value]
 
 
 def attention_jacobian_bound(
@@ -697,7 +697,7 @@ def attention_jacobian_bound(
     attention_norm = _validate.check_number(
         "attention_norm", attention_norm, at_least=0
     )
-    return 1 + std_out / residual_std * 2 * jnp.sqrt(width) * attention_norm
+    return 1 + std_out / residual_std * 2 * jnp.sqrt(width) * attention_norm  # type: ignore[return-value]
 
 
 def spike_steps(

@@ -327,7 +327,12 @@ def _normal(std: float) -> Initializer:
     """Returns JAX's `normal`, drawn in at least float32."""
     draw = jax.nn.initializers.normal(std)
 
-    def init(key, shape, dtype=None, out_sharding=None):
+    def init(
+        key: jax.Array,
+        shape: Sequence[int],
+        dtype: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
         dtype = jnp.result_type(float) if dtype is None else dtype
         # A normal drawn in bfloat16 has 128 values and a mean of -0.012 std. A common
         # mean is a large singular value: it grows with the width, and those of the

@@ -99,8 +99,8 @@ class NormedEmbed(nn.Embed):
 
     embedding_init: Initializer = initializers.embedding_table
 
-    def setup(self):
-        super().setup()
+    def setup(self) -> None:
+        super().setup()  # type: ignore[no-untyped-call]
         self.norm = nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -221,7 +221,8 @@ class WesarLinear(nnx.Linear):
             param_dtype=self.param_dtype,
             precision=self.precision,
             kernel_init=lambda *_: kernel,
-            bias_init=lambda *_: self.bias[...],
+            # It is called only if there is a bias.
+            bias_init=lambda *_: self.bias[...],  # type: ignore[index]
             dot_general=self.dot_general,
             promote_dtype=self.promote_dtype,
             preferred_element_type=self.preferred_element_type,

@@ -91,7 +91,7 @@ def inject_spikes(
         del params
         step = optax.safe_increment(state.injection_step)
 
-        def corrupt(updates):
+        def corrupt(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
             leaves, structure = jax.tree.flatten(updates)
             count = jnp.zeros([], jnp.int32)
             step_key = jax.random.fold_in(_validate.make_key(key), step)
@@ -103,7 +103,7 @@ def inject_spikes(
                 count = _arithmetic.saturating_add(count, *_arithmetic.totals(hit))
             return jax.tree.unflatten(structure, leaves), count
 
-        def leave(updates):
+        def leave(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
             return updates, jnp.zeros([], jnp.int32)
 
         updates, count = jax.lax.cond(is_hit_step(step), corrupt, leave, updates)

@@ -1,4 +1,7 @@
-"""Strict JAX on eight CPU devices, which compiles quickly and once."""
+"""Strict JAX on eight CPU devices, which compiles quickly and once.
+
+JAX_NUM_CPU_DEVICES sets another number of devices; tests/test_one_device.py uses it.
+"""
 
 import os
 import pathlib
@@ -12,7 +15,7 @@ hardware.prepare_libtpu()
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES", 8)))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation is most of the suite's time. Programs are therefore compiled with few
