@@ -150,7 +150,7 @@ def skip_spikes(
         )
 
         # Selected, not multiplied: 0 * NaN is NaN.
-        def if_taken(new, old):
+        def if_taken(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(is_taken, new, old)
 
         total = _arithmetic.saturating_add(

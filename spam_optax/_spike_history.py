@@ -160,7 +160,7 @@ def judge(
             values, count = push(values, count, value, enters)
         windows += [values, count]
     in_a_row = jnp.where(reason == 0, 0, jnp.minimum(in_a_row, 2**30) + 1)
-    return reason, StepHistory(*windows, in_a_row)
+    return reason, StepHistory._make([*windows, in_a_row])
 
 
 def limit(values: jax.Array, count: jax.Array, test: SpikeTest) -> jax.Array:
@@ -181,7 +181,7 @@ def limit(values: jax.Array, count: jax.Array, test: SpikeTest) -> jax.Array:
         )
     else:
         center = jnp.mean(values, where=is_filled)
-        distance = test.sigma * jnp.std(values, where=is_filled)
+        distance = jnp.asarray(test.sigma * jnp.std(values, where=is_filled))
     return jnp.where(number >= test.min_history, center + distance, jnp.inf).astype(
         jnp.float32
     )
