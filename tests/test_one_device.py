@@ -12,10 +12,12 @@ import sys
 
 TESTS = (
     "library/test_spam.py::test_equals_golden",
-    "library/test_spam.py::test_marches_beside_the_numpy_reference",
-    "library/test_sparse.py::test_marches_beside_the_numpy_reference",
-    "library/test_stable_spam.py::test_numpy_reference_equals_golden",
-    "library/test_stable_spam.py::test_equals_numpy",
+    "library/test_spam.py::test_marches_beside_the_numpy_reference[short window]",
+    "library/test_sparse.py::test_marches_beside_the_numpy_reference[short windows]",
+    "library/test_sparse.py::test_marches_beside_the_numpy_reference[by gradient]",
+    "library/test_stable_spam.py::test_equals_numpy[float32-resets]",
+    "library/test_stable_spam.py::"
+    "test_default_resets_differ_from_the_reference_only_from_the_first_reset_on",
     "trainer/test_train_step.py::test_first_steps_give_the_recorded_numbers",
 )
 RUN = """
