@@ -19,9 +19,12 @@ from spam_optax._describe import TensorDescription as TensorDescription
 from spam_optax._describe import TensorDescriptions as TensorDescriptions
 from spam_optax._describe import describe_tensors as describe_tensors
 from spam_optax._inject import inject_hyperparams as inject_hyperparams
+from spam_optax._momentum_mask import momentum_density as momentum_density
+from spam_optax._momentum_mask import momentum_mask as momentum_mask
 from spam_optax._monitor import TrackSpikesState as TrackSpikesState
 from spam_optax._monitor import tensor_names as tensor_names
 from spam_optax._monitor import track_spikes as track_spikes
+from spam_optax._paths import matrices_only as matrices_only
 from spam_optax._reset import ResetMomentsState as ResetMomentsState
 from spam_optax._reset import reset_moments as reset_moments
 from spam_optax._serialization import (
@@ -37,12 +40,9 @@ from spam_optax._spam import scale_by_spam_adam as scale_by_spam_adam
 from spam_optax._spam import spam as spam
 from spam_optax._spam import spam_adam as spam_adam
 from spam_optax._spam import spam_clip as spam_clip
-from spam_optax._sparse import ScaleBySparseSpamState as ScaleBySparseSpamState
-from spam_optax._sparse import matrices_only as matrices_only
-from spam_optax._sparse import momentum_density as momentum_density
-from spam_optax._sparse import momentum_mask as momentum_mask
-from spam_optax._sparse import scale_by_sparse_spam as scale_by_sparse_spam
-from spam_optax._sparse import sparse_spam as sparse_spam
+from spam_optax._sparse_spam import ScaleBySparseSpamState as ScaleBySparseSpamState
+from spam_optax._sparse_spam import scale_by_sparse_spam as scale_by_sparse_spam
+from spam_optax._sparse_spam import sparse_spam as sparse_spam
 from spam_optax._spike_history import SkipReason as SkipReason
 from spam_optax._spike_history import StepHistory as StepHistory
 from spam_optax._stable_adamw import ScaleByStableAdamWState as ScaleByStableAdamWState

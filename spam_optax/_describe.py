@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _paths, _sparse
+from spam_optax import _momentum_mask, _paths
 
 
 class TensorDescription(NamedTuple):
@@ -136,7 +136,7 @@ def _moments(
 
 def _shapes(tree: Any, params: optax.Params, name: str) -> list[tuple[int, ...] | None]:
     try:
-        tree = _sparse.spread_absent(tree, params)
+        tree = _momentum_mask.spread_absent(tree, params)
         moments = jax.tree.structure(params).flatten_up_to(tree)
     except (KeyError, TypeError, ValueError):
         moments = [tree]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from spam_optax import _validate
 
@@ -168,6 +170,53 @@ def names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[str,
             )
         paths[name] = leaf.path
     return tuple(paths)
+
+
+def matrices_only(
+    exclude: Collection[str] = DENSE,
+) -> Callable[[optax.Params], Any]:
+    """Chooses the matrices of attention and feed-forward layers for sparse momentum.
+
+    A parameter is chosen if it has 2 dimensions or more and no part of its path has an
+    excluded name. A part is compared by its words, which underscores, capitals and
+    numbers separate: ``norm`` excludes ``attention_norm/weight`` and
+    ``LayerNorm_0/scale``, ``head`` excludes ``lm_head/kernel``. A name may have several
+    words, as ``embed_out`` has. Some names count only in certain places:
+
+    - A ``head`` inside attention is not a model's head and is not excluded
+      (``MultiHeadAttention_0``, ``kv_head``).
+    - ``output`` outside layers and attention is a ``head``, as in Meta's LLaMA, and
+      ``proj_out``.
+    - ``norm``, ``bias`` and other names of vectors are recognized only in the last two
+      parts of a path. Above a ``kernel`` only norms are recognized:
+      ``PreNorm_0/Dense_0/kernel`` is chosen, and so is ``scale/kernel``.
+
+    :func:`spam_optax.describe_tensors` lists the chosen parameters.
+
+    Args:
+      exclude: The excluded names. The default contains the names of embeddings and
+        heads, and of biases, norms and WeSaR's factors, which have 2 dimensions in
+        stacked layers.
+
+    Returns:
+      A function from parameters to a tree of booleans, for `sparse_params`.
+
+    Raises:
+      TypeError: If `exclude` is not a collection of strings.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import spam_optax
+      >>> params = {"embed": jnp.ones((4, 2)), "mlp": {"kernel": jnp.ones((2, 2))}}
+      >>> print(spam_optax.matrices_only()(params))
+      {'embed': False, 'mlp': {'kernel': True}}
+    """
+    _validate.check_names("exclude", exclude)
+
+    def is_matrix(leaf: Leaf) -> bool:
+        return jnp.ndim(leaf.value) >= 2 and not has_name(leaf.path, exclude)
+
+    return functools.partial(map_leaves, is_matrix)
 
 
 def has_name(path: tuple[Any, ...], names: Collection[str]) -> bool:

@@ -95,10 +95,6 @@ SORTS = {
         "a whole number >= 2 and <= 128", outside(0, 1, 2.5, 129) + ODD + WRONG_SCALARS
     ),
     "heads": Sort("a whole number >= 1", outside(0, -1, 2.5) + ODD + WRONG_SCALARS),
-    "selection": Sort(
-        "one of 'random', 'max_gradient', 'max_weight'",
-        outside("Random", "", None, 3, ["random"], True),
-    ),
     "mu dtype": Sort(
         "None or a floating dtype",
         outside(
@@ -164,7 +160,7 @@ GUARD = {
 }
 LAYOUT = {"density": "density", "row_blocks": "blocks"}
 LAYERS = {"a": jnp.ones((8, 4)), "b": jnp.ones(3)}
-MASKS = LAYOUT | {"key": "key", "selection": "selection"}
+MASKS = LAYOUT | {"key": "key"}
 SPIKES = (jnp.ones(3), jnp.ones(3))
 
 # The function, its other arguments, and the sort of each argument that is checked.
@@ -630,15 +626,6 @@ def sparse_cases():
                     f"must be {theirs}, with which the state was made",
                 ),
             )
-        yield (
-            f"{name}-max_weight without parameters",
-            Case(
-                update(everywhere(selection="max_weight"), MATRICES, start=MATRICES),
-                "selection='max_weight' needs params",
-                "got None",
-                "'random' or 'max_gradient'",
-            ),
-        )
         for dtype in ("complex64", "int32", "bool"):
             yield (
                 f"{name}-a matrix of {dtype}",
@@ -660,15 +647,7 @@ def sparse_cases():
             ),
         )
     of_layers = spam_optax.sparse_spam().init(LAYERS)
-    by_size = spam_optax.sparse_spam(selection="max_weight")
     for key, call, argument, value, allowed in (
-        (
-            "a state of another selection",
-            lambda: by_size.update(LAYERS, of_layers, LAYERS),
-            "selection",
-            "'max_weight'",
-            "the one that the state was made with",
-        ),
         (
             "an update shaped like the moments",
             lambda: spam_optax.sparse_spam().update(

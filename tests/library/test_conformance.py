@@ -29,9 +29,6 @@ TRANSFORMATIONS = {
     "sparse_spam": lambda: spam_optax.sparse_spam(
         0.1, weight_decay=0.1, count=True, **QUICK
     ),
-    "sparse_spam_by_gradient": lambda: spam_optax.sparse_spam(
-        0.1, selection="max_gradient", **QUICK
-    ),
     "reset_moments": lambda: spam_optax.reset_moments(optax.adam(0.1), 5),
     "track_spikes": lambda: spam_optax.track_spikes(spam_optax.spam(0.1, **QUICK)),
     "skip_spikes": lambda: spam_optax.skip_spikes(
@@ -513,7 +510,6 @@ def test_strict_promotion():
         for kind in ("noise", "nan", "inf")
     }
     makers["reset_moments"] = lambda: spam_optax.reset_moments(optax.trace(0.9), 5)
-    makers["by_weight"] = lambda: spam_optax.sparse_spam(selection="max_weight")
     makers["short slabs"] = lambda: spam_optax.sparse_spam(0.1, 0.3, weight_decay=0.1)
     whole = jnp.array(5)  # As injected.
     makers["ramp"] = lambda: spam_optax.scale_by_spam_adam(warmup_steps=whole)

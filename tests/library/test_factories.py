@@ -36,7 +36,7 @@ NUMBERS = {
     **dict.fromkeys(("min_history", "max_consecutive"), 2),
 }
 DTYPES = {"mu_dtype", "nu_dtype"}
-MASKS = {"density", "sparse_params", "key", "selection", "row_blocks"}
+MASKS = {"density", "sparse_params", "key", "row_blocks"}
 CLIP = {"clip_unseen", "count"}
 # What makes a transformation, and which of its arguments are no numbers.
 FACTORIES = {
@@ -298,7 +298,7 @@ def test_a_model_may_be_passed_as_params():
     [
         (optax.adamw(0.1), {}),
         (spam_optax.stable_adamw(0.1, weight_decay=0.1), {"bias": None}),
-        (spam_optax.sparse_spam(0.1, selection="max_weight"), {"bias": None}),
+        (spam_optax.sparse_spam(0.1), {"bias": None}),
     ],
     ids=["adamw", "stable_adamw", "sparse_spam"],
 )
