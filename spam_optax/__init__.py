@@ -7,8 +7,12 @@ Flax and are imported by name.
 from spam_optax import functional as functional
 from spam_optax import initializers as initializers
 from spam_optax import testing as testing
+from spam_optax._adaclip import AdaClipState as AdaClipState
+from spam_optax._adaclip import adaclip as adaclip
 from spam_optax._adagc import AdaGCState as AdaGCState
 from spam_optax._adagc import adagc as adagc
+from spam_optax._adagn import AdaGNState as AdaGNState
+from spam_optax._adagn import adagn as adagn
 from spam_optax._adam_mini import ScaleByAdamMiniState as ScaleByAdamMiniState
 from spam_optax._adam_mini import adam_mini as adam_mini
 from spam_optax._adam_mini import adam_mini_partition as adam_mini_partition
@@ -16,6 +20,10 @@ from spam_optax._adam_mini import scale_by_adam_mini as scale_by_adam_mini
 from spam_optax._describe import TensorDescription as TensorDescription
 from spam_optax._describe import TensorDescriptions as TensorDescriptions
 from spam_optax._describe import describe_tensors as describe_tensors
+from spam_optax._gradient_stabilizer import (
+    GradientStabilizerState as GradientStabilizerState,
+)
+from spam_optax._gradient_stabilizer import gradient_stabilizer as gradient_stabilizer
 from spam_optax._inject import inject_hyperparams as inject_hyperparams
 from spam_optax._monitor import TrackSpikesState as TrackSpikesState
 from spam_optax._monitor import tensor_names as tensor_names
@@ -42,13 +50,7 @@ from spam_optax._sparse import sparse_spam as sparse_spam
 from spam_optax._stable_adamw import ScaleByStableAdamWState as ScaleByStableAdamWState
 from spam_optax._stable_adamw import scale_by_stable_adamw as scale_by_stable_adamw
 from spam_optax._stable_adamw import stable_adamw as stable_adamw
-from spam_optax._stable_spam import AdaClipState as AdaClipState
-from spam_optax._stable_spam import AdaGNState as AdaGNState
-from spam_optax._stable_spam import GradientStabilizerState as GradientStabilizerState
 from spam_optax._stable_spam import ScaleByStableSpamState as ScaleByStableSpamState
-from spam_optax._stable_spam import adaclip as adaclip
-from spam_optax._stable_spam import adagn as adagn
-from spam_optax._stable_spam import gradient_stabilizer as gradient_stabilizer
 from spam_optax._stable_spam import scale_by_stable_spam as scale_by_stable_spam
 from spam_optax._stable_spam import stable_spam as stable_spam
 from spam_optax._zclip import ZClipState as ZClipState

@@ -181,7 +181,9 @@ def spam_clip(
             clipped = _arithmetic.cast(clipped, jnp.asarray(g).dtype)
             return clipped, _arithmetic.cast(nu, old_nu.dtype), counts
 
-        clipped, nu, counts = _moments.map_tensors(clip_tensor, updates, state.clip_nu)
+        clipped, nu, counts = _moments.map_tensors(
+            clip_tensor, updates, state.clip_nu, n=3
+        )
         totals = state.spam_clip_clipped_total, state.spam_clip_nonfinite_total
         counters = _moments.add_counts(counts, *totals)
         unflatten = jax.tree.structure(state.clip_nu).unflatten
@@ -255,24 +257,21 @@ def scale_by_spam_adam(
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
         position = functional.reset_position(step, reset_interval)
-        scale = step_scale(step)
+        rates = _moments.AdamRates(b1, step_scale(step), eps)
 
-        def step_tensor(g, old_mu, old_nu):
-            mu, nu = _moments.zero_at_reset((old_mu, old_nu), position)
+        def step_tensor(g, mu, nu):
+            mu, nu = _moments.zero_at_reset((mu, nu), position)
             if g is None:
                 return None, mu, nu, ()
             g = _arithmetic.narrow_like(g, nu)
             bad = _arithmetic.is_nonfinite(g)
             counts = _arithmetic.totals(bad) if count else ()
             g = jnp.where(bad, jnp.zeros_like(g), g)
-            mu = _arithmetic.ema(mu, _arithmetic.widen(g), b1)
-            nu = _arithmetic.ema(nu, _arithmetic.abs_sq(g), b2)
-            direction = _direction(mu, nu, scale, eps)
-            mu = _arithmetic.cast(mu, old_mu.dtype)
-            return direction, mu, _arithmetic.cast(nu, old_nu.dtype), counts
+            new_nu = _arithmetic.ema(nu, _arithmetic.abs_sq(g), b2)
+            return *_moments.adam_step(g, mu, nu, new_nu, rates), counts
 
         direction, mu, nu, counts = _moments.map_tensors(
-            step_tensor, updates, state.mu, state.nu
+            step_tensor, updates, state.mu, state.nu, n=4
         )
         unflatten = jax.tree.structure(state.mu).unflatten
         direction = _moments.cast_updates(unflatten(direction), updates, params)
@@ -684,9 +683,10 @@ def spam_step(
         warmup_steps=settings.warmup_steps,
         restart_bias_correction=settings.restart_bias_correction,
     )
+    rates = _moments.AdamRates(b1, scale, settings.eps)
 
-    def step_tensor(g, old_mu, old_nu, nonfinite):
-        mu, nu = _moments.zero_at_reset((old_mu, old_nu), position)
+    def step_tensor(g, mu, nu, nonfinite):
+        mu, nu = _moments.zero_at_reset((mu, nu), position)
         if g is None:
             return None, mu, nu, ()
         # In the compute dtype: a clipped gradient need not be rounded to bfloat16.
@@ -694,17 +694,14 @@ def spam_step(
         if settings.count:
             bad = _arithmetic.is_nonfinite(g) if nonfinite is None else nonfinite
             nu, counts = _spikes.count(g, nu, bad, rule)
-        g, nu = _spikes.clip_and_update_nu(g, nu, b2, rule)
-        mu = _arithmetic.ema(mu, g, b1)
-        direction = _direction(mu, nu, scale, settings.eps)
-        mu = _arithmetic.cast(mu, old_mu.dtype)
-        return direction, mu, _arithmetic.cast(nu, old_nu.dtype), counts
+        g, new_nu = _spikes.clip_and_update_nu(g, nu, b2, rule)
+        return *_moments.adam_step(g, mu, nu, new_nu, rates), counts
 
     structure = jax.tree.structure(state.mu)
     if nonfinite is None:
         nonfinite = structure.unflatten([None] * structure.num_leaves)
     direction, mu, nu, counts = _moments.map_tensors(
-        step_tensor, gradients, state.mu, state.nu, nonfinite
+        step_tensor, gradients, state.mu, state.nu, nonfinite, n=4
     )
     direction, mu, nu = map(structure.unflatten, (direction, mu, nu))
     totals = state.clipped_total, state.nonfinite_total
@@ -723,9 +720,3 @@ def _step_scale(
     first = functional.bias_correction(b1, step)
     second = functional.bias_correction(b2, step)
     return ramp * jnp.sqrt(second) / first
-
-
-def _direction(
-    mu: jax.Array, nu: jax.Array, scale: jax.Array, eps: jax.typing.ArrayLike
-) -> jax.Array:
-    return (scale * mu / (_arithmetic.root(nu) + eps)).astype(mu.dtype)
