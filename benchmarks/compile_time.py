@@ -1,6 +1,7 @@
 """How long tracing and compiling a step takes, for XLA:CPU and for the TPU compiler."""
 
 import importlib.util
+import itertools
 import time
 
 import jax
@@ -33,36 +34,32 @@ def measure(quick, track):
     return {
         "leaves": len(jax.tree.leaves(params)),
         "rows": [
-            _row(platform, name, params, rounds=1 if quick else 2)
+            _row(platform, name, params)
             for platform, name in track(jobs, description="compile")
         ],
     }
 
 
-def _row(platform, name, params, rounds):
-    """The least processor seconds of each stage, and the operations before XLA."""
+def _row(platform, name, params):
+    """The processor seconds of each stage, and the operations before XLA."""
     tx = ROWS[name]()
     arguments = params, jax.eval_shape(tx.init, params), params
     if platform == "tpu":
         sharding = NamedSharding(Mesh(compiled.devices("v5e")[:1], ("x",)), P())
         arguments = jax.tree.map(lambda x: x.update(sharding=sharding), arguments)
-    times = []
-    for _ in range(rounds):
-        jax.clear_caches()
-        marks = [time.process_time()]
-        traced = steps.jit_step(tx).trace(*arguments)
-        marks.append(time.process_time())
-        lowered = traced.lower()
-        marks.append(time.process_time())
-        program = lowered.compile()
-        marks.append(time.process_time())
-        times.append([b - a for a, b in zip(marks, marks[1:], strict=False)])
+    jax.clear_caches()
+    marks = [time.process_time()]
+    traced = steps.jit_step(tx).trace(*arguments)
+    marks.append(time.process_time())
+    lowered = traced.lower()
+    marks.append(time.process_time())
+    program = lowered.compile()
+    marks.append(time.process_time())
+    trace, lower, compile_ = (b - a for a, b in itertools.pairwise(marks))
     return {
         "platform": platform,
         "optimizer": name,
-        "seconds": dict(
-            zip(("trace", "lower", "compile"), min(times, key=sum), strict=True)
-        ),
+        "seconds": {"trace": trace, "lower": lower, "compile": compile_},
         "operations": lowered.as_text().count(" = "),
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes
         / shapes.size(params),
