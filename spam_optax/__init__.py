@@ -33,14 +33,14 @@ from spam_optax._reset import reset_moments as reset_moments
 from spam_optax._serialization import (
     register_serialization as register_serialization,
 )
-from spam_optax._spam import ScaleBySpamAdamState as ScaleBySpamAdamState
 from spam_optax._spam import ScaleBySpamState as ScaleBySpamState
-from spam_optax._spam import SpamClipState as SpamClipState
 from spam_optax._spam import scale_by_spam as scale_by_spam
-from spam_optax._spam import scale_by_spam_adam as scale_by_spam_adam
 from spam_optax._spam import spam as spam
-from spam_optax._spam import spam_adam as spam_adam
-from spam_optax._spam import spam_clip as spam_clip
+from spam_optax._spam_adam import ScaleBySpamAdamState as ScaleBySpamAdamState
+from spam_optax._spam_adam import scale_by_spam_adam as scale_by_spam_adam
+from spam_optax._spam_adam import spam_adam as spam_adam
+from spam_optax._spam_clip import SpamClipState as SpamClipState
+from spam_optax._spam_clip import spam_clip as spam_clip
 from spam_optax._sparse import ScaleBySparseSpamState as ScaleBySparseSpamState
 from spam_optax._sparse import matrices_only as matrices_only
 from spam_optax._sparse import momentum_density as momentum_density

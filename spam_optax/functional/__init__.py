@@ -12,9 +12,11 @@ from 1.
 """
 
 from spam_optax.functional.metrics import (
+    attention_jacobian_bound,
     ffn_jacobian_bound,
     layer_gradient_norms,
     spike_score,
+    token_embedding_variability,
 )
 from spam_optax.functional.reset import (
     bias_correction,
@@ -31,6 +33,7 @@ from spam_optax.functional.spikes import (
 )
 
 __all__ = (
+    "attention_jacobian_bound",
     "bias_correction",
     "clip_spikes",
     "ffn_jacobian_bound",
@@ -42,5 +45,6 @@ __all__ = (
     "reset_ramp",
     "spike_mask",
     "spike_score",
+    "token_embedding_variability",
     "zero_nonfinite",
 )
