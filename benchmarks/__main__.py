@@ -14,6 +14,7 @@ from rich.progress import (
 )
 
 from benchmarks import (
+    compile_time,
     compiled,
     environment,
     pictures,
@@ -27,6 +28,7 @@ from benchmarks import (
 
 SECTIONS = {
     "step": step,
+    "compile": compile_time,
     "compiled": compiled,
     "state": state,
     "scaling": scaling,
@@ -43,6 +45,8 @@ Measure the optimizers of spam_optax beside those of Optax and PyTorch.
             apply_updates in one jitted function with donated buffers. The optimizers
             take turns, and the ratio to optax.adamw is taken round by round. PyTorch
             has rows too if torch is installed (and SPAM if pytorch_optimizer is).
+  compile   processor seconds that tracing, lowering and compiling a step takes for the
+            201 arrays of a LLaMA, for this machine's CPU and for TPU v5e (libtpu).
   compiled  bytes of memory that a step moves and allocates on TPU v5e, v5p and v6e,
             and its collectives on four chips, from the TPU compiler. No TPU is needed,
             but libtpu must be installed.

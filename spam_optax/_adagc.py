@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _moments, _norms, _validate
+from spam_optax import _arithmetic, _moments, _tensor_statistics, _validate
 
 
 class AdaGCState(NamedTuple):
@@ -112,7 +112,7 @@ def adagc(
     warmup_steps = _validate.check_steps("warmup_steps", warmup_steps, low=0)
 
     def init_fn(params: optax.Params) -> AdaGCState:
-        _norms.check_params(params)
+        _tensor_statistics.check_params(params)
         tensors = len(jax.tree.leaves(params))
         return AdaGCState(
             jnp.zeros([tensors], jnp.int32),
@@ -128,14 +128,16 @@ def adagc(
     ) -> tuple[optax.Updates, AdaGCState]:
         del params
         _validate.check_tensors(updates, state.adagc_steps.shape[0])
-        gradients, counters = _norms.finite(updates, state.adagc_nonfinite_total)
-        norm, history = _norms.of_tensors(gradients), state.adagc_norm
+        gradients, counters = _tensor_statistics.finite(
+            updates, state.adagc_nonfinite_total
+        )
+        norm, history = _tensor_statistics.norms(gradients), state.adagc_norm
         is_warm = state.adagc_steps >= warmup_steps
         limit = jnp.where(history > 0, threshold * history, norm)
         scale = jnp.where(
             is_warm,
-            _norms.factor(norm, limit),
-            _norms.factor(_arithmetic.norm(norm), max_norm),
+            _tensor_statistics.clip_factor(norm, limit),
+            _tensor_statistics.clip_factor(_arithmetic.norm(norm), max_norm),
         )
         clipped = scale * norm
         running = jnp.where(
@@ -146,7 +148,9 @@ def adagc(
         running = jnp.where(history > 0, running, clipped).astype(jnp.float32)
         is_news = norm > 0
         leaves, structure = jax.tree.flatten(gradients)
-        return structure.unflatten(_norms.scale(leaves, scale)), AdaGCState(
+        return structure.unflatten(
+            _tensor_statistics.scale_all(leaves, scale)
+        ), AdaGCState(
             jnp.where(
                 is_news, optax.safe_increment(state.adagc_steps), state.adagc_steps
             ),

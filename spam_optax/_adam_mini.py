@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _moments, _paths, _validate, functional
+from spam_optax import _arithmetic, _moments, _paths, _validate
 
 Partition = Callable[[optax.Params], Any]
 
@@ -46,7 +46,7 @@ class ScaleByAdamMiniState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
@@ -118,25 +118,38 @@ def scale_by_adam_mini(
         _validate.check_same_tree(updates, state.mu)
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
+        rates = _moments.adam_rates(b1, b2, eps, step)
+
+        def step_tensor(g, mu, nu):
+            if g is None:
+                return None, mu, nu, ()
+            g = _arithmetic.narrow_like(g, nu)
+            bad = _arithmetic.is_nonfinite(g)
+            counts = _arithmetic.totals(bad) if count else ()
+            g = jnp.where(bad, jnp.zeros_like(g), g)
+            new_nu = _arithmetic.ema(nu, _mean_square(g, nu.shape), b2)
+            moved = _moments.adam_step(
+                g,
+                *(mu, nu, new_nu, rates),
+                is_held=jnp.all(bad),
+                spread=lambda v: _spread(v, like=mu),
+            )
+            return *moved, counts
+
         # The state's second moments have no boxes. They get the structure of `mu`.
         old_nu = _structured_like(state.mu, state.nu)
-        gradients, bad = _moments.screen(updates, old_nu)
-        mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
-        nu = _moments.map_moments(
-            lambda v, g: _arithmetic.ema(v, _mean_square(g, v.shape), b2),
-            old_nu,
-            gradients,
+        direction, mu, nu, counts = _moments.map_tensors(
+            step_tensor, updates, state.mu, old_nu, n=4
         )
-        mu, nu = _moments.hold(mu, state.mu, bad), _moments.hold(nu, old_nu, bad)
-        corrections = [functional.bias_correction(b, step) for b in (b1, b2)]
-        direction = _moments.map_leaves(
-            lambda bad, m, v: _direction(bad, m, v, corrections, eps), bad, mu, nu
-        )
-        return _moments.cast_updates(direction, updates, params), ScaleByAdamMiniState(
-            step,
-            _moments.cast_like(mu, state.mu),
-            _structured_like(state.nu, _moments.cast_like(nu, old_nu)),
-            *_moments.count(bad, state.nonfinite_total),
+        unflatten = jax.tree.structure(state.mu).unflatten
+        return (
+            _moments.cast_updates(unflatten(direction), updates, params),
+            ScaleByAdamMiniState(
+                step,
+                unflatten(mu),
+                jax.tree.structure(state.nu).unflatten(nu),
+                *_moments.add_counts(counts, state.nonfinite_total),
+            ),
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -377,7 +390,7 @@ class _Layouts(NamedTuple):
     layer_axis: int | None
     stacked: Collection[str] | None
 
-    def heads_of(self, role: str | None) -> int | None:
+    def heads_of(self, role: str) -> int | None:
         """Returns the number of heads. Attention's output has that of the queries."""
         return self.key_heads if role in ("key", "value") else self.num_heads
 
@@ -512,7 +525,7 @@ def _head_patterns(leaf: _paths.Leaf, is_outputs_first: bool) -> list[tuple[str,
 def _fits(
     shape: tuple[int, ...],
     pattern: tuple[str, ...],
-    role: str | None,
+    role: str,
     layouts: _Layouts,
 ) -> bool:
     """Checks whether a pattern's axes of heads have the number of heads as length."""
@@ -588,7 +601,7 @@ def _where(leaf: _paths.Leaf) -> str:
     return jax.tree_util.keystr(leaf.path) or "the root"
 
 
-def _check_real(path: tuple[Any, ...], p: Any) -> None:
+def _check_real(path: tuple, p: Any) -> None:
     dtype = jnp.result_type(p)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
@@ -620,12 +633,12 @@ def _structured_like(tree: Any, other: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(other))
 
 
-def _check_blocks(path: tuple[Any, ...], shape: tuple[int, ...], blocks: Any) -> None:
+def _check_blocks(path: tuple, shape: tuple[int, ...], blocks: Any) -> None:
     """Raises unless `blocks` are numbers that divide a parameter's axes."""
     fits = (
         isinstance(blocks, tuple)
         and len(blocks) == len(shape)
-        and all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in blocks)
+        and all(isinstance(n, numbers.Integral) and n >= 1 for n in blocks)
         and all(size % n == 0 for size, n in zip(shape, blocks, strict=True))
     )
     if not fits:
@@ -685,16 +698,3 @@ def _reshard(x: jax.Array, axis: int, names: Any) -> jax.Array:
     if jax.typeof(x).sharding.spec[axis] == names:
         return x
     return jax.sharding.reshard(x, _sharding(x, axis, names))
-
-
-def _direction(
-    bad: jax.Array,
-    m: jax.Array,
-    v: jax.Array,
-    corrections: list[jax.Array],
-    eps: jax.typing.ArrayLike,
-) -> jax.Array:
-    """Returns Adam's direction, or 0 without a finite coordinate."""
-    first, second = corrections
-    step = m / first / _spread(_arithmetic.root(v / second) + eps, m)
-    return jnp.where(jnp.all(bad), 0, step).astype(m.dtype)

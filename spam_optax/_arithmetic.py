@@ -4,6 +4,7 @@ Arithmetic is done in float32, or in float64 for 64-bit arrays: the compute dtyp
 Stored moments and updates may have a narrower dtype.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,6 +64,15 @@ def norm(x: jax.Array) -> jax.Array:
     unit = 2.0 ** (-3 * jnp.finfo(compute_dtype(x)).maxexp // 4)
     total, scaled = jnp.sum(abs_sq(x)), jnp.sum(abs_sq(widen(x) * unit))
     return jnp.where(jnp.isfinite(total), root(total), root(scaled) / unit)
+
+
+def unit(largest: jax.Array) -> jax.Array:
+    """Returns the unit in which a norm of numbers up to `largest` does not overflow.
+
+    The squares of these numbers are finite, and there are up to 2**60 of them. Units
+    are powers of 2, so they round nothing.
+    """
+    return jnp.where(largest > 2.0**30, 2.0**-32, 1).astype(jnp.float32)
 
 
 @jax.custom_jvp
@@ -167,16 +177,52 @@ def totals(*masks: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jnp.minimum(x, _LARGEST_COUNT).astype(jnp.int32) for x in totals)
 
     def at_once(*masks: jax.Array) -> tuple[jax.Array, ...]:
+        # XLA:CPU computes the operand of a reduction in memory, 4 bytes per coordinate,
+        # unless it reduces several at once. One mask is therefore reduced twice.
+        numbers = [mask.astype(jnp.int32) for mask in masks]
         if len(masks) == 1:
-            return (jnp.maximum(*at_once(*masks, *masks)),)
-        zeros = (jnp.zeros([], jnp.int32),) * len(masks)
-        add = lambda xs, ys: tuple(x + y for x, y in zip(xs, ys, strict=True))  # noqa: E731
-        numbers = tuple(mask.astype(jnp.int32) for mask in masks)
-        return tuple(jax.lax.reduce(numbers, zeros, add, tuple(range(masks[0].ndim))))
+            total, any_ = _reduce_at_once(numbers * 2, [jnp.add, jnp.maximum])
+            return (jnp.where(any_ > 0, total, 0),)
+        return _reduce_at_once(numbers, [jnp.add] * len(masks))
 
     if jax.device_count() > 1:
         return one_by_one(*masks)
     return jax.lax.platform_dependent(*masks, cpu=at_once, default=one_by_one)
+
+
+def count_and_largest(mask: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Counts the true entries of a mask, and returns the largest ``|x|``, or 0.
+
+    All of `x` are finite. XLA:CPU reduces both at once, as for :func:`totals`, and the
+    floats by their bits, which have the same order.
+    """
+
+    def one_by_one(mask, size):
+        return totals(mask)[0], size.max(initial=0)
+
+    def at_once(mask, size):
+        integer = jnp.dtype(f"int{8 * size.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(size, integer)
+        numbers = [mask.astype(jnp.int32), bits]
+        count, largest = _reduce_at_once(numbers, [jnp.add, jnp.maximum])
+        return count, jax.lax.bitcast_convert_type(largest, size.dtype)
+
+    if jax.device_count() > 1:
+        return one_by_one(mask, jnp.abs(x))
+    return jax.lax.platform_dependent(mask, jnp.abs(x), cpu=at_once, default=one_by_one)
+
+
+def _reduce_at_once(
+    arrays: list[jax.Array], operations: list[Callable]
+) -> tuple[jax.Array, ...]:
+    """Reduces arrays of one shape, of non-negative integers, in one loop."""
+
+    def combine(xs, ys):
+        return tuple(f(x, y) for f, x, y in zip(operations, xs, ys, strict=True))
+
+    zeros = tuple(jnp.zeros([], x.dtype) for x in arrays)
+    axes = tuple(range(arrays[0].ndim))
+    return tuple(jax.lax.reduce(tuple(arrays), zeros, combine, axes))
 
 
 def read_first(x: jax.Array, count: jax.Array) -> jax.Array:

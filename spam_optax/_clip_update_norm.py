@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _norms, _spike_history
+from spam_optax import _arithmetic, _spike_history, _tensor_statistics
 from spam_optax._spike_history import SpikeTest
 
 
@@ -101,11 +101,11 @@ def clip_update_norm(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ClipUpdateNormState]:
         del params
-        norm = _norms.global_norm(updates)
+        norm = _tensor_statistics.global_norm(updates)
         is_finite = jnp.isfinite(norm)
         values, count = state.update_norms, state.update_norm_count
         limit = _spike_history.limit(values, count, test)
-        scale = jnp.where(is_finite, _norms.factor(norm, limit), 0)
+        scale = jnp.where(is_finite, _tensor_statistics.clip_factor(norm, limit), 0)
 
         def clip(u: jax.Array) -> jax.Array:
             # Selected: an update that passes keeps its bits, and 0 * NaN is NaN.

@@ -7,7 +7,7 @@ dtype of its own.
 import functools
 import numbers
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 
 from spam_optax import _arithmetic, _validate, functional
 
-Mask: TypeAlias = optax.Params | Callable[[optax.Params], Any]
+Mask = optax.Params | Callable[[optax.Params], Any]
 
 
 def check_optimizer(learning_rate: Any, weight_decay: Any) -> tuple[Any, Any]:
@@ -31,7 +31,7 @@ def init_mu(params: optax.Params, dtype: Any) -> optax.Updates:
     Those of complex parameters are complex and have the compute dtype.
     """
 
-    def zeros(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
+    def zeros(path, p):
         wide = _validate.check_inexact(path, p)
         narrow = dtype is not None and not jnp.iscomplexobj(p)
         return jnp.zeros_like(p, dtype=dtype if narrow else wide)
@@ -42,7 +42,7 @@ def init_mu(params: optax.Params, dtype: Any) -> optax.Updates:
 def init_nu(params: optax.Params, dtype: Any) -> optax.Updates:
     """Returns zero second moments, which are always real."""
 
-    def zeros(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
+    def zeros(path, p):
         wide = _validate.check_inexact(path, p)
         return jnp.zeros_like(p, dtype=dtype or jnp.finfo(wide).dtype)
 
@@ -61,83 +61,109 @@ def zero_at_reset(moments: optax.Updates, position: jax.Array) -> optax.Updates:
     )
 
 
-def move_all(
-    moments: optax.Updates,
-    gradients: optax.Updates,
-    decay: jax.typing.ArrayLike,
-    power: Callable[[jax.Array], jax.Array],
-) -> optax.Updates:
-    """Updates all moments with a power of their gradients."""
-    return map_moments(
-        lambda m, g: _arithmetic.ema(m, power(g), decay), moments, gradients
+class AdamRates(NamedTuple):
+    """What Adam's step of every tensor has in common.
+
+    Attributes:
+      b1: Decay of the first moment.
+      scale: Factor on the step: the bias corrections, and what else scales it.
+      eps: Term added to the root of the second moment, before its bias correction.
+    """
+
+    b1: jax.typing.ArrayLike
+    scale: jax.Array
+    eps: jax.typing.ArrayLike
+
+
+def adam_rates(
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    step: jax.Array,
+) -> AdamRates:
+    """Returns the rates of Adam with `eps` added after the bias correction.
+
+    ``m / c1 / (sqrt(v / c2) + eps)`` is computed as
+    ``(sqrt(c2) / c1) * m / (sqrt(v) + eps * sqrt(c2))``.
+    """
+    root = jnp.sqrt(functional.bias_correction(b2, step))
+    scale = root / functional.bias_correction(b1, step)
+    return AdamRates(b1, scale, jnp.maximum(eps * root, jnp.finfo(root.dtype).tiny))
+
+
+def adam_step(
+    g: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    new_nu: jax.Array,
+    rates: AdamRates,
+    *,
+    is_held: jax.typing.ArrayLike = False,
+    spread: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Takes Adam's step of one tensor, whose second moment is already updated.
+
+    Args:
+      g: The gradient.
+      mu: The first moment before the step.
+      nu: The second moment before the step.
+      new_nu: The second moment after the step, in the compute dtype.
+      rates: Decay, scale and eps.
+      is_held: Whether the moments are kept and the direction is 0.
+      spread: Repeats a second moment over the coordinates for which it stands.
+
+    Returns:
+      The direction in the compute dtype, and the moments in their stored dtypes.
+    """
+    new_mu = _arithmetic.ema(mu, _arithmetic.widen(g), rates.b1)
+    scale = rates.scale
+    if is_held is not False:
+        new_mu, new_nu = (
+            jnp.where(is_held, old.astype(new.dtype), new)
+            for old, new in ((mu, new_mu), (nu, new_nu))
+        )
+        scale = jnp.where(is_held, 0, scale)
+    divisor = spread(_arithmetic.root(new_nu) + rates.eps)
+    return (
+        (scale * new_mu / divisor).astype(new_mu.dtype),
+        _arithmetic.cast(new_mu, mu.dtype),
+        _arithmetic.cast(new_nu, nu.dtype),
     )
 
 
 def map_tensors(
-    f: Callable[..., tuple[Any, ...]], updates: optax.Updates, *moments: optax.Updates
-) -> tuple[Any, ...]:
+    f: Callable[..., tuple], updates: optax.Updates, *moments: optax.Updates, n: int
+) -> tuple[list, ...]:
     """Applies `f` to the gradient and the moments of each tensor.
-
-    Under `jax.jit`, `f` is traced and lowered once per shape and not once per tensor.
-    A model has hundreds of tensors but few shapes.
 
     Args:
       f: Function from a gradient, which may be None, and its moments to a tuple.
       updates: The gradients.
       *moments: Trees of one structure.
+      n: Length of the tuple that `f` returns.
 
     Returns:
-      One list per element of the tuple that `f` returns, in the order of the moments.
+      One list per element of that tuple, in the order of the moments.
     """
     structure = jax.tree.structure(moments[0])
-    columns = [structure.flatten_up_to(tree) for tree in (updates, *moments)]
+    return map_lists(
+        f, *(structure.flatten_up_to(tree) for tree in (updates, *moments)), n=n
+    )
+
+
+def map_lists(f: Callable[..., tuple], *columns: list, n: int) -> tuple[list, ...]:
+    """Applies `f` to the entries of lists that have one entry per tensor.
+
+    Under `jax.jit`, `f` is traced and lowered once per shape and not once per tensor.
+    A model has hundreds of tensors but few shapes.
+
+    Returns:
+      One list per element of the tuple of length `n` that `f` returns.
+    """
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(columns)):
         f = jax.jit(f)
     results = [f(*tensor) for tensor in zip(*columns, strict=True)]
-    return tuple(map(list, zip(*results, strict=True)))
-
-
-def map_moments(
-    f: Callable[..., jax.Array], moments: optax.Updates, gradients: Any, *rest: Any
-) -> optax.Updates:
-    """Maps `f` over moments and gradients.
-
-    A moment whose gradient is None does not change.
-    """
-    leaves, structure = jax.tree.flatten(moments)
-    trees = [structure.flatten_up_to(tree) for tree in (gradients, *rest)]
-    return jax.tree.unflatten(
-        structure,
-        [
-            moment if g is None else f(moment, g, *others)
-            for moment, g, *others in zip(leaves, *trees, strict=True)
-        ],
-    )
-
-
-def screen(
-    updates: optax.Updates, nu: optax.Updates
-) -> tuple[optax.Updates, optax.Updates]:
-    """Sets non-finite coordinates to 0. Also returns their mask.
-
-    A coordinate is non-finite if its square is, in the compute dtype of `nu`.
-    """
-    gradients = map_leaves(_arithmetic.narrow_like, updates, nu)
-    bad = map_leaves(functional.nonfinite_mask, gradients)
-    return map_leaves(functional.zero_nonfinite, gradients), bad
-
-
-def hold(moved: optax.Updates, moments: optax.Updates, bad: Any) -> optax.Updates:
-    """Keeps the old moments of tensors without a finite gradient coordinate.
-
-    Returns the new moments of all others.
-    """
-    return map_moments(
-        lambda old, bad, new: jnp.where(jnp.all(bad), old.astype(new.dtype), new),
-        moments,
-        bad,
-        moved,
-    )
+    return tuple(map(list, zip(*results, strict=True))) or tuple([] for _ in range(n))
 
 
 def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -154,14 +180,6 @@ def total(counts: list[jax.Array]) -> jax.Array:
     """Adds counts. The sum stops at the largest int32."""
     return functools.reduce(
         _arithmetic.saturating_add, counts, jnp.zeros([], jnp.int32)
-    )
-
-
-def vector(scalars: Any, moments: optax.Updates) -> jax.Array:
-    """Stacks one float32 scalar per moment. A missing gradient gives 0."""
-    leaves = jax.tree.structure(moments).flatten_up_to(scalars)
-    return _arithmetic.stack(
-        [jnp.zeros([]) if x is None else x for x in leaves], "float32"
     )
 
 
@@ -183,18 +201,8 @@ def add_counts(
     counters = []
     for i, before in enumerate(totals):
         number = total([of_tensor[i] for of_tensor in counts if of_tensor])
-        counters += [number, _arithmetic.saturating_add(before, number)]  # type: ignore[arg-type]
+        counters += [number, _arithmetic.saturating_add(before, number)]
     return tuple(counters)
-
-
-def count(masks: Any, before: jax.Array | None) -> tuple[jax.Array | None, ...]:
-    """Counts the true entries of a tree of masks.
-
-    Returns the count, and its sum with the total `before`; None if that is None.
-    """
-    if before is None:
-        return None, None
-    return add_counts([_arithmetic.totals(x) for x in jax.tree.leaves(masks)], before)
 
 
 def cast_like(tree: Any, like: Any) -> Any:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _norms, _paths, _validate, functional
+from spam_optax import _arithmetic, _paths, _tensor_statistics, _validate, functional
 
 
 class TrackSpikesState(NamedTuple):
@@ -115,10 +115,8 @@ def track_spikes(
         new_updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )
-        norm = _norms.of_tensors([functional.zero_nonfinite(g) for g in gradients])
-        nonfinite = _arithmetic.stack(
-            [_arithmetic.totals(functional.nonfinite_mask(g))[0] for g in gradients],
-            jnp.int32,
+        norm, nonfinite = _tensor_statistics.measure(
+            _measure, gradients, missing=(0.0, 0)
         )
         mean = state.tensor_mean_norm
         # The norm of float64 gradients may overflow float32.
@@ -134,7 +132,7 @@ def track_spikes(
         new_mean = (mean + rate * (limited - mean)).astype(jnp.float32)
         return new_updates, TrackSpikesState(
             tensor_grad_norm=norm,
-            tensor_update_norm=_norms.of_tensors(new_updates),
+            tensor_update_norm=_tensor_statistics.norms(new_updates),
             tensor_mean_norm=jnp.where(valid, new_mean, mean),
             tensor_spike_score=score,
             tensor_spike_steps=state.tensor_spike_steps
@@ -145,6 +143,12 @@ def track_spikes(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _measure(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the norm of the finite coordinates, and how many are not finite."""
+    (nonfinite,) = _arithmetic.totals(functional.nonfinite_mask(g))
+    return _arithmetic.norm(functional.zero_nonfinite(g)), nonfinite
 
 
 def tensor_names(params: optax.Params) -> tuple[str, ...]:

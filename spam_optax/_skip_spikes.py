@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _norms, _spike_history, _validate
+from spam_optax import (
+    _arithmetic,
+    _spike_history,
+    _tensor_statistics,
+    _validate,
+)
 from spam_optax._spike_history import SkipRule, StepHistory
 
 
@@ -139,10 +144,9 @@ def skip_spikes(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SkipSpikesState]:
         loss = _loss(extra_args, needs_loss)
-        norm = extra_args.get("grad_norm")
-        norm = (
-            _norms.global_norm(updates) if norm is None else _scalar("grad_norm", norm)
-        )
+        if (norm := extra_args.get("grad_norm")) is None:
+            norm = _tensor_statistics.global_norm(updates)
+        norm = _scalar("grad_norm", norm)
         reason, history = _spike_history.judge(state.history, loss, norm, rule)
         is_taken = reason == 0
         updates, inner_state = inner.update(

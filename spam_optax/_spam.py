@@ -1,10 +1,9 @@
-"""SPAM, and its two halves: spike-aware clipping, and Adam with momentum reset.
+"""SPAM: spike-aware clipping and Adam with momentum reset, with one second moment.
 
 Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
 <https://arxiv.org/abs/2501.06842>`_, ICLR 2025.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,47 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from spam_optax import _arithmetic, _moments, _spikes, _validate, functional
+from spam_optax._spam_adam import check_adam, find_step_scale
+from spam_optax._spam_clip import check_clip
 from spam_optax._spikes import SpikeRule
-
-
-class SpamClipState(NamedTuple):
-    """State of :func:`spam_clip`. The counters are None without `count`.
-
-    Attributes:
-      clip_step: Number of steps taken.
-      clip_nu: Second moment of the clipped gradients.
-      spam_clip_clipped_count: Number of coordinates clipped as spikes in the last step.
-      spam_clip_clipped_total: The same, summed over all steps.
-      spam_clip_nonfinite_count: Number of NaN, infinite or overflowing coordinates in
-        the last step.
-      spam_clip_nonfinite_total: The same, summed over all steps.
-    """
-
-    clip_step: jax.Array  # shape=(), dtype=jnp.int32.
-    clip_nu: optax.Updates
-    spam_clip_clipped_count: jax.Array | None  # shape=(), dtype=jnp.int32.
-    spam_clip_clipped_total: jax.Array | None  # shape=(), dtype=jnp.int32.
-    spam_clip_nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
-    spam_clip_nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
-
-
-class ScaleBySpamAdamState(NamedTuple):
-    """State of :func:`scale_by_spam_adam`.
-
-    Attributes:
-      count: Number of steps taken.
-      mu: First moment.
-      nu: Second moment.
-      nonfinite_count: Number of NaN, infinite or overflowing coordinates in the last
-        step, which were set to 0. None if `count` is False.
-      nonfinite_total: The same, summed over all steps.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
-    mu: optax.Updates
-    nu: optax.Updates
-    nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
-    nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
 
 
 class ScaleBySpamState(NamedTuple):
@@ -70,317 +31,13 @@ class ScaleBySpamState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     clipped_count: jax.Array | None  # shape=(), dtype=jnp.int32.
     clipped_total: jax.Array | None  # shape=(), dtype=jnp.int32.
     nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
     nonfinite_total: jax.Array | None  # shape=(), dtype=jnp.int32.
-
-
-def spam_clip(
-    threshold: jax.typing.ArrayLike = 5000.0,
-    b2: jax.typing.ArrayLike = 0.999,
-    *,
-    reset_interval: jax.typing.ArrayLike | None = 500,
-    grace_steps: jax.typing.ArrayLike = 20,
-    clip_unseen: bool = False,
-    count: bool = False,
-    nu_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformation:
-    r"""Clips each coordinate of the gradient by its own second moment.
-
-    Each coordinate :math:`g` of the gradient is clipped by its second moment
-    :math:`v`:
-
-    .. math::
-      g &\leftarrow \mathrm{sign}(g) \sqrt{\theta v}
-        \quad \text{where } g^2 > \theta v \\
-      v &\leftarrow \beta_2 v + (1 - \beta_2) g^2
-
-    where :math:`\theta` is the `threshold`. The second moment is set to 0 every
-    `reset_interval` steps. Nothing is clipped in the `grace_steps` at the start of the
-    run and after each reset. The updates are always finite. NaN becomes 0. An infinite
-    coordinate, or one whose square overflows, becomes the limit
-    :math:`\sqrt{\theta v}` where clipping is active and :math:`v > 0`, and 0 elsewhere.
-
-    Use it before any optimizer: ``optax.chain(spam_clip(), optax.adamw(1e-3))``. In
-    place of ``optax.chain(spam_clip(), spam_adam())`` use :func:`spam`, which needs
-    only one second moment for both. Other arguments are those of :func:`spam`.
-
-    Args:
-      threshold: Limit on ``g**2 / v``. The default of 5000 allows 70.7 times the
-        running root mean square. The 50 of
-        :func:`spam_optax.functional.gradient_spike_score` belongs to another formula.
-        Keep the threshold above ``1 / (1 - b2**grace_steps)``, which is 51 with the
-        defaults. Below it, ordinary gradients are clipped after a reset, because ``v``
-        is not bias corrected.
-      clip_unseen: Whether a coordinate without history (``v == 0``) is clipped to 0, as
-        in the authors' implementation. Such a coordinate then stays at 0 until the next
-        reset. An example is an embedding row whose token first occurs after the grace
-        steps.
-
-    Returns:
-      The transformation. Its updates have the dtype of the gradients.
-
-    Raises:
-      ValueError: If an argument is out of range; by ``update``, if the tree of updates
-        is not that of the parameters.
-      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import spam_optax
-      >>> tx = spam_optax.spam_clip(grace_steps=1, count=True)
-      >>> params = jnp.zeros(2)
-      >>> state = tx.init(params)
-      >>> gradients, state = tx.update(jnp.array([1.0, 1.0]), state)
-      >>> gradients, state = tx.update(jnp.array([1.0, -1e6]), state)
-      >>> print(gradients.round(3), optax.tree.get(state, "spam_clip_clipped_count"))
-      [ 1.    -2.236] 1
-
-    References:
-      Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
-      <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
-    """
-    threshold, b2, reset_interval, grace_steps = _check_clip(
-        threshold, b2, reset_interval, grace_steps
-    )
-    _validate.check_flags(clip_unseen=clip_unseen, count=count)
-    nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
-
-    def init_fn(params: optax.Params) -> SpamClipState:
-        return SpamClipState(
-            jnp.zeros([], jnp.int32),
-            _moments.init_nu(params, nu_dtype),
-            *_moments.init_counters(count, 4),
-        )
-
-    def update_fn(
-        updates: optax.Updates,
-        state: SpamClipState,
-        params: optax.Params | None = None,
-    ) -> tuple[optax.Updates, SpamClipState]:
-        del params
-        _validate.check_same_tree(updates, state.clip_nu)
-        step = optax.safe_increment(state.clip_step)
-        position = functional.reset_position(step, reset_interval)
-        rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
-
-        def clip_tensor(g: jax.Array | None, old_nu: jax.Array) -> tuple[Any, ...]:
-            nu = _moments.zero_at_reset(old_nu, position)
-            if g is None:
-                return None, nu, ()
-            narrow = _arithmetic.narrow_like(g, nu)
-            counts: tuple[jax.Array, ...] = ()
-            if count:
-                bad = _arithmetic.is_nonfinite(narrow)
-                nu, counts = _spikes.count(narrow, nu, bad, rule)
-            clipped, nu = _spikes.clip_and_update_nu(narrow, nu, b2, rule)
-            clipped = _arithmetic.cast(clipped, jnp.asarray(g).dtype)
-            return clipped, _arithmetic.cast(nu, old_nu.dtype), counts
-
-        clipped, nu, counts = _moments.map_tensors(clip_tensor, updates, state.clip_nu)
-        totals = state.spam_clip_clipped_total, state.spam_clip_nonfinite_total
-        counters = _moments.add_counts(counts, *totals)
-        unflatten = jax.tree.structure(state.clip_nu).unflatten
-        return unflatten(clipped), SpamClipState(step, unflatten(nu), *counters)
-
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def scale_by_spam_adam(
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-6,
-    *,
-    reset_interval: jax.typing.ArrayLike | None = 500,
-    warmup_steps: jax.typing.ArrayLike = 150,
-    restart_bias_correction: bool = False,
-    count: bool = False,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    nu_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformation:
-    """Rescales by Adam with momentum reset and a ramp after each reset.
-
-    This is :func:`spam_adam` without learning rate and weight decay. See there for
-    formulas, arguments and errors.
-
-    Returns:
-      The transformation. Its updates have the dtype of the parameters, or of the
-      gradients if ``update`` gets no parameters.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import spam_optax
-      >>> tx = spam_optax.scale_by_spam_adam()
-      >>> params = jnp.zeros(2)
-      >>> updates, _ = tx.update(jnp.array([2.0, -0.5]), tx.init(params), params)
-      >>> print(updates.round(3))
-      [ 1. -1.]
-    """
-    b1, b2, eps, reset_interval, warmup_steps = _check_adam(
-        b1, b2, eps, reset_interval, warmup_steps
-    )
-    _validate.check_flags(
-        restart_bias_correction=restart_bias_correction,
-        count=count,
-    )
-    mu_dtype = _validate.check_moment_dtype("mu_dtype", mu_dtype)
-    nu_dtype = _validate.check_moment_dtype("nu_dtype", nu_dtype)
-    step_scale = functools.partial(
-        _step_scale,
-        b1=b1,
-        b2=b2,
-        reset_interval=reset_interval,
-        warmup_steps=warmup_steps,
-        restart_bias_correction=restart_bias_correction,
-    )
-
-    def init_fn(params: optax.Params) -> ScaleBySpamAdamState:
-        return ScaleBySpamAdamState(
-            jnp.zeros([], jnp.int32),
-            _moments.init_mu(params, mu_dtype),
-            _moments.init_nu(params, nu_dtype),
-            *_moments.init_counters(count, 2),
-        )
-
-    def update_fn(
-        updates: optax.Updates,
-        state: ScaleBySpamAdamState,
-        params: optax.Params | None = None,
-    ) -> tuple[optax.Updates, ScaleBySpamAdamState]:
-        _validate.check_same_tree(updates, state.mu)
-        _validate.check_not_complex(updates, state.mu)
-        step = optax.safe_increment(state.count)
-        position = functional.reset_position(step, reset_interval)
-        scale = step_scale(step)
-
-        def step_tensor(
-            g: jax.Array | None, old_mu: jax.Array, old_nu: jax.Array
-        ) -> tuple[Any, ...]:
-            mu, nu = _moments.zero_at_reset((old_mu, old_nu), position)
-            if g is None:
-                return None, mu, nu, ()
-            g = _arithmetic.narrow_like(g, nu)
-            bad = _arithmetic.is_nonfinite(g)
-            counts = _arithmetic.totals(bad) if count else ()
-            g = jnp.where(bad, jnp.zeros_like(g), g)
-            mu = _arithmetic.ema(mu, _arithmetic.widen(g), b1)
-            nu = _arithmetic.ema(nu, _arithmetic.abs_sq(g), b2)
-            direction = _direction(mu, nu, scale, eps)
-            mu = _arithmetic.cast(mu, old_mu.dtype)
-            return direction, mu, _arithmetic.cast(nu, old_nu.dtype), counts
-
-        direction, mu, nu, counts = _moments.map_tensors(
-            step_tensor, updates, state.mu, state.nu
-        )
-        unflatten = jax.tree.structure(state.mu).unflatten
-        direction = _moments.cast_updates(unflatten(direction), updates, params)
-        counters = _moments.add_counts(counts, state.nonfinite_total)
-        return direction, ScaleBySpamAdamState(
-            step, unflatten(mu), unflatten(nu), *counters
-        )
-
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def spam_adam(
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-6,
-    *,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: _moments.Mask | None = None,
-    reset_interval: jax.typing.ArrayLike | None = 500,
-    warmup_steps: jax.typing.ArrayLike = 150,
-    restart_bias_correction: bool = False,
-    count: bool = False,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    nu_dtype: jax.typing.DTypeLike | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with momentum reset and a ramp of the step size after each reset.
-
-    This is SPAM without its clipping, and a complete optimizer. In step :math:`t` with
-    gradient :math:`g`, learning rate :math:`\alpha` and weight decay :math:`\lambda`:
-
-    .. math::
-      m, v &\leftarrow 0 \quad \text{if } t \bmod D = 0 \\
-      m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
-      v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
-      p &\leftarrow p - \alpha \left( w \,
-        \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \,
-        \frac{m}{\sqrt v + \varepsilon} + \lambda p \right)
-
-    with the `reset_interval` :math:`D` and the ramp :math:`w` of
-    :func:`spam_optax.functional.reset_ramp`, which rises from 0.01 to 1 over the
-    `warmup_steps` after each reset and is 1 before the first one.
-
-    .. note::
-      As in the paper, the bias correction is *not* restarted by a reset. After a reset
-      the moments start from 0 without correction. The root of :math:`v` then grows more
-      slowly than :math:`m`, so the steps are longer than Adam's: about 1.9 times on
-      average, and at most 2.7 times, in the 136th step after a reset (with the
-      defaults). To compare with Adam, tune the learning rate of each. With
-      ``restart_bias_correction=True`` the bias corrections count :math:`t` from the
-      reset, and apart from the ramp the steps are as long as Adam's.
-
-    A non-finite coordinate (NaN, infinite, or with an overflowing square) is set to 0,
-    and ``nonfinite_count`` in the state counts it. This function does not clip spikes:
-    use :func:`spam_clip` before it, or :func:`spam`. Other arguments are those of
-    :func:`spam`. So are the errors.
-
-    Args:
-      reset_interval: Number of steps between momentum resets. None: no resets.
-      count: Whether the state counts non-finite coordinates. After :func:`spam_clip`
-        there are none, and on TPU counting them costs more than the rest of the chain.
-
-    Returns:
-      The optimizer. Its updates have the dtype of the parameters, or of the gradients
-      if ``update`` gets no parameters. They are rounded to this dtype before weight
-      decay and learning rate are applied, as in Optax.
-
-    Examples:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import spam_optax
-      >>> f = lambda x: jnp.sum(x**2)
-      >>> tx = spam_optax.spam_adam(learning_rate=0.1)
-      >>> params = jnp.array([1.0, 2.0, 3.0])
-      >>> state = tx.init(params)
-      >>> for _ in range(3):
-      ...     updates, state = tx.update(jax.grad(f)(params), state, params)
-      ...     params = optax.apply_updates(params, updates)
-      ...     print(f"objective: {f(params):.2f}")
-      objective: 12.83
-      objective: 11.72
-      objective: 10.68
-
-    References:
-      Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, algorithm 1.
-
-    .. seealso:: :func:`spam`, :func:`reset_moments`
-    """
-    return _moments.optimizer(
-        scale_by_spam_adam(
-            b1,
-            b2,
-            eps,
-            reset_interval=reset_interval,
-            warmup_steps=warmup_steps,
-            restart_bias_correction=restart_bias_correction,
-            count=count,
-            mu_dtype=mu_dtype,
-            nu_dtype=nu_dtype,
-        ),
-        learning_rate,
-        weight_decay,
-        mask,
-    )
 
 
 def scale_by_spam(
@@ -590,30 +247,6 @@ def spam(
     )
 
 
-# Shared by the transformations above: argument checks, initial state, one step.
-
-
-def _check_clip(
-    threshold: Any, b2: Any, reset_interval: Any, grace_steps: Any
-) -> tuple[Any, ...]:
-    """Checks the arguments and returns them in the same order."""
-    threshold = _validate.check_number("threshold", threshold, above=0)
-    b2 = _validate.check_decay("b2", b2)
-    return threshold, b2, *_validate.check_reset(reset_interval, grace_steps)
-
-
-def _check_adam(
-    b1: Any, b2: Any, eps: Any, reset_interval: Any, warmup_steps: Any
-) -> tuple[Any, ...]:
-    """Checks the arguments and returns them in the same order."""
-    b1 = _validate.check_decay("b1", b1)
-    b2 = _validate.check_decay("b2", b2)
-    eps = _validate.check_number("eps", eps, above=0)
-    reset_interval, _ = _validate.check_reset(reset_interval)
-    warmup_steps = _validate.check_steps("warmup_steps", warmup_steps, low=0)
-    return b1, b2, eps, reset_interval, warmup_steps
-
-
 class SpamSettings(NamedTuple):
     """The arguments of :func:`scale_by_spam` and :func:`scale_by_sparse_spam`."""
 
@@ -623,7 +256,7 @@ class SpamSettings(NamedTuple):
     threshold: jax.typing.ArrayLike
     grace_steps: jax.typing.ArrayLike
     clip_unseen: bool
-    count: bool  # type: ignore[assignment]
+    count: bool
     reset_interval: jax.typing.ArrayLike | None
     warmup_steps: jax.typing.ArrayLike
     restart_bias_correction: bool
@@ -637,13 +270,13 @@ class SpamSettings(NamedTuple):
         """
         clip = ("threshold", "b2", "reset_interval", "grace_steps")
         adam = ("b1", "b2", "eps", "reset_interval", "warmup_steps")
-        numbers: dict[str, Any] = {}
-        for check, names in ((_check_clip, clip), (_check_adam, adam)):
+        numbers = {}
+        for check, names in ((check_clip, clip), (check_adam, adam)):
             values = check(*(getattr(self, name) for name in names))
             numbers |= zip(names, values, strict=True)
         flags = ("clip_unseen", "count", "restart_bias_correction")
         _validate.check_flags(**{name: getattr(self, name) for name in flags})
-        dtypes: dict[str, Any] = {
+        dtypes = {
             name: _validate.check_moment_dtype(name, getattr(self, name))
             for name in ("mu_dtype", "nu_dtype")
         }
@@ -683,7 +316,7 @@ def spam_step(
     position = functional.reset_position(step, settings.reset_interval)
     is_active = position >= settings.grace_steps
     rule = SpikeRule(settings.threshold, is_active, settings.clip_unseen)
-    scale = _step_scale(
+    scale = find_step_scale(
         step,
         b1=b1,
         b2=b2,
@@ -691,60 +324,27 @@ def spam_step(
         warmup_steps=settings.warmup_steps,
         restart_bias_correction=settings.restart_bias_correction,
     )
+    rates = _moments.AdamRates(b1, scale, settings.eps)
 
-    def step_tensor(
-        g: jax.Array | None,
-        old_mu: jax.Array,
-        old_nu: jax.Array,
-        nonfinite: jax.Array | None,
-    ) -> tuple[Any, ...]:
-        mu, nu = _moments.zero_at_reset((old_mu, old_nu), position)
+    def step_tensor(g, mu, nu, nonfinite):
+        mu, nu = _moments.zero_at_reset((mu, nu), position)
         if g is None:
             return None, mu, nu, ()
         # In the compute dtype: a clipped gradient need not be rounded to bfloat16.
-        g = _arithmetic.widen(_arithmetic.narrow_like(g, nu))
-        counts: tuple[jax.Array, ...] = ()
+        g, counts = _arithmetic.widen(_arithmetic.narrow_like(g, nu)), ()
         if settings.count:
             bad = _arithmetic.is_nonfinite(g) if nonfinite is None else nonfinite
             nu, counts = _spikes.count(g, nu, bad, rule)
-        g, nu = _spikes.clip_and_update_nu(g, nu, b2, rule)
-        mu = _arithmetic.ema(mu, g, b1)
-        direction = _direction(mu, nu, scale, settings.eps)
-        mu = _arithmetic.cast(mu, old_mu.dtype)
-        return direction, mu, _arithmetic.cast(nu, old_nu.dtype), counts
+        g, new_nu = _spikes.clip_and_update_nu(g, nu, b2, rule)
+        return *_moments.adam_step(g, mu, nu, new_nu, rates), counts
 
     structure = jax.tree.structure(state.mu)
     if nonfinite is None:
         nonfinite = structure.unflatten([None] * structure.num_leaves)
     direction, mu, nu, counts = _moments.map_tensors(
-        step_tensor, gradients, state.mu, state.nu, nonfinite
+        step_tensor, gradients, state.mu, state.nu, nonfinite, n=4
     )
     direction, mu, nu = map(structure.unflatten, (direction, mu, nu))
     totals = state.clipped_total, state.nonfinite_total
     counters = _moments.add_counts(counts, *totals)
     return direction, ScaleBySpamState(step, mu, nu, *counters)
-
-
-def _step_scale(
-    step: jax.Array,
-    *,
-    b1: jax.typing.ArrayLike,
-    b2: jax.typing.ArrayLike,
-    reset_interval: jax.typing.ArrayLike | None,
-    warmup_steps: jax.typing.ArrayLike,
-    restart_bias_correction: bool,
-) -> jax.Array:
-    """Returns the ramp times the bias corrections: a scalar."""
-    ramp = functional.reset_ramp(step, reset_interval, warmup_steps)
-    if restart_bias_correction:
-        position = functional.reset_position(step, reset_interval)
-        step = jnp.where(position < step, position + 1, step)
-    first = functional.bias_correction(b1, step)
-    second = functional.bias_correction(b2, step)
-    return ramp * jnp.sqrt(second) / first
-
-
-def _direction(
-    mu: jax.Array, nu: jax.Array, scale: jax.Array, eps: jax.typing.ArrayLike
-) -> jax.Array:
-    return (scale * mu / (_arithmetic.root(nu) + eps)).astype(mu.dtype)

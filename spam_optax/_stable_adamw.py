@@ -29,7 +29,7 @@ class ScaleByStableAdamWState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     update_rms: jax.Array  # shape=(tensors,), dtype=jnp.float32.
@@ -88,31 +88,35 @@ def scale_by_stable_adamw(
         _validate.check_same_tree(updates, state.mu)
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
-        gradients, bad = _moments.screen(updates, state.nu)
-        mu = _moments.move_all(state.mu, gradients, b1, _arithmetic.widen)
-        nu = _moments.move_all(state.nu, gradients, b2, _arithmetic.abs_sq)
-        corrections = [functional.bias_correction(b, step) for b in (b1, b2)]
-        # Computed from the new moments before `hold`, so that it need not wait for the
-        # whole gradient. Without a finite coordinate it is 0 in either order.
-        rms = _moments.map_leaves(
-            lambda g, v: _rms(g, v / corrections[1], eps), gradients, nu
+        rates = _moments.adam_rates(b1, b2, eps, step)
+        second = functional.bias_correction(b2, step)
+
+        def step_tensor(g, mu, nu):
+            if g is None:
+                return None, mu, nu, jnp.zeros([]), ()
+            g = _arithmetic.narrow_like(g, nu)
+            bad = _arithmetic.is_nonfinite(g)
+            counts = _arithmetic.totals(bad) if count else ()
+            g = jnp.where(bad, jnp.zeros_like(g), g)
+            new_nu = _arithmetic.ema(nu, _arithmetic.abs_sq(g), b2)
+            # Without a finite coordinate it is 0, so it need not wait for `jnp.all`.
+            rms = _rms(g, new_nu / second, eps)
+            clipped = rates._replace(scale=rates.scale / jnp.maximum(rms, 1))
+            moved = _moments.adam_step(g, mu, nu, new_nu, clipped, is_held=jnp.all(bad))
+            return *moved, rms, counts
+
+        direction, mu, nu, rms, counts = _moments.map_tensors(
+            step_tensor, updates, state.mu, state.nu, n=5
         )
-        mu, nu = _moments.hold(mu, state.mu, bad), _moments.hold(nu, state.nu, bad)
-        direction = _moments.map_leaves(
-            lambda bad, m, v, r: _direction(bad, m, v, r, corrections, eps),
-            bad,
-            mu,
-            nu,
-            rms,
-        )
+        unflatten = jax.tree.structure(state.mu).unflatten
         return (
-            _moments.cast_updates(direction, updates, params),
+            _moments.cast_updates(unflatten(direction), updates, params),
             ScaleByStableAdamWState(
                 step,
-                _moments.cast_like(mu, state.mu),
-                _moments.cast_like(nu, state.nu),
-                _moments.vector(rms, state.mu),
-                *_moments.count(bad, state.nonfinite_total),
+                unflatten(mu),
+                unflatten(nu),
+                _arithmetic.stack(rms, jnp.float32),
+                *_moments.add_counts(counts, state.nonfinite_total),
             ),
         )
 
@@ -207,17 +211,3 @@ def _rms(g: jax.Array, v_hat: jax.Array, eps: jax.typing.ArrayLike) -> jax.Array
     floor = jnp.maximum(jnp.square(eps), jnp.finfo(v_hat.dtype).tiny)
     ratio = _arithmetic.abs_sq(g) / jnp.maximum(v_hat, floor)
     return _arithmetic.root(jnp.sum(ratio) / max(g.size, 1))
-
-
-def _direction(
-    bad: jax.Array,
-    m: jax.Array,
-    v: jax.Array,
-    rms: jax.Array,
-    corrections: list[jax.Array],
-    eps: jax.typing.ArrayLike,
-) -> jax.Array:
-    """Returns Adam's direction over ``max(1, rms)``, or 0 without a finite gradient."""
-    first, second = corrections
-    step = m / first / (_arithmetic.root(v / second) + eps) / jnp.maximum(rms, 1)
-    return jnp.where(jnp.all(bad), 0, step).astype(m.dtype)

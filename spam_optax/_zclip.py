@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _moments, _norms, _validate
+from spam_optax import _arithmetic, _moments, _tensor_statistics, _validate
 
 
 class ZClipState(NamedTuple):
@@ -114,7 +114,7 @@ def zclip(
     warmup_steps = _validate.check_steps("warmup_steps", warmup_steps, low=2)
 
     def init_fn(params: optax.Params) -> ZClipState:
-        _norms.check_params(params)
+        _tensor_statistics.check_params(params)
         return ZClipState(
             jnp.zeros([], jnp.int32),
             jnp.zeros([], jnp.float32),
@@ -129,12 +129,14 @@ def zclip(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ZClipState]:
         del params
-        gradients, counters = _norms.finite(updates, state.zclip_nonfinite_total)
-        norm = _arithmetic.norm(_norms.of_tensors(gradients))
+        gradients, counters = _tensor_statistics.finite(
+            updates, state.zclip_nonfinite_total
+        )
+        norm = _arithmetic.norm(_tensor_statistics.norms(gradients))
         is_warm = state.zclip_steps >= warmup_steps
         limit = jnp.where(is_warm, _limit(norm, state, threshold, eps), norm)
         largest = jnp.inf if max_norm is None else max_norm
-        scale = _norms.factor(norm, jnp.minimum(limit, largest))
+        scale = _tensor_statistics.clip_factor(norm, jnp.minimum(limit, largest))
         steps = optax.safe_increment(state.zclip_steps)
         # The warm-up takes the plain mean: the same rule with a decay of (k - 1) / k.
         keep = jnp.where(is_warm, decay, 1 - 1 / steps)
@@ -144,7 +146,9 @@ def zclip(
         mean, std = _move(state, limit, keep, share)
         is_news = norm > 0
         leaves, structure = jax.tree.flatten(gradients)
-        clipped = _norms.scale(leaves, [scale] * len(leaves))
+        (clipped,) = _moments.map_lists(
+            lambda g: (_tensor_statistics.scale(g, scale),), leaves, n=1
+        )
         return structure.unflatten(clipped), ZClipState(
             jnp.where(is_news, steps, state.zclip_steps),
             jnp.where(is_news, mean, state.zclip_mean),

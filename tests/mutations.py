@@ -50,7 +50,7 @@ MISTAKES = {
         "test_spam",
     ),
     "grace window of spam_clip one step longer": Mistake(
-        "spam_optax/_spam.py",
+        "spam_optax/_spam_clip.py",
         "position >= grace_steps",
         "position > grace_steps",
         "test_spam",
@@ -68,7 +68,7 @@ MISTAKES = {
         "test_spam",
     ),
     "ramp before the first reset": Mistake(
-        "spam_optax/functional.py",
+        "spam_optax/functional/reset.py",
         "(position < warmup_steps) & (position < step)",
         "position < warmup_steps",
         "test_functional test_spam",
@@ -86,7 +86,7 @@ MISTAKES = {
         "test_functional test_spam",
     ),
     "bias corrections swapped": Mistake(
-        "spam_optax/_spam.py",
+        "spam_optax/_spam_adam.py",
         "return ramp * jnp.sqrt(second) / first",
         "return ramp * jnp.sqrt(first) / second",
         "test_spam",

@@ -510,22 +510,6 @@ def test_gradients_within_their_limit_pass_bit_for_bit():
     np.testing.assert_array_equal(clipped, gradient)
 
 
-def test_a_tensor_more_of_a_known_shape_adds_few_operations():
-    """Each shape is lowered once; AdamW adds about 50 operations for each tensor."""
-
-    def operations(tx, tensors):
-        params = {str(i): jnp.ones((8, 8)) for i in range(tensors)}
-        args = jax.eval_shape(lambda p: (p, tx.init(p), p), params)
-        return jax.jit(tx.update).lower(*args).as_text().count(" = ")
-
-    def added(tx):
-        return operations(tx, 3) - operations(tx, 2)
-
-    adamw = added(optax.adamw(1e-3, weight_decay=0.1))
-    for tx in (spam_optax.spam(1e-3, weight_decay=0.1), spam_optax.spam_clip()):
-        assert added(tx) < adamw
-
-
 @BOTH
 def test_every_statistic_is_found_by_name(make):
     """`optax.tree.get` raises when a name occurs twice."""
