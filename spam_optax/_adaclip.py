@@ -146,8 +146,8 @@ def find_limits(
     """Returns the limits of this step, from the statistics before it."""
 
     def measure(g):
-        mask = _tensor_statistics.is_nonfinite(g)
-        return _arithmetic.count_and_largest(mask, finite(g))
+        (nonfinite,) = _arithmetic.totals(_tensor_statistics.is_nonfinite(g))
+        return nonfinite, jnp.abs(finite(g)).max(initial=0)
 
     # The statistics of a missing gradient do not change.
     nonfinite, largest = _tensor_statistics.measure(

@@ -190,28 +190,6 @@ def totals(*masks: jax.Array) -> tuple[jax.Array, ...]:
     return jax.lax.platform_dependent(*masks, cpu=at_once, default=one_by_one)
 
 
-def count_and_largest(mask: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Counts the true entries of a mask, and returns the largest ``|x|``, or 0.
-
-    All of `x` are finite. XLA:CPU reduces both at once, as for :func:`totals`, and the
-    floats by their bits, which have the same order.
-    """
-
-    def one_by_one(mask, size):
-        return totals(mask)[0], size.max(initial=0)
-
-    def at_once(mask, size):
-        integer = jnp.dtype(f"int{8 * size.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(size, integer)
-        numbers = [mask.astype(jnp.int32), bits]
-        count, largest = _reduce_at_once(numbers, [jnp.add, jnp.maximum])
-        return count, jax.lax.bitcast_convert_type(largest, size.dtype)
-
-    if jax.device_count() > 1:
-        return one_by_one(mask, jnp.abs(x))
-    return jax.lax.platform_dependent(mask, jnp.abs(x), cpu=at_once, default=one_by_one)
-
-
 def _reduce_at_once(
     arrays: list[jax.Array], operations: list[Callable]
 ) -> tuple[jax.Array, ...]:

@@ -3,7 +3,7 @@
 A statistic is a vector with one number per tensor, in the order of ``jax.tree.leaves``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -143,17 +143,11 @@ def split(*vectors: jax.Array) -> tuple[list[jax.Array], ...]:
         return tuple(list(vector) for vector in vectors)
 
     def pick(is_tensor, *vectors):
-        zeros = (jnp.zeros([], jnp.float32),) * len(vectors)
-        alone = tuple(jnp.where(is_tensor, vector, 0) for vector in vectors)
-        return tuple(jax.lax.reduce(alone, zeros, _add_all, (0,)))
+        return tuple(jnp.where(is_tensor, x, 0).sum() for x in vectors)
 
     pick = jax.jit(pick)
     rows = [pick(np.arange(tensors) == i, *vectors) for i in range(tensors)]
     return tuple(map(list, zip(*rows, strict=True))) or ([],) * len(vectors)
-
-
-def _add_all(xs: Iterator[jax.Array], ys: Iterator[jax.Array]) -> tuple:
-    return tuple(x + y for x, y in zip(xs, ys, strict=True))
 
 
 def average(mean, value, decay, usable) -> jax.Array:
