@@ -131,14 +131,14 @@ print(xla_bridge.backends_are_initialized())
 
 
 def import_all(package):
-    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
 
 
 @pytest.mark.slow
 def test_factories_and_imports_touch_no_device():
     """Or `jax.distributed.initialize`, which comes first in main, would fail."""
-    paths = os.pathsep.join(str(ROOT / x) for x in (".", "examples", "tests"))
+    paths = os.pathsep.join(str(ROOT / x) for x in (".", "examples", "tests/library"))
     process = subprocess.run(
         [sys.executable, "-c", BUILD_IN_A_NEW_PROCESS],
         env=os.environ | {"PYTHONPATH": paths},
