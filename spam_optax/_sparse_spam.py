@@ -127,12 +127,12 @@ def scale_by_sparse_spam(
             layout = _sparse_layout.of_moments(g.shape, mu.shape, masks.row_blocks)
             return (_sparse_layout.place(layout, direction, lanes),)
 
-        picked, bad = _moments.map_tensors(pick, updates, old.nu, lanes)
+        picked, bad = _moments.map_tensors(pick, updates, old.nu, lanes, n=2)
         direction, new = _spam.spam_step(
             unflatten(picked), old, settings, unflatten(bad)
         )
         direction = _moments.cast_updates(direction, updates, params)
-        (placed,) = _moments.map_tensors(place, direction, old.mu, lanes, updates)
+        (placed,) = _moments.map_tensors(place, direction, old.mu, lanes, updates, n=1)
         return unflatten(placed), ScaleBySparseSpamState(seeds, new)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -348,7 +348,7 @@ def _decay_entries_with_momentum(
             layout = _sparse_layout.of_moments(x.shape, mu.shape, len(state.mask_seeds))
             return (jnp.where(_sparse_layout.mask(layout, lanes), x, 0),)
 
-        (kept,) = _moments.map_tensors(keep, decayed, mu, lanes)
+        (kept,) = _moments.map_tensors(keep, decayed, mu, lanes, n=1)
         return jax.tree.structure(mu).unflatten(kept), state
 
     return optax.GradientTransformation(init_fn, update_fn)
