@@ -14,7 +14,7 @@ TESTS = (
     "library/test_spam.py::test_equals_golden",
     "library/test_spam.py::test_marches_beside_the_numpy_reference[short window]",
     "library/test_sparse.py::test_marches_beside_the_numpy_reference[short windows]",
-    "library/test_sparse.py::test_marches_beside_the_numpy_reference[by gradient]",
+    "library/test_sparse.py::test_marches_in_every_shape",
     "library/test_stable_spam.py::test_equals_numpy[float32-resets]",
     "library/test_stable_spam.py::"
     "test_default_resets_differ_from_the_reference_only_from_the_first_reset_on",

@@ -679,6 +679,10 @@ CALLS = {
         lambda g, v: functional.clip_spikes(g, v, 2.0),
         [jax.lax.complex(GRADIENT, GRADIENT[::-1].copy()), NU],
     ),
+    "spike_steps": (
+        lambda x: functional.spike_steps(x, window=8, min_history=4),
+        [GRADIENT.reshape(4, 18)],
+    ),
     "reset_position": (lambda t: functional.reset_position(t, 7), [STEPS]),
     "reset_ramp": (lambda t: functional.reset_ramp(t, 20, 9), [STEPS]),
     "bias_correction": (lambda t: functional.bias_correction(0.9, t), [STEPS]),
