@@ -4,6 +4,7 @@ Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
 <https://arxiv.org/abs/2502.17055v2>`_, 2025.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -95,9 +96,11 @@ def adaclip(
         gradients, structure = _tensor_statistics.flatten(updates, state.adaclip_steps)
         limits = find_limits(gradients, state.adaclip_steps, state.adaclip_mean, gamma3)
 
-        def clip_tensor(g, limit, factor):
+        def clip_tensor(
+            g: jax.Array, limit: jax.Array, factor: jax.Array
+        ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
             clipped, above = clip(finite(g), limit, factor)
-            counts = ()
+            counts: tuple[jax.Array, ...] = ()
             if count:
                 bad = _tensor_statistics.is_nonfinite(g)
                 counts = _arithmetic.totals(above, bad)
@@ -138,14 +141,14 @@ class Limits(NamedTuple):
 
 
 def find_limits(
-    gradients: list[jax.Array | None],
+    gradients: Sequence[jax.Array | None],
     steps: jax.Array,
     mean: jax.Array,
     gamma3: jax.typing.ArrayLike,
 ) -> Limits:
     """Returns the limits of this step, from the statistics before it."""
 
-    def measure(g):
+    def measure(g: jax.Array) -> tuple[jax.Array, jax.Array]:
         (nonfinite,) = _arithmetic.totals(_tensor_statistics.is_nonfinite(g))
         return nonfinite, jnp.abs(finite(g)).max(initial=0)
 

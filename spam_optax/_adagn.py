@@ -4,7 +4,8 @@ Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
 <https://arxiv.org/abs/2502.17055v2>`_, 2025.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -168,10 +169,10 @@ def find_factors(
     return factor, NormStatistics(steps, mean, square)
 
 
-def rescale(gradients: list[jax.Array], factors: jax.Array) -> list[jax.Array]:
+def rescale(gradients: Sequence[jax.Array], factors: jax.Array) -> list[jax.Array]:
     """Multiplies the finite part of each gradient by its factor."""
 
-    def of_tensor(g, factor):
+    def of_tensor(g: jax.Array, factor: jax.Array) -> tuple[jax.Array]:
         scaled = _tensor_statistics.scale(finite(g), factor)
         return (_arithmetic.cast(scaled, jnp.asarray(g).dtype),)
 
@@ -181,7 +182,9 @@ def rescale(gradients: list[jax.Array], factors: jax.Array) -> list[jax.Array]:
     return scaled
 
 
-def check_arguments(gamma1, gamma2, eps=1.0, total_steps=None) -> tuple:
+def check_arguments(
+    gamma1: Any, gamma2: Any, eps: Any = 1.0, total_steps: Any = None
+) -> tuple[Any, ...]:
     """Returns the arguments, checked, in the same order."""
     gamma1 = _validate.check_decay("gamma1", gamma1)
     gamma2 = _validate.check_decay("gamma2", gamma2)
@@ -191,7 +194,7 @@ def check_arguments(gamma1, gamma2, eps=1.0, total_steps=None) -> tuple:
     return gamma1, gamma2, eps, total_steps
 
 
-def decay_scale(step, total_steps) -> jax.typing.ArrayLike:
+def decay_scale(step: jax.Array, total_steps: Any) -> jax.Array | float:
     """Returns the factor on `b1` and `gamma1` in this step."""
     if total_steps is None:
         return 1.0

@@ -46,7 +46,7 @@ class ScaleByAdamMiniState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
@@ -120,7 +120,9 @@ def scale_by_adam_mini(
         step = optax.safe_increment(state.count)
         rates = _moments.adam_rates(b1, b2, eps, step)
 
-        def step_tensor(g, mu, nu):
+        def step_tensor(
+            g: jax.Array | None, mu: jax.Array, nu: jax.Array
+        ) -> tuple[Any, ...]:
             if g is None:
                 return None, mu, nu, ()
             g = _arithmetic.narrow_like(g, nu)
@@ -390,7 +392,7 @@ class _Layouts(NamedTuple):
     layer_axis: int | None
     stacked: Collection[str] | None
 
-    def heads_of(self, role: str) -> int | None:
+    def heads_of(self, role: str | None) -> int | None:
         """Returns the number of heads. Attention's output has that of the queries."""
         return self.key_heads if role in ("key", "value") else self.num_heads
 
@@ -525,7 +527,7 @@ def _head_patterns(leaf: _paths.Leaf, is_outputs_first: bool) -> list[tuple[str,
 def _fits(
     shape: tuple[int, ...],
     pattern: tuple[str, ...],
-    role: str,
+    role: str | None,
     layouts: _Layouts,
 ) -> bool:
     """Checks whether a pattern's axes of heads have the number of heads as length."""
@@ -601,7 +603,7 @@ def _where(leaf: _paths.Leaf) -> str:
     return jax.tree_util.keystr(leaf.path) or "the root"
 
 
-def _check_real(path: tuple, p: Any) -> None:
+def _check_real(path: tuple[Any, ...], p: Any) -> None:
     dtype = jnp.result_type(p)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
@@ -633,12 +635,12 @@ def _structured_like(tree: Any, other: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(other))
 
 
-def _check_blocks(path: tuple, shape: tuple[int, ...], blocks: Any) -> None:
+def _check_blocks(path: tuple[Any, ...], shape: tuple[int, ...], blocks: Any) -> None:
     """Raises unless `blocks` are numbers that divide a parameter's axes."""
     fits = (
         isinstance(blocks, tuple)
         and len(blocks) == len(shape)
-        and all(isinstance(n, numbers.Integral) and n >= 1 for n in blocks)
+        and all(isinstance(n, numbers.Integral) and int(n) >= 1 for n in blocks)
         and all(size % n == 0 for size, n in zip(shape, blocks, strict=True))
     )
     if not fits:

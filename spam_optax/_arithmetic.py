@@ -4,7 +4,7 @@ Arithmetic is done in float32, or in float64 for 64-bit arrays: the compute dtyp
 Stored moments and updates may have a narrower dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -191,11 +191,13 @@ def totals(*masks: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _reduce_at_once(
-    arrays: list[jax.Array], operations: list[Callable]
+    arrays: Sequence[jax.Array], operations: Sequence[Callable[..., jax.Array]]
 ) -> tuple[jax.Array, ...]:
     """Reduces arrays of one shape, of non-negative integers, in one loop."""
 
-    def combine(xs, ys):
+    def combine(
+        xs: Sequence[jax.Array], ys: Sequence[jax.Array]
+    ) -> tuple[jax.Array, ...]:
         return tuple(f(x, y) for f, x, y in zip(operations, xs, ys, strict=True))
 
     zeros = tuple(jnp.zeros([], x.dtype) for x in arrays)

@@ -6,8 +6,8 @@ dtype of its own.
 
 import functools
 import numbers
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 
 from spam_optax import _arithmetic, _validate, functional
 
-Mask = optax.Params | Callable[[optax.Params], Any]
+Mask: TypeAlias = optax.Params | Callable[[optax.Params], Any]
 
 
 def check_optimizer(learning_rate: Any, weight_decay: Any) -> tuple[Any, Any]:
@@ -31,7 +31,7 @@ def init_mu(params: optax.Params, dtype: Any) -> optax.Updates:
     Those of complex parameters are complex and have the compute dtype.
     """
 
-    def zeros(path, p):
+    def zeros(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
         wide = _validate.check_inexact(path, p)
         narrow = dtype is not None and not jnp.iscomplexobj(p)
         return jnp.zeros_like(p, dtype=dtype if narrow else wide)
@@ -42,7 +42,7 @@ def init_mu(params: optax.Params, dtype: Any) -> optax.Updates:
 def init_nu(params: optax.Params, dtype: Any) -> optax.Updates:
     """Returns zero second moments, which are always real."""
 
-    def zeros(path, p):
+    def zeros(path: tuple[Any, ...], p: jax.Array) -> jax.Array:
         wide = _validate.check_inexact(path, p)
         return jnp.zeros_like(p, dtype=dtype or jnp.finfo(wide).dtype)
 
@@ -132,8 +132,11 @@ def adam_step(
 
 
 def map_tensors(
-    f: Callable[..., tuple], updates: optax.Updates, *moments: optax.Updates, n: int
-) -> tuple[list, ...]:
+    f: Callable[..., tuple[Any, ...]],
+    updates: optax.Updates,
+    *moments: optax.Updates,
+    n: int,
+) -> tuple[list[Any], ...]:
     """Applies `f` to the gradient and the moments of each tensor.
 
     Args:
@@ -151,7 +154,9 @@ def map_tensors(
     )
 
 
-def map_lists(f: Callable[..., tuple], *columns: list, n: int) -> tuple[list, ...]:
+def map_lists(
+    f: Callable[..., tuple[Any, ...]], *columns: Sequence[Any], n: int
+) -> tuple[list[Any], ...]:
     """Applies `f` to the entries of lists that have one entry per tensor.
 
     Under `jax.jit`, `f` is traced and lowered once per shape and not once per tensor.
@@ -176,7 +181,7 @@ def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
-def total(counts: list[jax.Array]) -> jax.Array:
+def total(counts: Sequence[jax.Array]) -> jax.Array:
     """Adds counts. The sum stops at the largest int32."""
     return functools.reduce(
         _arithmetic.saturating_add, counts, jnp.zeros([], jnp.int32)
@@ -184,7 +189,7 @@ def total(counts: list[jax.Array]) -> jax.Array:
 
 
 def add_counts(
-    counts: list[tuple[jax.Array, ...]], *totals: jax.Array | None
+    counts: Sequence[tuple[jax.Array, ...]], *totals: jax.Array | None
 ) -> tuple[jax.Array | None, ...]:
     """Adds up counts, and adds each sum to its total.
 
@@ -201,7 +206,7 @@ def add_counts(
     counters = []
     for i, before in enumerate(totals):
         number = total([of_tensor[i] for of_tensor in counts if of_tensor])
-        counters += [number, _arithmetic.saturating_add(before, number)]
+        counters += [number, _arithmetic.saturating_add(before, number)]  # type: ignore[arg-type]
     return tuple(counters)
 
 

@@ -1,6 +1,7 @@
 """Shows which entries of the parameters have momentum."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,7 +84,7 @@ def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
       {'bias': 1.0, 'kernel': 0.2}
     """
 
-    def density(p, moment):
+    def density(p: Any, moment: Any) -> float:
         if not hasattr(moment, "shape"):
             return 0.0
         return 1.0 if p.shape == moment.shape else moment.shape[-2] / p.shape[-2]
@@ -148,7 +149,7 @@ def _moments_for(
 
 def spread_absent(tree: Any, params: optax.Params) -> Any:
     """Replaces each `MaskedNode`, which stands for a subtree, by one per parameter."""
-    is_absent = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    is_absent: Callable[[Any], bool] = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
     return jax.tree.map(
         lambda x, part: jax.tree.map(lambda _: x, part) if is_absent(x) else x,
         tree,

@@ -31,7 +31,7 @@ class ScaleBySpamState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     clipped_count: jax.Array | None  # shape=(), dtype=jnp.int32.
@@ -256,7 +256,7 @@ class SpamSettings(NamedTuple):
     threshold: jax.typing.ArrayLike
     grace_steps: jax.typing.ArrayLike
     clip_unseen: bool
-    count: bool
+    count: bool  # type: ignore[assignment]
     reset_interval: jax.typing.ArrayLike | None
     warmup_steps: jax.typing.ArrayLike
     restart_bias_correction: bool
@@ -270,13 +270,13 @@ class SpamSettings(NamedTuple):
         """
         clip = ("threshold", "b2", "reset_interval", "grace_steps")
         adam = ("b1", "b2", "eps", "reset_interval", "warmup_steps")
-        numbers = {}
+        numbers: dict[str, Any] = {}
         for check, names in ((check_clip, clip), (check_adam, adam)):
             values = check(*(getattr(self, name) for name in names))
             numbers |= zip(names, values, strict=True)
         flags = ("clip_unseen", "count", "restart_bias_correction")
         _validate.check_flags(**{name: getattr(self, name) for name in flags})
-        dtypes = {
+        dtypes: dict[str, Any] = {
             name: _validate.check_moment_dtype(name, getattr(self, name))
             for name in ("mu_dtype", "nu_dtype")
         }
@@ -326,12 +326,18 @@ def spam_step(
     )
     rates = _moments.AdamRates(b1, scale, settings.eps)
 
-    def step_tensor(g, mu, nu, nonfinite):
+    def step_tensor(
+        g: jax.Array | None,
+        mu: jax.Array,
+        nu: jax.Array,
+        nonfinite: jax.Array | None,
+    ) -> tuple[Any, ...]:
         mu, nu = _moments.zero_at_reset((mu, nu), position)
         if g is None:
             return None, mu, nu, ()
         # In the compute dtype: a clipped gradient need not be rounded to bfloat16.
-        g, counts = _arithmetic.widen(_arithmetic.narrow_like(g, nu)), ()
+        g = _arithmetic.widen(_arithmetic.narrow_like(g, nu))
+        counts: tuple[jax.Array, ...] = ()
         if settings.count:
             bad = _arithmetic.is_nonfinite(g) if nonfinite is None else nonfinite
             nu, counts = _spikes.count(g, nu, bad, rule)

@@ -5,7 +5,7 @@ Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Trainin
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class ScaleBySpamAdamState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     nonfinite_count: jax.Array | None  # shape=(), dtype=jnp.int32.
@@ -100,7 +100,9 @@ def scale_by_spam_adam(
         position = functional.reset_position(step, reset_interval)
         rates = _moments.AdamRates(b1, step_scale(step), eps)
 
-        def step_tensor(g, mu, nu):
+        def step_tensor(
+            g: jax.Array | None, mu: jax.Array, nu: jax.Array
+        ) -> tuple[Any, ...]:
             mu, nu = _moments.zero_at_reset((mu, nu), position)
             if g is None:
                 return None, mu, nu, ()
@@ -220,7 +222,9 @@ def spam_adam(
     )
 
 
-def check_adam(b1, b2, eps, reset_interval, warmup_steps) -> tuple:
+def check_adam(
+    b1: Any, b2: Any, eps: Any, reset_interval: Any, warmup_steps: Any
+) -> tuple[Any, ...]:
     """Checks the arguments and returns them in the same order."""
     b1 = _validate.check_decay("b1", b1)
     b2 = _validate.check_decay("b2", b2)
@@ -231,7 +235,13 @@ def check_adam(b1, b2, eps, reset_interval, warmup_steps) -> tuple:
 
 
 def find_step_scale(
-    step: jax.Array, *, b1, b2, reset_interval, warmup_steps, restart_bias_correction
+    step: jax.Array,
+    *,
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    reset_interval: jax.typing.ArrayLike | None,
+    warmup_steps: jax.typing.ArrayLike,
+    restart_bias_correction: bool,
 ) -> jax.Array:
     """Returns the ramp times the bias corrections: a scalar."""
     ramp = functional.reset_ramp(step, reset_interval, warmup_steps)

@@ -4,7 +4,7 @@ Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Trainin
 <https://arxiv.org/abs/2501.06842>`_, ICLR 2025.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,11 +125,12 @@ def spam_clip(
         position = functional.reset_position(step, reset_interval)
         rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
 
-        def clip_tensor(g, old_nu):
+        def clip_tensor(g: jax.Array | None, old_nu: jax.Array) -> tuple[Any, ...]:
             nu = _moments.zero_at_reset(old_nu, position)
             if g is None:
                 return None, nu, ()
-            narrow, counts = _arithmetic.narrow_like(g, nu), ()
+            narrow = _arithmetic.narrow_like(g, nu)
+            counts: tuple[jax.Array, ...] = ()
             if count:
                 bad = _arithmetic.is_nonfinite(narrow)
                 nu, counts = _spikes.count(narrow, nu, bad, rule)
@@ -148,7 +149,9 @@ def spam_clip(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def check_clip(threshold, b2, reset_interval, grace_steps) -> tuple:
+def check_clip(
+    threshold: Any, b2: Any, reset_interval: Any, grace_steps: Any
+) -> tuple[Any, ...]:
     """Checks the arguments and returns them in the same order."""
     threshold = _validate.check_number("threshold", threshold, above=0)
     b2 = _validate.check_decay("b2", b2)

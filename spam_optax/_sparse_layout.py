@@ -195,7 +195,7 @@ def random_lanes(
         index = index + place * np.uint32(stride % 2**32)
     # Both numbers are needed. With one, two tensors could have the same sequence.
     bits = (index ^ _mix(seed ^ salt)) * _FACTORS[0] ^ _mix(seed + salt)
-    choices = np.uint32(layout.lanes)
+    choices: jax.Array | np.uint32 = np.uint32(layout.lanes)
     if layout.missing_rows:
         in_last_slab = layout.kept - layout.missing_rows
         choices -= (outer[-1] >= in_last_slab).astype(jnp.uint32)
@@ -212,7 +212,7 @@ def _mix(bits: jax.Array) -> jax.Array:
     return bits ^ (bits >> 15)
 
 
-def _scale(bits: jax.Array, n: jax.Array, most: int) -> jax.Array:
+def _scale(bits: jax.Array, n: jax.Array | np.uint32, most: int) -> jax.Array:
     """Returns about ``bits * n // 2**32`` for ``n <= most``, without 64-bit numbers."""
     width = most.bit_length()
     return (bits >> width) * n >> (32 - width)

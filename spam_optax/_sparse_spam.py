@@ -111,7 +111,9 @@ def scale_by_sparse_spam(
         unflatten = jax.tree.structure(old.mu).unflatten
         lanes = _select_for(old.mu, seeds, updates)
 
-        def pick(g, nu, lanes):
+        def pick(
+            g: jax.Array | None, nu: jax.Array, lanes: jax.Array | None
+        ) -> tuple[jax.Array | None, jax.Array | None]:
             if g is None:
                 return None, None
             g = _arithmetic.narrow_like(g, nu)
@@ -121,7 +123,12 @@ def scale_by_sparse_spam(
             bad = _sparse_layout.count(layout, _arithmetic.is_nonfinite, g)
             return _sparse_layout.pick(layout, g, lanes), bad
 
-        def place(direction, mu, lanes, g):
+        def place(
+            direction: Any,
+            mu: jax.Array,
+            lanes: jax.Array | None,
+            g: jax.Array | None,
+        ) -> tuple[jax.Array | None]:
             if g is None or lanes is None:
                 return (direction,)
             layout = _sparse_layout.of_moments(g.shape, mu.shape, masks.row_blocks)
@@ -342,7 +349,9 @@ def _decay_entries_with_momentum(
         mu = state.inner_state.mu
         lanes = _select_for(mu, state.mask_seeds, updates)
 
-        def keep(x, mu, lanes):
+        def keep(
+            x: jax.Array | None, mu: jax.Array, lanes: jax.Array | None
+        ) -> tuple[jax.Array | None]:
             if x is None or lanes is None:
                 return (x,)
             layout = _sparse_layout.of_moments(x.shape, mu.shape, len(state.mask_seeds))
@@ -355,7 +364,10 @@ def _decay_entries_with_momentum(
 
 
 def select(
-    seeds: jax.Array, names: Sequence[str], tensors: Sequence, moments: Sequence
+    seeds: jax.Array,
+    names: Sequence[str],
+    tensors: Sequence[Any],
+    moments: Sequence[Any],
 ) -> list[jax.Array | None]:
     """Returns the selected members of the groups of each tensor.
 
@@ -424,7 +436,7 @@ def _compact(params: optax.Params, masks: _MaskSettings) -> optax.Params:
     if not jax.tree.leaves(params):
         return params
 
-    def compact(path, p, is_sparse):
+    def compact(path: tuple[Any, ...], p: Any, is_sparse: bool) -> Any:
         if not is_sparse or jnp.ndim(p) < 2 or 0 in p.shape:
             return p
         where = jax.tree_util.keystr(path) or "the root"
@@ -492,7 +504,7 @@ def _check_update(
             f"the state was made, got {masks.row_blocks}."
         )
 
-    def check(path, g, moment):
+    def check(path: tuple[Any, ...], g: Any, moment: Any) -> None:
         if g is None or jnp.shape(g) == moment.shape:
             return
         where = jax.tree_util.keystr(path) or "the root"

@@ -4,7 +4,7 @@ Wortsman et al., `Stable and low-precision training for large-scale vision-langu
 models <https://arxiv.org/abs/2304.13013>`_, NeurIPS 2023.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class ScaleByStableAdamWState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     update_rms: jax.Array  # shape=(tensors,), dtype=jnp.float32.
@@ -91,7 +91,9 @@ def scale_by_stable_adamw(
         rates = _moments.adam_rates(b1, b2, eps, step)
         second = functional.bias_correction(b2, step)
 
-        def step_tensor(g, mu, nu):
+        def step_tensor(
+            g: jax.Array | None, mu: jax.Array, nu: jax.Array
+        ) -> tuple[Any, ...]:
             if g is None:
                 return None, mu, nu, jnp.zeros([]), ()
             g = _arithmetic.narrow_like(g, nu)

@@ -5,7 +5,7 @@ Huang et al., `Stable-SPAM: How to Train in 4-Bit More Stably than 16-Bit Adam
 `GradientStabilizer`, another transformation.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class ScaleByStableSpamState(NamedTuple):
       nonfinite_total: The same, summed over all steps.
     """
 
-    count: jax.Array  # shape=(), dtype=jnp.int32.
+    count: jax.Array  # type: ignore[assignment]  # shape=(), dtype=jnp.int32.
     mu: optax.Updates
     nu: optax.Updates
     max_steps: jax.Array  # shape=(tensors,), dtype=jnp.int32.
@@ -131,14 +131,16 @@ def scale_by_stable_spam(
             limits.limit, limits.factor, unit
         )
 
-        def clipped_norm(g, limit, clip_factor, unit):
+        def clipped_norm(
+            g: jax.Array, limit: jax.Array, clip_factor: jax.Array, unit: jax.Array
+        ) -> tuple[jax.Array]:
             clipped, _ = _adaclip.clip(finite(g), limit, clip_factor)
             return (_arithmetic.root(jnp.sum(_arithmetic.abs_sq(clipped * unit))),)
 
         (norm,) = _tensor_statistics.measure(
             clipped_norm, *(gradients, limit, clip_factor, units), missing=(0.0,)
         )
-        factors, norms = _adagn.find_factors(
+        factor, norms = _adagn.find_factors(
             norm / unit,
             limits.nonfinite,
             _adagn.NormStatistics(state.norm_steps, state.norm_mean, state.norm_square),
@@ -146,17 +148,24 @@ def scale_by_stable_spam(
             gamma2,
             eps,
         )
-        (factors,) = _tensor_statistics.split(factors)
+        (factors,) = _tensor_statistics.split(factor)
         position = functional.reset_position(step, reset_interval)
         since_reset = jnp.where(position < step, position + 1, step)
         rates = _moments.adam_rates(b1 * decay_scale, b2, eps, since_reset)
 
-        def step_tensor(g, mu, nu, limit, clip_factor, factor):
+        def step_tensor(
+            g: jax.Array | None,
+            mu: jax.Array,
+            nu: jax.Array,
+            limit: jax.Array,
+            clip_factor: jax.Array,
+            factor: jax.Array,
+        ) -> tuple[Any, ...]:
             mu, nu = _moments.zero_at_reset((mu, nu), position)
             if g is None:
                 return None, mu, nu, ()
             clipped, above = _adaclip.clip(finite(g), limit, clip_factor)
-            counts = ()
+            counts: tuple[jax.Array, ...] = ()
             if count:
                 bad = _tensor_statistics.is_nonfinite(g)
                 counts = _arithmetic.totals(above, bad)

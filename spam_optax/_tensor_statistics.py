@@ -3,7 +3,7 @@
 A statistic is a vector with one number per tensor, in the order of ``jax.tree.leaves``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ def finite(
     check_updates(updates)
     leaves, structure = jax.tree.flatten(updates)
 
-    def screen(g):
+    def screen(g: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         counts = () if total is None else _arithmetic.totals(is_nonfinite(g))
         return zero_nonfinite(g), counts
 
@@ -78,8 +78,8 @@ def finite(
 
 def measure(
     statistics: Callable[..., tuple[jax.Array, ...]],
-    gradients: list[Gradient],
-    *rest: list,
+    gradients: Sequence[Gradient],
+    *rest: Sequence[Any],
     missing: tuple[float, ...],
 ) -> tuple[jax.Array, ...]:
     """Applies `statistics` to each tensor. Returns a vector for each of its results.
@@ -88,7 +88,7 @@ def measure(
     its floats give float32 vectors.
     """
 
-    def of_tensor(g, *rest):
+    def of_tensor(g: Gradient, *rest: Any) -> tuple[Any, ...]:
         return missing if g is None else statistics(g, *rest)
 
     columns = _moments.map_lists(of_tensor, gradients, *rest, n=len(missing))
@@ -117,7 +117,7 @@ def global_norm(updates: optax.Updates) -> jax.Array:
 
 
 def add_nonfinite(
-    gradients: list[Gradient], nonfinite: jax.Array, total: jax.Array | None
+    gradients: Sequence[Gradient], nonfinite: jax.Array, total: jax.Array | None
 ) -> tuple[jax.Array | None, ...]:
     """Adds up the counts of all gradients. Returns the count and the new total."""
     if total is None:
@@ -142,7 +142,7 @@ def split(*vectors: jax.Array) -> tuple[list[jax.Array], ...]:
     if not isinstance(vectors[0], jax.core.Tracer):
         return tuple(list(vector) for vector in vectors)
 
-    def pick(is_tensor, *vectors):
+    def pick(is_tensor: jax.Array, *vectors: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jnp.where(is_tensor, x, 0).sum() for x in vectors)
 
     pick = jax.jit(pick)
@@ -150,12 +150,16 @@ def split(*vectors: jax.Array) -> tuple[list[jax.Array], ...]:
     return tuple(map(list, zip(*rows, strict=True))) or ([],) * len(vectors)
 
 
-def average(mean, value, decay, usable) -> jax.Array:
+def average(
+    mean: jax.Array, value: jax.Array, decay: jax.typing.ArrayLike, usable: jax.Array
+) -> jax.Array:
     """Updates the running mean where `usable`, and keeps it elsewhere."""
     return jnp.where(usable, _arithmetic.ema(mean, value, decay), mean)
 
 
-def corrected(mean, decay, steps) -> jax.Array:
+def corrected(
+    mean: jax.Array, decay: jax.typing.ArrayLike, steps: jax.Array
+) -> jax.Array:
     """Returns the bias-corrected running mean, which is 0 before the first step."""
     correction = functional.bias_correction(decay, jnp.maximum(steps, 1))
     return (mean / correction).astype(jnp.float32)
@@ -193,7 +197,7 @@ def scale(x: jax.Array, factor: jax.Array) -> jax.Array:
     return (_arithmetic.widen(x) * factor).astype(jnp.asarray(x).dtype)
 
 
-def scale_all(tensors: list[jax.Array], factors: jax.Array) -> list[jax.Array]:
+def scale_all(tensors: Sequence[jax.Array], factors: jax.Array) -> list[jax.Array]:
     """Multiplies each tensor by its factor and keeps its dtype."""
     (scaled,) = _moments.map_lists(
         lambda x, factor: (scale(x, factor),), tensors, *split(factors), n=1

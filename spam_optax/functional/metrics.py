@@ -256,7 +256,7 @@ def ffn_jacobian_bound(
         for name, value in arguments.items()
     )
     matrices = (jnp.sqrt(width) + jnp.sqrt(ffn_width)) ** 2
-    return 1 + std_in * std_out / residual_std * matrices
+    return 1 + std_in * std_out / residual_std * matrices  # type: ignore[return-value]
 
 
 def attention_jacobian_bound(
@@ -305,4 +305,4 @@ def attention_jacobian_bound(
     attention_norm = _validate.check_number(
         "attention_norm", attention_norm, at_least=0
     )
-    return 1 + std_out / residual_std * 2 * jnp.sqrt(width) * attention_norm
+    return 1 + std_out / residual_std * 2 * jnp.sqrt(width) * attention_norm  # type: ignore[return-value]

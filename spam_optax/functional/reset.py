@@ -120,10 +120,11 @@ def bias_correction(
     References:
       Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, algorithm 1.
     """
-    decay = _validate.check_decay("decay", decay)
-    if isinstance(decay, (jax.Array, np.ndarray)):
-        log_decay = jnp.log(jnp.asarray(decay).astype(float))
+    checked = _validate.check_decay("decay", decay)
+    log_decay: jax.typing.ArrayLike
+    if isinstance(checked, (jax.Array, np.ndarray)):
+        log_decay = jnp.log(jnp.asarray(checked).astype(float))
     else:
         # Computed in float64, because rounding 0.999 to float32 first loses digits.
-        log_decay = math.log(decay) if decay > 0 else -math.inf
+        log_decay = math.log(checked) if checked > 0 else -math.inf
     return -jnp.expm1(jnp.asarray(step).astype(float) * log_decay)
