@@ -98,9 +98,16 @@ def inject_spikes(
             for i, g in enumerate(leaves):
                 leaf_key = jax.random.fold_in(step_key, i)
                 hit_key, value_key = jax.random.split(leaf_key)
-                hit = _hit(hit_key, g, rate)
-                leaves[i] = jnp.where(hit, _fault(value_key, g, scale, kind), g)
-                count = _arithmetic.saturating_add(count, *_arithmetic.totals(hit))
+                leaves[i] = _fault(value_key, g, scale, kind)
+                if isinstance(rate, (int, float)) and rate == 1:
+                    # A mask of ones would take seconds to draw, or to sum, at compile
+                    # time.
+                    hits = min(g.size, jnp.iinfo(jnp.int32).max)
+                else:
+                    hit = _hit(hit_key, g, rate)
+                    leaves[i] = jnp.where(hit, leaves[i], g)
+                    (hits,) = _arithmetic.totals(hit)
+                count = _arithmetic.saturating_add(count, hits)
             return jax.tree.unflatten(structure, leaves), count
 
         def leave(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:
@@ -133,10 +140,6 @@ def _step_test(
 
 def _hit(key: jax.Array, g: jax.Array, rate: jax.typing.ArrayLike) -> jax.Array:
     """Marks the coordinates to corrupt, sharded as `g` on an explicit mesh."""
-    if isinstance(rate, (int, float)) and rate == 1:
-        # All coordinates are hit. Drawing them would take a third of a second to
-        # compile.
-        return jnp.ones_like(g, bool)
     # float32, because a float64 rate would draw other bits.
     return jax.random.bernoulli(
         key,
