@@ -31,7 +31,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 @pytest.fixture
 def full_compilation():
-    """Compiles programs as users do, for tests of what the compiler makes of them."""
+    """Compiles programs with all optimizations, for tests of the compiled program."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -1,4 +1,4 @@
-"""Puts deliberate mistakes into the project, one at a time: the tests must see each.
+"""Puts deliberate mistakes into the project, one at a time: tests must find each.
 
     python tests/mutations.py              all of them, about a minute each
     python tests/mutations.py reset grace  those whose name has one of these words
@@ -22,7 +22,7 @@ COPIED = ("spam_optax", "tests", "examples", "benchmarks", "docs")
 
 
 class Mistake(NamedTuple):
-    """Text that stands once in a file, its replacement, and the tests to run first."""
+    """Text that occurs once in a file, its replacement, and the tests to run first."""
 
     file: str
     right: str
@@ -214,7 +214,7 @@ def main() -> int:
 
 
 def first_failure(mistake: Mistake) -> str | None:
-    """The first test that fails with a mistake in the project; None if none does."""
+    """Returns the first test that fails with a mistake, or None."""
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
         for name in COPIED:

@@ -1,4 +1,4 @@
-"""The benchmarks run, and the report shown is that of the numbers beside it."""
+"""The benchmarks run, and the committed pages show the committed numbers."""
 
 import json
 import pathlib
@@ -20,13 +20,13 @@ def run(*arguments):
     ).stdout
 
 
-def test_help_teaches():
+def test_help_describes_the_program():
     assert "Measure the optimizers" in run("--help")
 
 
 @pytest.mark.slow
 def test_a_section_by_itself(tmp_path):
-    """What other sections measured before stays."""
+    """Earlier results of other sections are kept."""
     (tmp_path / "results.json").write_text((RESULTS / "results.json").read_text())
     before = json.loads((tmp_path / "results.json").read_text())
     run("--quick", "--only", "state", "--output", str(tmp_path))

@@ -24,7 +24,7 @@ SIZES = {"WIDTH": 32, "HEADS": 2, "NUM_LAYERS": 1}
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    """Seconds to compile, and nothing to compile where a run is repeated."""
+    """Uses a small model that compiles in seconds, and only once."""
     make_optimizer = functools.cache(linen_pretrain.make_optimizer)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SIZES.items():
@@ -59,7 +59,7 @@ def validation(output):
 
 @pytest.mark.parametrize("optimizer", linen_pretrain.OPTIMIZERS)
 def test_run(optimizer, run, caplog):
-    """Guards that it learns, compiles its step once, and can be repeated exactly."""
+    """The model learns, the step compiles once, and a second run is equal."""
     flag = f"--optimizer={optimizer}"
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         output = run(flag)
@@ -78,8 +78,8 @@ def test_run(optimizer, run, caplog):
     assert training_losses(run(flag, "--seed=1")) != losses
 
 
-def test_bytes_do_not_see_the_future():
-    """Guards the mask: a model that reads its targets has a falling loss too."""
+def test_later_bytes_do_not_change_earlier_logits():
+    """The loss of a model that reads its targets would fall too."""
     params = linen_pretrain.first_params(0)
     tokens = jnp.arange(64)[None]
     logits = jax.jit(lambda x: linen_pretrain.MODEL.apply({"params": params}, x))
@@ -145,7 +145,7 @@ def test_bar_is_for_terminals(run, monkeypatch):
     assert f"step   {STEPS}/{STEPS}  loss" in shown
 
 
-def test_help_tells_every_flag_and_default(capsys):
+def test_help_has_every_flag_and_default(capsys):
     """Guards the help against flags and defaults it does not mention."""
     with pytest.raises(SystemExit, match="^0$"):
         linen_pretrain.main(["--help"])
@@ -169,7 +169,7 @@ def test_help_tells_every_flag_and_default(capsys):
         ("--step=3", "unrecognized arguments: --step=3"),
     ],
 )
-def test_mistakes_are_told_in_one_line(flag, words, capsys):
+def test_mistakes_take_one_line(flag, words, capsys):
     """Guards against tracebacks, and against a usage that hides the message."""
     with pytest.raises(SystemExit, match="^2$"):
         linen_pretrain.main([flag])

@@ -1,4 +1,4 @@
-"""The notebooks run, draw what they promise, and are committed clean."""
+"""The notebooks run, draw their figures, and are committed without machine data."""
 
 import json
 import pathlib
@@ -83,7 +83,7 @@ def test_runs_in_its_own_folder(path, kernel):
 @pytest.mark.slow
 @each_notebook
 def test_finds_the_examples_from_the_root(path, kernel):
-    """The rest does not depend on the folder: up to the imports will do."""
+    """The test runs the cells up to the imports. The others do not need the folder."""
     notebook = read(path)
     last = max(
         i
@@ -102,7 +102,7 @@ def test_committed_outputs(path):
 
 
 @each_notebook
-def test_committed_file_says_nothing_of_a_machine(path):
+def test_committed_file_has_no_paths_or_times_of_a_machine(path):
     notebook = read(path)
     assert notebook.metadata.kernelspec.name == "python3"
     for cell in notebook.cells:

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their code runs, and what they name exists."""
+"""The README and the pages of docs/: their code runs, and named files exist."""
 
 import json
 import pathlib
@@ -40,7 +40,7 @@ def test_pages_with_code_are_found():
 
 @EVERY_PAGE
 def test_files_named_exist(page):
-    """Links to files, and the files of the project that are named in code marks."""
+    """Checks links to files, and files of the project named between backquotes."""
     text = page.read_text()
     links = re.findall(r"\]\(((?!http|#)[^)\s]+)\)", text)
     named = re.findall(r"`((?:tests|docs|benchmarks|examples)/[^`\s]+)`", text)
@@ -71,7 +71,7 @@ def test_readme_is_short_and_links_every_page():
 
 
 def rows_of(page, header):
-    """The cells of the table whose header begins so, without the header."""
+    """Returns the cells of the table with this header, without the header."""
     table = re.search(rf"{re.escape(header)}.*?\n\n", page.read_text(), re.DOTALL)[0]
     rows = table.strip().splitlines()[2:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]

@@ -1,4 +1,4 @@
-"""A study of a few lines, with which the tests try the engine.
+"""A study of a few lines, with which the tests run the engine.
 
 Run as a program it makes the records of the rates 1, 2, 3 and so on:
 

@@ -1,4 +1,4 @@
-"""The example trainer in processes of its own, and what it leaves behind."""
+"""The example trainer in processes of its own, and the files that it writes."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TIMING = ("tokens_per_second", "flops_utilization")  # differ from run to run
 
 
 class Finished(NamedTuple):
-    """What became of a program."""
+    """The exit status and the output of a program."""
 
     code: int
     output: str

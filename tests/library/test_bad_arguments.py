@@ -1,4 +1,4 @@
-"""Bad arguments: what is wrong, what was passed and what is allowed, in one line.
+"""Bad arguments: one line names the argument, its value and what is allowed.
 
 A table of every checked argument of every public function. A new function is an entry
 in `FUNCTIONS`, a new sort of argument one in `SORTS`, anything else a `Case`. All bad
@@ -39,7 +39,7 @@ def outside(*values):
 
 
 class Sort(NamedTuple):
-    """What an argument may be, said as the message does, and values that it is not."""
+    """What an argument may be, in the words of the message, and bad values."""
 
     allowed: str
     bad: tuple[tuple[Any, type[Exception]], ...]
@@ -282,7 +282,7 @@ MATRICES = {"a": MATRIX, "b": [MATRIX, VECTOR]}
 
 
 def update(tx, updates, params=None, start=PARAMS, first=None):
-    """A call of `tx.update` on the state for `start`, from `first` if that is given."""
+    """Returns a call of `tx.update` with a state for `start`, or for `first`."""
     return lambda: tx.update(updates, (first or tx).init(start), params)
 
 
@@ -531,7 +531,7 @@ def traced(function, argument, value):
 
 
 def init_on_a_mesh(tx):
-    """Of a matrix whose 16 rows are on 8 devices."""
+    """Calls `init` for a matrix whose 16 rows are on 8 devices."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     spec = jax.sharding.PartitionSpec("x")
     with jax.set_mesh(mesh):
@@ -843,7 +843,7 @@ def test_bad_arguments_are_named_with_their_value_and_what_is_allowed(function):
 
 @pytest.mark.parametrize("function", [*MOMENTS, *CLIPS], ids=lambda f: f.__name__)
 def test_every_argument_of_the_transformations_is_in_the_table(function):
-    """Guards the table: an argument added later must be listed or be a flag."""
+    """An argument that is added later must be in the table, or it must be a flag."""
     (sorts,) = (sorts for f, _, sorts in FUNCTIONS if f is function)
     trees = {"mask", "sparse_params", "partition"}
     assert set(inspect.signature(function).parameters) - trees == set(sorts)
@@ -867,7 +867,7 @@ NUMBERS = {
 @pytest.mark.parametrize("function", [*MOMENTS, *CLIPS], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_number_may_be_traced(function, dtype):
-    """Through `inject_hyperparams`: the updates are those of the plain numbers.
+    """With `inject_hyperparams` the updates are the same as with plain numbers.
 
     Over bfloat16 parameters too, where ``b2`` would be 1 without `hyperparam_dtype`.
     The state's dtypes are stable, or the second step would not compile the same.
@@ -901,7 +901,7 @@ def test_every_number_may_be_traced(function, dtype):
 
 @pytest.mark.parametrize("value", [-1.0, 2, math.nan])
 def test_arrays_pass_unchecked(value):
-    """What a tracer holds is unknown, and an array is treated like one."""
+    """The value of a tracer is unknown, and arrays are treated like tracers."""
     for array in (jnp.asarray(value), np.asarray(value)):
         for function, arguments, sorts in FUNCTIONS:
             if inspect.isfunction(function) and function in MOMENTS:
@@ -915,7 +915,7 @@ def test_arrays_pass_unchecked(value):
 
 @pytest.mark.parametrize("b1", [0, 0.0])
 def test_whole_numbers_may_be_injected(b1):
-    """``b1=0`` becomes an integer array: momentum off, not an error."""
+    """``b1=0`` becomes an integer array. It turns momentum off and is no error."""
     numbers = {"b1": b1, "threshold": 5000, "learning_rate": 1, "weight_decay": 1}
     plain = spam_optax.spam(**numbers)
     injected = optax.inject_hyperparams(spam_optax.spam)(**numbers)

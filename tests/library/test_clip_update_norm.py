@@ -1,4 +1,4 @@
-"""Updates clipped by the history of their norm, beside NumPy."""
+"""`clip_update_norm` gives the same updates as a version in NumPy."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of an optimizer step: exact bytes, with no TPU at hand.
+"""The bytes that an optimizer step moves, from the TPU compiler. It needs no TPU.
 
 The floor of an elementwise optimizer is to read every tensor once and to write every
 new one once. Per float32 parameter that is 28 bytes for Adam: read the gradient, two
@@ -110,7 +110,7 @@ BYTES = {
 @pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_accessed_are_at_the_floor(devices, name):
-    """Counting spikes, the resets and the ramp cost no pass over memory."""
+    """Counting, resets and the ramp need no further pass over memory."""
     make, floor = BYTES[name]
     compiled = compile_step(make(), Mesh(devices[:1], ("x",)), P())
     accessed = compiled.cost_analysis()["bytes accessed"] / np.prod(SHAPE)
@@ -159,7 +159,7 @@ SPARSE_BYTES = {
 
 @pytest.mark.parametrize("name", SPARSE_BYTES)
 def test_bytes_of_sparse_momentum(devices, name):
-    """Of a quarter of the matrix: less than Adam, masks, counts and decay included."""
+    """At density 1/4 a step moves less than Adam's, with masks, counts and decay."""
     tx = sparse(**SPARSE_BYTES[name])
     compiled = compile_step(tx, Mesh(devices[:1], ("x",)), P())
     accessed = compiled.cost_analysis()["bytes accessed"] / np.prod(SHAPE)

@@ -1,4 +1,4 @@
-"""The rules every transformation keeps, written out, without Optax's own tests."""
+"""The rules that every transformation must keep."""
 
 import functools
 
@@ -84,7 +84,7 @@ def compiled(name):
 
 @functools.cache
 def run_of(name):
-    """Parameters and state after a plain run: what the others are compared with."""
+    """Returns parameters and state after a plain run, for comparison."""
     tx, update = compiled(name)
     return run(tx, make_params(), update=update)
 
@@ -117,7 +117,7 @@ def types(tree):
 @EVERY
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_structure_shapes_and_dtypes_are_stable(name, dtype):
-    """Of the state before and after; updates are shaped and typed like parameters."""
+    """The state keeps its structure. Updates have the parameters' shapes and dtypes."""
     with jax.enable_x64(dtype == "float64"):
         tx = TRANSFORMATIONS[name]()
         params = make_params(dtype)
@@ -156,7 +156,7 @@ def test_jit_equals_eager(name):
 
 @EVERY
 def test_scan_and_cond(name):
-    """A step inside `lax.cond` inside `lax.scan` is the step by itself."""
+    """A step inside `lax.cond` and `lax.scan` gives the same results."""
     tx = TRANSFORMATIONS[name]()
     params = make_params()
     gradients = [make_gradients(params, step) for step in range(8)]
@@ -176,7 +176,7 @@ def test_scan_and_cond(name):
 
 @EVERY
 def test_vmap(name):
-    """Two runs side by side are the two runs."""
+    """`vmap` over two runs gives the same results as the two runs."""
     tx, update = compiled(name)
     params = make_params()
     pair = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
@@ -202,7 +202,7 @@ def run_vmapped(tx, params):
 
 @EVERY
 def test_no_recompilation(name):
-    """One trace for every step: resets, ramps and faults are values, not branches."""
+    """One trace serves every step. Resets, ramps and faults do not trace again."""
     run_of(name)
     assert compiled(name)[1]._cache_size() == 1
 
@@ -221,7 +221,7 @@ def test_init_state_can_be_donated(name):
 
 @EVERY
 def test_masked(name):
-    """Hidden leaves pass untouched, the others move as they would alone."""
+    """Masked leaves pass unchanged. The others move as without the mask."""
     tx, alone_update = compiled(name)
     params = make_params()
     mask = {"layer": {"kernel": True, "bias": False}, "scale": False, "absent": False}
@@ -255,7 +255,7 @@ def test_partition(name):
 
 @EVERY
 def test_multi_steps(name):
-    """Accumulating two equal gradients is one step with that gradient."""
+    """Two equal accumulated gradients give the same step as one."""
     tx, update = compiled(name)
     multi = optax.MultiSteps(tx, every_k_schedule=2)
     params = accumulated = make_params()
@@ -300,7 +300,7 @@ def test_apply_if_finite(name):
 
 @EVERY
 def test_extra_arguments_pass(name):
-    """Unknown ones are ignored in a chain; wrappers hand them to what they wrap."""
+    """A chain ignores unknown arguments. Wrappers pass them on to what they wrap."""
     tx = optax.chain(TRANSFORMATIONS[name]())
     params = make_params()
     tx.update(make_gradients(params, 0), tx.init(params), params, value=1.0)
@@ -310,7 +310,7 @@ def test_extra_arguments_pass(name):
     "name", ["spam_adam", "stable_spam", "stable_adamw", "adam_mini"]
 )
 def test_names_in_a_chain_are_unique(name):
-    """What is behind all the clips finds its statistics by name, and they theirs."""
+    """In a chain of all clips each statistic is found by its name."""
     clips = ("spam_clip", "zclip", "adagc", "adaclip", "adagn", "gradient_stabilizer")
     tx = spam_optax.track_spikes(
         optax.chain(*(getattr(spam_optax, x)() for x in (*clips, name)))
@@ -327,7 +327,7 @@ def test_names_in_a_chain_are_unique(name):
     ["spam_clip", "spam_adam", "spam", "stable_spam", "stable_adamw", "adam_mini"],
 )
 def test_a_parameter_without_a_gradient_stays_untouched(name):
-    """A None among the gradients alone: no update, moments as they were."""
+    """A gradient that is None gives no update, and the moments do not change."""
     tx = getattr(spam_optax, name)()
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     update = jax.jit(tx.update)
@@ -343,7 +343,7 @@ def test_a_parameter_without_a_gradient_stays_untouched(name):
 
 @EVERY
 def test_map_params_makes_shardings(name):
-    """`optax.tree.map_params` finds the parameter-shaped parts and only those."""
+    """`optax.tree.map_params` finds exactly the parts shaped like parameters."""
     tx = TRANSFORMATIONS[name]()
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
     specs = {"a": P("x"), "b": P()}
@@ -369,7 +369,7 @@ def test_map_params_makes_shardings(name):
 
 @EVERY
 def test_explicit_mesh(name):
-    """On eight devices: the same numbers, and a state sharded like its parameters."""
+    """On eight devices numbers are the same and moments are sharded as parameters."""
     tx = TRANSFORMATIONS[name]()
     params = {"kernel": jnp.ones((4, 16)), "bias": jnp.ones(16)}
     gradients = [
@@ -439,7 +439,7 @@ def test_moments_sharded_unlike_the_parameters(name):
 
 @pytest.mark.parametrize("name", ["spam", "spam_adam"])
 def test_shard_map(name):
-    """Elementwise, so it runs on each device's part, where nothing is counted."""
+    """Elementwise updates run on the part of each device if nothing is counted."""
     tx = {
         "spam": spam_optax.spam(0.1),
         "spam_adam": spam_optax.spam_adam(0.1),
@@ -459,7 +459,7 @@ def test_shard_map(name):
 
 @EVERY
 def test_pure_under_strict_modes(name):
-    """No leaked tracers, no implicit transfers."""
+    """Updates leak no tracers and make no implicit transfers."""
     tx, update = compiled(name)
     params = make_params()
     state, g = tx.init(params), make_gradients(params, 0)
@@ -472,7 +472,7 @@ def test_pure_under_strict_modes(name):
 
 @EVERY
 def test_updates_are_differentiable(name):
-    """Through resets, unused parameters and gradients that are always 0.
+    """Derivatives exist with resets, unused parameters and gradients that are 0.
 
     Where the gradient is 0, Optax's Adam has no derivative: it takes the root of 0.
     """
@@ -504,7 +504,7 @@ def test_updates_are_differentiable(name):
 
 
 def test_strict_promotion():
-    """All work under JAX's strict promotion of dtypes, where `optax.adam` does not."""
+    """All work under JAX's strict promotion of dtypes. `optax.adam` does not."""
     makers = TRANSFORMATIONS | {
         kind: functools.partial(spam_optax.testing.inject_spikes, 0, 0.5, kind=kind)
         for kind in ("noise", "nan", "inf")

@@ -1,4 +1,4 @@
-"""What holds for every function that makes a transformation, an initializer or a mask.
+"""The rules for every function that makes a transformation, initializer or mask.
 
 A new one is a row in `FACTORIES`: `test_every_factory_is_listed` asks for it.
 """
@@ -86,7 +86,7 @@ def is_matrix(params):
 
 
 def required(factory):
-    """The arguments that have no default."""
+    """Returns the arguments that have no default."""
     arguments = {"inner": optax.trace(0.5), "interval": 2, "key": 1}
     parameters = inspect.signature(factory).parameters.values()
     return {p.name: arguments[p.name] for p in parameters if p.default is p.empty}
@@ -104,7 +104,7 @@ def build_all():
 
 
 def trace(tx, params=PARAMS):
-    """The state, with no compilation, of an update."""
+    """Returns the state after an update, without compiling it."""
     state = jax.eval_shape(tx.init, params)
     return jax.eval_shape(tx.update, params, state, params)[1]
 
@@ -139,7 +139,7 @@ def import_all(package):
 
 @pytest.mark.slow
 def test_factories_and_imports_touch_no_device():
-    """Or `jax.distributed.initialize`, which comes first in main, would fail."""
+    """A use of a device would make a later `jax.distributed.initialize` fail."""
     paths = os.pathsep.join(str(ROOT / x) for x in (".", "examples", "tests/library"))
     process = subprocess.run(
         [sys.executable, "-c", BUILD_IN_A_NEW_PROCESS],
@@ -159,7 +159,7 @@ def test_factories_called_under_jit_leak_no_tracer():
 
 
 def real_kinds():
-    """The types of real scalars of NumPy and ml_dtypes."""
+    """Returns the types of real scalars of NumPy and ml_dtypes."""
     values = [*vars(np).values(), *vars(ml_dtypes).values()]
     kinds = {x for x in values if isinstance(x, type) and issubclass(x, np.generic)}
     return [
@@ -192,8 +192,8 @@ def test_numbers_may_be_scalars_of_any_real_kind():
         trace(factory(**required(factory) | arguments))
 
 
-def test_scalars_are_the_number_they_are():
-    """Not rounded on the way: five times 100 is 500, and not what int8 has."""
+def test_scalars_are_not_rounded():
+    """Five times an int8 of 100 is 500, which int8 cannot hold."""
     key, shape = jax.random.key(0), (2,)
     want = initializers.stable_residual(100, 100)(key, shape)
     got = initializers.stable_residual(np.int8(100), np.int8(100))(key, shape)
@@ -209,8 +209,8 @@ def test_numbers_are_real(value):
         spam_optax.spam(b1=value)
 
 
-def test_inject_hyperparams_knows_what_is_static():
-    """All numbers are in the state, in float32, and nothing else is."""
+def test_inject_hyperparams_keeps_only_numbers_in_the_state():
+    """The state has all numbers, in float32, and no other arguments."""
     statics = {"mask": is_matrix, "sparse_params": is_matrix, "mu_dtype": jnp.bfloat16}
     statics |= {"nu_dtype": jnp.bfloat16, "steps": lambda step: step == 2}
     statics |= {"partition": spam_optax.adam_mini_partition(2)}
@@ -228,7 +228,7 @@ def test_inject_hyperparams_knows_what_is_static():
 
 
 def test_inject_hyperparams_keeps_masks_and_partitions():
-    """A function called as a schedule would decay nothing, in Optax without a word."""
+    """Optax would call a mask as a schedule, and then nothing would be decayed."""
     make = spam_optax.inject_hyperparams(spam_optax.adam_mini)
     tx = make(
         optax.constant_schedule(0.5),
@@ -259,7 +259,7 @@ def test_inject_hyperparams_of_other_factories_is_optax():
         spam_optax.inject_hyperparams(spam_optax.spam, "momentum")
 
 
-def test_plain_inject_hyperparams_is_told_what_to_do():
+def test_optaxs_inject_hyperparams_raises_an_error_that_names_ours():
     cases = {
         spam_optax.adam_mini: {"partition": spam_optax.adam_mini_partition(2)},
         spam_optax.sparse_spam: {"density": 0.5},
@@ -272,7 +272,7 @@ def test_plain_inject_hyperparams_is_told_what_to_do():
 
 
 def a_model():
-    """Parameters, and a whole model in which there is more: None where they end."""
+    """Returns parameters and a whole model, which has more leaves."""
     nothing = dict.fromkeys(("activation", "rate", "name", "positions"))
     params = {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)} | nothing
     rest = {"activation": jax.nn.relu, "rate": 0.1, "name": "mlp"}
@@ -281,7 +281,7 @@ def a_model():
 
 @pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
 def test_a_model_may_be_passed_as_params():
-    """Equinox users pass one, and `optax.adamw` passes over what has no update."""
+    """Equinox users pass it, and `optax.adamw` skips leaves without an update."""
     params, model = a_model()
 
     def new_state(tx, p):
@@ -305,7 +305,7 @@ def test_a_model_may_be_passed_as_params():
     ids=["adamw", "stable_adamw", "sparse_spam"],
 )
 def test_reset_moments_of_a_model(inner, absent):
-    """Also in a step in which a parameter has no gradient, which Optax refuses."""
+    """It also works in a step in which a parameter has no gradient."""
     params, model = a_model()
     tx = spam_optax.reset_moments(inner, interval=2)
     update, update_model = (
@@ -317,8 +317,8 @@ def test_reset_moments_of_a_model(inner, absent):
     np.testing.assert_allclose(optax.tree.get(got, "mu")["kernel"], 0.1, rtol=1e-5)
 
 
-def test_inject_hyperparams_refuses_what_the_factory_does():
-    """Optax would hand it arrays of the numbers, which are not checked."""
+def test_inject_hyperparams_raises_the_errors_of_the_factory():
+    """Optax would pass arrays to the factory, which it does not check."""
     inject = spam_optax.inject_hyperparams
     tx = spam_optax.spam(1e-3)
     for make, words in (

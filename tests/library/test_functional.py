@@ -1,4 +1,4 @@
-"""The functions of arrays: values against NumPy in float64, dtypes, edges, errors.
+"""`functional`: values as in NumPy's float64, dtypes, limits and errors.
 
 Numbers out of range are in test_bad_arguments.py.
 """
@@ -30,7 +30,7 @@ few_examples = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def enabled(dtype):
-    """A context with 64-bit types for a 64-bit `dtype`, without for the others."""
+    """Returns a context that has 64-bit types only for a 64-bit `dtype`."""
     return jax.enable_x64(dtype in ("float64", "complex128"))
 
 
@@ -39,7 +39,7 @@ def wide_dtype(dtype):
 
 
 def draw(dtype, shape, seed=0):
-    """Values over two decades of either sign, or any phase, in `dtype`."""
+    """Draws values over two decades, of either sign or any phase."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=shape) * np.exp(rng.normal(size=shape))
     if dtype.startswith("complex"):
@@ -48,18 +48,18 @@ def draw(dtype, shape, seed=0):
 
 
 def precise(x):
-    """`x` in NumPy's widest dtype."""
+    """Returns `x` in NumPy's widest dtype."""
     x = np.asarray(x)
     return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
 def run(function, *arguments, **static):
-    """The function compiled as one: much faster than every operation by itself."""
+    """Runs the function compiled, which is much faster than operation by operation."""
     return jax.jit(functools.partial(function, **static))(*arguments)
 
 
 def clip_by_hand(gradient, nu, threshold):
-    """The published clipping, in float64, for finite input with a history."""
+    """Returns the published clipping in float64, for finite input with a history."""
     gradient, nu = precise(gradient), precise(nu)
     size = np.abs(gradient)
     spikes = size**2 > threshold * nu
@@ -69,7 +69,7 @@ def clip_by_hand(gradient, nu, threshold):
 
 @functools.partial(jax.jit, static_argnums=3)
 def rule(gradient, nu, threshold, clip_unseen=False):
-    """One rule, said three ways."""
+    """The score, the mask and the clipping follow one rule."""
     return (
         functional.online_spike_score(gradient, nu),
         functional.spike_mask(gradient, nu, threshold, clip_unseen=clip_unseen),
@@ -213,7 +213,7 @@ some_nu = st.floats(0, 2.0**100, width=32, allow_subnormal=False)
 )
 @few_examples
 def test_mask_and_clipping_agree_with_the_score(coordinates, threshold, clip_unseen):
-    """Any numbers, NaN and infinities among them."""
+    """The inputs include NaN and infinities."""
     gradient, nu = (np.array(x, np.float32) for x in zip(*coordinates, strict=True))
     score, mask, clipped = rule(gradient, nu, threshold, clip_unseen)
     # At the limit itself, the two ways to write the rule may round differently.
@@ -234,7 +234,7 @@ def test_mask_and_clipping_agree_with_the_score(coordinates, threshold, clip_uns
 
 @pytest.mark.parametrize("as_array", [False, True])
 def test_a_score_of_just_the_threshold_is_no_spike(as_array):
-    """Guards > against >=, and that a threshold may be an array."""
+    """The comparison is > and not >=. A threshold may be an array."""
     gradient = jnp.array([4.0, -4.0, 4.0000005, -4.0000005])
     threshold = jnp.asarray(4.0) if as_array else 4.0
     mask = functional.spike_mask(gradient, jnp.full(4, 4.0), threshold)
@@ -259,8 +259,8 @@ def test_clipped_gradient_is_the_published_formula(dtype):
 
 
 @pytest.mark.parametrize("clip_unseen", [False, True])
-def test_without_history_a_gradient_passes_unless_asked_otherwise(clip_unseen):
-    """A zero gradient is no spike in any case."""
+def test_without_history_a_gradient_passes_unless_clip_unseen(clip_unseen):
+    """A zero gradient is never a spike."""
     gradient = jnp.array([3.0, -1e-3, 0.0, 1e18])
     arguments = (gradient, jnp.zeros(4))
     clipped = functional.clip_spikes(*arguments, clip_unseen=clip_unseen)
@@ -295,7 +295,7 @@ def test_nonfinite_real_gradients_become_the_limit_or_zero(dtype):
     ],
 )
 def test_clipping_keeps_the_phase_of_complex_numbers(gradient, phase, shape):
-    """One infinite part outweighs the other; NaN in either part makes 0."""
+    """If one part is infinite, its phase is kept. NaN in either part gives 0."""
     gradient = np.full(shape, gradient, np.complex64)
     clipped = rule(gradient, np.full(shape, 0.25, np.float32), 16.0)[2]
     assert (clipped.dtype, clipped.shape) == (jnp.complex64, shape)
@@ -304,7 +304,7 @@ def test_clipping_keeps_the_phase_of_complex_numbers(gradient, phase, shape):
 
 @pytest.mark.parametrize("gradient", [np.inf, -np.inf, -65504.0])
 def test_limit_beyond_float16_is_its_maximum(gradient):
-    """The limit of 7e5 is finite in float32: cast alone it would become infinite."""
+    """The limit of 7e5 is finite in float32 and would be infinite in float16."""
     clipped = functional.clip_spikes(jnp.array([gradient], "float16"), jnp.array([1e8]))
     assert clipped.dtype == jnp.float16
     np.testing.assert_array_equal(clipped, np.sign([gradient]) * 65504)
@@ -332,7 +332,7 @@ def test_limit_is_capped_so_that_its_square_stays_finite(dtype, threshold):
     [("bfloat16", False), ("float32", True), ("complex64", False)],
 )
 def test_when_not_active_only_nonfinite_coordinates_change(dtype, clip_unseen):
-    """The grace window, with a traced flag as in the transformations."""
+    """The flag of the grace steps is traced, as in the transformations."""
     gradient = jnp.asarray([1e6, -1e18, jnp.inf, jnp.nan, 2e19, 0.0], dtype)
     nu = jnp.array([1.0, 0.0, 1.0, 1.0, 1.0, 0.0])
 
@@ -375,7 +375,7 @@ def test_denormal_second_moments_of_float16_are_a_history():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_denormal_second_moments_clip_or_pass_but_break_nothing(dtype):
-    """XLA may flush them to 0, which is no history: either way one consistent rule."""
+    """XLA may set them to 0, which is no history. The functions must still agree."""
     gradient = jnp.array([1.0, 1e-12, -jnp.inf, 0.0, jnp.nan], dtype)
     nu = jnp.full(5, 1e-39, dtype)
     _, mask, clipped = rule(gradient, nu, 5000.0)
@@ -418,7 +418,7 @@ def test_without_interval_the_position_is_the_step_and_there_is_no_ramp():
     ],
 )
 def test_ramp_at_every_step(interval, warmup_steps, x64):
-    """The formula at 1300 steps: two resets of the defaults, and none before."""
+    """Checks the formula at 1300 steps, which include two resets."""
     want = []
     for t in range(1, 1301):
         c, ramp = t % interval, 1.0
@@ -451,7 +451,7 @@ def test_bias_correction_has_no_cancellation(decay, as_array):
 
 @pytest.mark.parametrize("decay", [0, np.float32(0.9), np.float64(0.9)])
 def test_bias_correction_takes_numbers_and_arrays_of_any_kind(decay):
-    """Guards whole numbers, which `inject_hyperparams` turns into integer arrays."""
+    """`inject_hyperparams` turns whole numbers into integer arrays."""
     want = 1 - float(decay) ** 3
     for given_as in (decay, np.asarray(decay), jnp.asarray(decay), np.full(2, decay)):
         correction = functional.bias_correction(
@@ -474,7 +474,7 @@ def test_bias_correction_in_float64():
 
 
 def spike_score_by_hand(values, window, deviations):
-    """A plain double loop over Python's floats."""
+    """Computes the score with two loops over Python floats."""
     spikes = 0
     for t in range(window, len(values)):
         known = [values[s] for s in range(t - window, t) if math.isfinite(values[s])]
@@ -501,7 +501,7 @@ def spike_score_by_hand(values, window, deviations):
     ],
 )
 def test_spike_score_equals_the_double_loop(window, dtype):
-    """A noisy curve with jumps both ways, NaN, infinities and a run of NaN."""
+    """The curve has noise, jumps up and down, infinities and several NaN in a row."""
     rng = np.random.default_rng(window)
     values = 3 + 0.1 * rng.normal(size=640)
     values[rng.integers(0, 640, 12)] += rng.choice([-40, 40], 12)
@@ -581,7 +581,7 @@ def test_ffn_bound_takes_arrays():
 
 
 def test_attention_bound_holds_for_a_random_output_projection():
-    """I + W J / std has a norm between a third of the excess and the bound."""
+    """The norm of I + W J / std is below the bound and above a third of its excess."""
     d, std_out, residual_std = 128, 0.05, 0.7
     rng = np.random.default_rng(0)
     jacobian = rng.normal(size=(d, d)) / math.sqrt(d)
@@ -651,7 +651,7 @@ def test_layer_norms_take_flax_states_and_part_names_as_a_whole():
 
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
 def test_token_embedding_variability_is_the_deviation_of_each_row(dtype):
-    """Not of each column, and around the row's own mean."""
+    """It is the deviation of each row from its own mean."""
     table = draw(dtype, (7, 200)) + np.arange(7)[:, None].astype(jnp.dtype(dtype))
     with enabled(dtype):
         got = run(functional.token_embedding_variability, table)
@@ -727,7 +727,7 @@ def test_every_public_function_is_in_the_table_of_calls():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_jit_and_vmap_equal_eager(name):
-    """Each row by itself against all at once, compiled."""
+    """Rows one by one give the same results as all rows at once, compiled."""
     function, arguments = CALLS[name]
     rows = [function(*row) for row in zip(*arguments, strict=True)]
     want = np.stack(rows)
@@ -800,7 +800,7 @@ def test_the_axis_must_exist():
 
 
 def test_variability_of_a_constant_row_has_a_derivative():
-    """0, not NaN: the deviation is a root, here of 0."""
+    """The derivative of the root of 0 is defined as 0 and is not NaN."""
     table = jnp.array([[2.0, 2.0], [1.0, 3.0]])
     slope = jax.grad(lambda x: functional.token_embedding_variability(x).sum())(table)
     np.testing.assert_allclose(slope, [[0, 0], [-0.5, 0.5]], rtol=1e-6)

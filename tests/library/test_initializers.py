@@ -1,4 +1,4 @@
-"""Initializers: moments, dtypes, keys, meshes, and the Jacobian bounds they are for.
+"""Initializers: distributions, dtypes, keys, meshes, and the bounds on Jacobians.
 
 That Flax's layers take them is tested in test_linen.py and test_nnx.py.
 """
@@ -112,7 +112,7 @@ def test_out_sharding_shards_without_changing_the_draw():
         ("stable_residual", "num_layers", {"width": 8}),
     ],
 )
-def test_bad_arguments_raise_one_line_that_says_what_is_allowed(
+def test_bad_arguments_raise_one_line_that_names_what_is_allowed(
     function, name, good, value
 ):
     """Guards the message, and that it names the function that was called."""
@@ -195,13 +195,13 @@ def jacobian_norm(function, x, *weights):
 
 
 def assert_bound_holds_and_is_not_idle(norm, bound):
-    """Below the bound, with more than a tenth of its excess over 1."""
+    """Asserts that the norm is below the bound and above a tenth of its excess."""
     assert 0.1 * (bound - 1) < norm - 1 < bound - 1
 
 
 @each_embed
 def test_ffn_jacobian_stays_under_the_bound(make_embed, residual_std):
-    """Guards the theory end to end: what we draw obeys the bound we publish."""
+    """Matrices that the initializers draw satisfy the bound."""
     width, ffn_width, num_layers = 128, 512, 12
     init = initializers.stable(width, num_layers)
     std = (0.4 / width) ** 0.5
@@ -219,7 +219,7 @@ def test_ffn_jacobian_stays_under_the_bound(make_embed, residual_std):
 
 @each_embed
 def test_attention_jacobian_stays_under_the_bound(make_embed, residual_std):
-    """Guards the attention half, with the true Jacobian norm of the heads."""
+    """The bound gets the true norm of the Jacobian of the heads."""
     width, num_layers = 128, 12
     init = initializers.stable(width, num_layers)
     std_out = (0.4 / width) ** 0.5 / (2 * num_layers) ** 0.5

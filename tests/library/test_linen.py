@@ -155,7 +155,7 @@ def test_partitioning_metadata_reaches_the_table(module):
 @each_embed
 @pytest.mark.parametrize("spec", [("x", None), (None, "x")])
 def test_explicit_mesh(module, spec):
-    """Guards lookups in a table that is sharded, the way the docstring says."""
+    """Lookups in a sharded table work as the docstring describes."""
     embed, variables = init_embed(module)
     want = embed.apply(variables, IDS)
     sharding = jax.P(None, None, "x")
@@ -194,7 +194,7 @@ def test_adam_mini_of_partitioned_parameters():
     jax.tree.map(close_to, jax.device_get(updates), expected)
 
 
-def test_missing_flax_says_what_to_install(monkeypatch):
+def test_error_without_flax_names_what_to_install(monkeypatch):
     """Guards the message of an installation without the extra."""
     monkeypatch.delitem(sys.modules, "spam_optax.linen")
     monkeypatch.setitem(sys.modules, "flax", None)

@@ -1,4 +1,4 @@
-"""Spike statistics: against NumPy in float64, robust to spikes, named, composable."""
+"""`track_spikes`: its statistics, their names, and its use with other wrappers."""
 
 import collections
 import functools
@@ -26,7 +26,7 @@ def make_params():
 
 
 def make_gradients(step, dtype=np.float32):
-    """Noise around a unit gradient, the same on every call."""
+    """Returns noise around a unit gradient, the same on every call."""
     rng = np.random.default_rng(step)
     return {
         "w": jnp.asarray(1 + 0.1 * rng.normal(size=(8, 3)), dtype),
@@ -36,7 +36,7 @@ def make_gradients(step, dtype=np.float32):
 
 
 def update(tx, *arguments, **extra):
-    """One step, compiled as one: much faster than every operation by itself."""
+    """Takes a compiled step, which is much faster than operation by operation."""
     return jax.jit(tx.update)(*arguments, **extra)
 
 
@@ -45,7 +45,7 @@ def statistics(state):
 
 
 def track_norms(norms, **arguments):
-    """Statistics of a run of one tensor with one coordinate, a row a step."""
+    """Returns the statistics of a tensor with one coordinate, one row per step."""
     padded = np.zeros(512, np.float32)  # One length, so that it is compiled once.
     padded[: len(norms)] = norms
     rows = scan_norms(padded, **arguments)
@@ -64,7 +64,7 @@ def scan_norms(norms, threshold=10.0, decay=0.99):
 
 
 def statistics_by_hand(gradients, updates, threshold=10.0, decay=0.99):
-    """One tensor's statistics at every step, in float64 and plain Python."""
+    """Returns one tensor's statistics at every step, in float64 and plain Python."""
     mean, steps, spike_steps, rows = 0.0, 0, 0, []
     for gradient, update in zip(gradients, updates, strict=True):
         g = np.asarray(gradient, np.float64).ravel()
@@ -94,7 +94,7 @@ def statistics_by_hand(gradients, updates, threshold=10.0, decay=0.99):
 
 @pytest.mark.parametrize("arguments", [{}, {"threshold": 3.0, "decay": 0.8}])
 def test_statistics_are_numpys_and_updates_the_inner_ones(arguments):
-    """50 steps with spikes, NaN and infinities in either tensor."""
+    """The 50 steps have spikes, NaN and infinities in either tensor."""
     inner = spam_optax.spam(0.1)
     tx, params = spam_optax.track_spikes(inner, **arguments), make_params()
     outer_update, inner_update = jax.jit(tx.update), jax.jit(inner.update)
@@ -125,7 +125,7 @@ def test_statistics_are_numpys_and_updates_the_inner_ones(arguments):
 
 
 def test_a_spike_does_not_hide_the_next():
-    """Entered in full, the first one would raise the mean to 1e4 for the second."""
+    """If the first spike entered in full, the mean would be 1e4 for the second."""
     norms = np.ones(60)
     norms[[30, 31, 50]] = 1e6, 50, 50
     got = track_norms(norms)
@@ -137,7 +137,7 @@ def test_a_spike_does_not_hide_the_next():
     ("rise", "threshold", "decay"), [(1e3, 10, 0.99), (40, 3, 0.9)]
 )
 def test_a_permanent_rise_stops_being_a_spike_in_bounded_time(rise, threshold, decay):
-    """While it is one, the mean grows by 1 + (threshold - 1) * (1 - decay) a step.
+    """In each step the mean grows by the factor 1 + (threshold - 1) * (1 - decay).
 
     So a rise of the norm by a factor R is a spike for
     ceil(log(R / threshold) / log(1 + (threshold - 1) * (1 - decay))) steps.
@@ -154,8 +154,8 @@ def test_a_permanent_rise_stops_being_a_spike_in_bounded_time(rise, threshold, d
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("at", [0, 40])
-def test_a_nonfinite_step_causes_no_wrong_verdict_later(odd, at):
-    """One spike step, the bad one itself; 0 later ones; the true spike is found."""
+def test_a_nonfinite_step_does_not_change_later_scores(odd, at):
+    """Only the non-finite step counts as a spike, and a later true spike is found."""
     norms = np.ones(80)
     norms[at], norms[70] = odd, 11
     got = track_norms(norms)
@@ -169,15 +169,15 @@ def test_a_nonfinite_step_causes_no_wrong_verdict_later(odd, at):
 
 
 @pytest.mark.parametrize("asleep", [1, 20, 300])
-def test_waking_after_steps_without_gradient_is_no_spike(asleep):
-    """A frozen or unused tensor has no history, however long it had none."""
+def test_first_gradient_after_steps_without_one_is_no_spike(asleep):
+    """A tensor that had no gradient so far has no history."""
     got = track_norms(np.concatenate([np.zeros(asleep), np.ones(200), [11.0]]))
     spikes = np.flatnonzero(got["tensor_spike_score"] > 10)
     assert spikes.tolist() == [asleep + 200]
 
 
 def test_a_norm_whose_squares_overflow_is_a_spike_like_any_other():
-    """Measured, and cut to the threshold in the mean; an update's may be larger yet."""
+    """The norm is measured, and the mean gets it cut to the threshold."""
     tx, params = spam_optax.track_spikes(optax.scale(1e15)), jnp.zeros(100)
     state, step = tx.init(params), jax.jit(tx.update)
     for gradient in (1.0, 1e19):
@@ -189,7 +189,7 @@ def test_a_norm_whose_squares_overflow_is_a_spike_like_any_other():
     np.testing.assert_allclose(state.tensor_mean_norm, [(10 + 100) / 2], rtol=1e-6)
 
 
-def test_a_float64_norm_that_float32_has_not_enters_no_mean():
+def test_a_float64_norm_beyond_float32_enters_no_mean():
     with jax.enable_x64(True):
         tx, params = spam_optax.track_spikes(optax.identity()), jnp.zeros(100)
         state, step = tx.init(params), jax.jit(tx.update)
@@ -216,7 +216,7 @@ def test_any_dtype_gives_float32_statistics(dtype):
 
 
 def test_names_are_in_the_order_of_the_entries():
-    """Every tensor's gradient norm is its place in the list of names."""
+    """In this test each tensor's gradient norm is its index in the list of names."""
     params = {
         "b": [jnp.zeros(2), jnp.zeros(())],
         "a": {"z": jnp.zeros(3), "a": None, "kernel": jnp.zeros((2, 2))},
@@ -232,8 +232,8 @@ def test_names_are_in_the_order_of_the_entries():
     assert spam_optax.tensor_names({}) == ()
 
 
-def test_only_the_value_of_a_box_is_no_name():
-    """A key or a field called `value` is one; two tensors never have one name."""
+def test_only_the_value_of_a_box_is_left_out_of_names():
+    """A key or a field called `value` is part of the name. All names are different."""
     x = jnp.zeros((2, 2))
     assert spam_optax.tensor_names({"attn": {"key": x, "value": x}}) == (
         "attn/key",
@@ -317,7 +317,7 @@ def test_a_scan_equals_the_loop_and_nothing_recompiles():
 
 
 def test_on_a_mesh_the_statistics_are_those_of_one_device():
-    """An explicit mesh of 8 devices; the statistics are whole on each."""
+    """The mesh has 8 devices. Each device has all statistics."""
     mesh = jax.make_mesh((8,), ("data",))
     tx, params = spam_optax.track_spikes(optax.sgd(0.1)), make_params()
 
@@ -340,7 +340,7 @@ def test_on_a_mesh_the_statistics_are_those_of_one_device():
         np.testing.assert_allclose(value, want[name], rtol=1e-6)
 
 
-def test_inside_masked_and_partition_it_sees_its_own_tensors_only():
+def test_inside_masked_and_partition_it_measures_its_own_tensors_only():
     params = {"a": jnp.ones(4), "b": jnp.ones(9), "c": jnp.ones(16)}
     tracked = spam_optax.track_spikes(optax.sgd(0.5))
     masked = optax.masked(tracked, {"a": True, "b": False, "c": True})
@@ -356,8 +356,8 @@ def test_inside_masked_and_partition_it_sees_its_own_tensors_only():
     np.testing.assert_allclose(state.tensor_grad_norm, [2, 3, 4])
 
 
-def test_in_multi_steps_it_sees_the_accumulated_gradient():
-    """Outside it sees every micro-batch."""
+def test_in_multi_steps_it_measures_the_accumulated_gradient():
+    """Around `MultiSteps` it measures every micro-batch."""
     tracked = spam_optax.track_spikes(optax.sgd(1.0))
     inside = optax.MultiSteps(tracked, every_k_schedule=2)
     outside = spam_optax.track_spikes(optax.MultiSteps(optax.sgd(1.0), 2))

@@ -230,7 +230,7 @@ def test_optimizer_of_sharded_parameters(name):
     )
 
 
-def test_missing_flax_says_what_to_install(monkeypatch):
+def test_error_without_flax_names_what_to_install(monkeypatch):
     """Guards the message of an installation without the extra."""
     monkeypatch.delitem(sys.modules, "spam_optax.nnx")
     monkeypatch.setitem(sys.modules, "flax", None)

@@ -1,4 +1,4 @@
-"""Whatever is scattered into the gradients, wherever and whenever: nothing is lost."""
+"""Gradients with NaN, infinities and overflows at random places and steps."""
 
 import functools
 
@@ -100,7 +100,7 @@ def clean_gradients():
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(faults=SCATTERED)
 def test_scattered_faults(name, faults):
-    """Everything stays finite, untouched coordinates keep every bit, all is counted."""
+    """Results are finite, other coordinates keep every bit, all faults are counted."""
     gradients = clean_gradients()
     touched = np.zeros(SHAPE, bool)
     for position, fault in faults.items():
@@ -133,7 +133,7 @@ def test_scattered_faults(name, faults):
 @pytest.mark.parametrize("name", MAKERS | COUPLED)
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf, 3e38])
 def test_whole_gradient_not_finite_for_ten_steps(name, fault):
-    """Over a reset step and its grace window; afterwards the run goes on."""
+    """The ten steps include a reset and grace steps. Afterwards the run goes on."""
     gradients = clean_gradients()
     gradients[9:19] = fault
     params, states = runner(name)(gradients)
@@ -217,7 +217,7 @@ def test_what_a_narrow_second_moment_cannot_hold_counts_as_infinite(name):
 
 
 def test_apply_if_finite_skips_the_whole_step():
-    """It looks at the gradients: one NaN, and the state stays as it was."""
+    """`apply_if_finite` tests the gradients. One NaN leaves the state unchanged."""
     tx = optax.apply_if_finite(spam_optax.spam(0.1), max_consecutive_errors=2)
     params = jnp.ones(3)
     update = jax.jit(tx.update)

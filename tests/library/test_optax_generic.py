@@ -1,4 +1,4 @@
-"""Optax's own generic tests, unedited, on this package's transformations.
+"""Optax's own generic tests, unchanged, with the transformations of this package.
 
 The wheel of Optax ships its test modules. They read a table of optimizers while their
 classes are decorated and look the names up in `optax.contrib` and `optax._src.alias`
@@ -34,14 +34,14 @@ def spam_chain(
 def sparse_spam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
-    """In every matrix. Optax's tests would inject the density, which is static."""
+    """Has sparse momentum in every matrix. Optax's tests would inject the density."""
     return spam_optax.sparse_spam(learning_rate, 0.5, sparse_params=True)
 
 
 def adam_mini(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
-    """Optax's tests would inject the partition, a function, as a schedule."""
+    """Fixes the partition, which Optax's tests would inject as a schedule."""
     return spam_optax.adam_mini(learning_rate)
 
 

@@ -1,4 +1,4 @@
-"""ZClip, AdaGC, StableAdamW and Adam-mini: against NumPy, and what they promise."""
+"""ZClip, AdaGC, StableAdamW and Adam-mini: compared with NumPy, and their rules."""
 
 import functools
 
@@ -24,7 +24,7 @@ STEPS = 160
 
 
 def gradients_of(steps=STEPS, spikes=SPIKES, dtype=np.float32, seed=0):
-    """Of every step: norms drift, whole steps spike, and one tensor alone in some."""
+    """Returns gradients whose norms drift, with spikes of all tensors and of one."""
     rng = np.random.default_rng(seed)
     for t in range(steps):
         size = 0.1 * (1 + 0.5 * np.sin(t / 9)) * spikes.get(t, 1.0)
@@ -147,7 +147,7 @@ def test_stable_adamw_is_the_papers(dtype, betas_and_eps):
 
 
 def test_stable_adamw_has_float32_moments_for_bfloat16_parameters():
-    """And moves them like float32 ones, to the rounding of the parameters."""
+    """The parameters move as in float32, up to their rounding."""
     ours = spam_optax.scale_by_stable_adamw()
     params = params_of("bfloat16")
     theirs = {
@@ -166,7 +166,7 @@ def test_stable_adamw_has_float32_moments_for_bfloat16_parameters():
 
 
 def blocks_by_number(shape, blocks):
-    """The number of the block that each coordinate is in, by plain index arithmetic."""
+    """Returns the number of each coordinate's block, by plain index arithmetic."""
     numbers = np.zeros(shape, int)
     for index in np.ndindex(*shape):
         for i, size, parts in zip(index, shape, blocks, strict=True):
@@ -177,7 +177,7 @@ def blocks_by_number(shape, blocks):
 @pytest.mark.parametrize("betas_and_eps", ADAM.values(), ids=ADAM)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adam_mini_is_the_papers(dtype, betas_and_eps):
-    """For blocks of every kind: heads, rows, columns, layers, the whole."""
+    """The blocks are heads, rows, columns, layers and whole tensors."""
     params = {
         "query": jnp.ones((2, 3, 8), dtype),
         "wv": jnp.ones((3, 4), dtype),
@@ -257,7 +257,7 @@ STATISTICS = ("steps", "mean", "std", "norm")
 
 
 def statistics(name, state):
-    """What must not be fed by a gradient without information."""
+    """Returns the statistics that a gradient without information must not change."""
     fields = state._asdict()
     if name in OPTIMIZERS:
         return {"mu": fields["mu"], "nu": fields["nu"]}
@@ -271,7 +271,7 @@ def compiled(name):
 
 
 def warmed(name, steps):
-    """The state after so many ordinary steps, and the compiled update."""
+    """Returns the state after some ordinary steps, and the compiled update."""
     state, update = compiled(name)
     for g in gradients_of(steps, spikes={}):
         _, state = update(g, state)
@@ -286,7 +286,7 @@ def filled(value):
 @pytest.mark.parametrize("steps", [0, 1, 2, 10])
 @pytest.mark.parametrize("value", [0.0, np.nan, np.inf, -np.inf, 1e30])
 def test_a_gradient_without_information_leaves_clips_alone(name, steps, value):
-    """Before, in and after the warm-up: zero updates, statistics bit for bit."""
+    """Updates are 0 and statistics keep every bit, before, in and after the warm-up."""
     state, update = warmed(name, steps)
     for _ in range(5):
         updates, new = update(filled(value), state)
@@ -307,7 +307,7 @@ def test_a_gradient_without_information_leaves_clips_alone(name, steps, value):
 @pytest.mark.parametrize("steps", [0, 2, 10])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30])
 def test_a_tensor_without_a_finite_coordinate(name, steps, value):
-    """Its statistics stay and it does not move; the other tensors do not notice."""
+    """Its statistics stay and it does not move. Other tensors are not affected."""
     state, update = warmed(name, steps)
     (good,) = gradients_of(1, spikes={}, seed=2)
     bad = good | {"b": np.full(SHAPES["b"], value, np.float32)}
@@ -334,8 +334,8 @@ def test_a_tensor_without_a_finite_coordinate(name, steps, value):
 
 @pytest.mark.parametrize("name", RELATIVES)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1e30])
-def test_one_bad_coordinate_is_a_zero(name, value):
-    """The step is that of the gradient with 0 there, and one coordinate is counted."""
+def test_a_nonfinite_coordinate_counts_as_zero(name, value):
+    """The step is that of a gradient with 0 there, and one coordinate is counted."""
     state, update = warmed(name, 5)
     (g,) = gradients_of(1, spikes={}, seed=2)
     bad, zero = (jax.tree.map(np.copy, g) for _ in range(2))
@@ -352,7 +352,7 @@ def test_one_bad_coordinate_is_a_zero(name, value):
 @pytest.mark.parametrize("name", RELATIVES)
 @pytest.mark.parametrize("steps", [0, 10])
 def test_norms_that_overflow(name, steps):
-    """1.8e19 has a square in float32; the sum of several has not."""
+    """In float32 the square of 1.8e19 is finite, and the sum of several overflows."""
     state, update = warmed(name, steps)
     for _ in range(3):
         updates, state = update(filled(1.8e19), state)
@@ -367,7 +367,7 @@ def test_norms_that_overflow(name, steps):
 
 @pytest.mark.parametrize("name", RELATIVES)
 def test_zero_gradients_from_the_start(name):
-    """Nothing moves, nothing is NaN; then the first gradient counts as the first."""
+    """Nothing moves and nothing is NaN. A later gradient counts as the first."""
     state, update = warmed(name, 0)
     for _ in range(30):
         updates, state = update(filled(0.0), state)
@@ -380,7 +380,7 @@ def test_zero_gradients_from_the_start(name):
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_what_is_not_clipped_passes_bit_for_bit(name):
+def test_unclipped_gradients_pass_bit_for_bit(name):
     state, update = warmed(name, 10)
     (g,) = gradients_of(1, spikes={0: 1e-2}, seed=3)
     assert_same_bits(update(g, state)[0], g)
@@ -389,7 +389,7 @@ def test_what_is_not_clipped_passes_bit_for_bit(name):
 @pytest.mark.parametrize("name", CLIPS)
 @pytest.mark.parametrize("dtype", ["complex64", "float64"])
 def test_clips_of_other_dtypes(name, dtype):
-    """The phase is kept; what float32 cannot square counts as infinite."""
+    """The phase is kept. A number whose square overflows float32 counts as infinite."""
     with jax.enable_x64(dtype == "float64"):
         tx = RELATIVES[name]()
         params = params_of(dtype)
@@ -411,7 +411,7 @@ def test_clips_of_other_dtypes(name, dtype):
 
 
 def test_an_idle_tensor_is_not_frozen_by_adagc():
-    """Zero gradients in the warm-up, or 10 000 later, are no history to be held to."""
+    """Zero gradients, in the warm-up or for 10,000 steps later, make no history."""
     tx = spam_optax.adagc(warmup_steps=4)
     params = {"idle": jnp.zeros(2), "busy": jnp.zeros(2)}
     state, update = tx.init(params), jax.jit(tx.update)
@@ -428,7 +428,7 @@ def test_an_idle_tensor_is_not_frozen_by_adagc():
 
 
 class Model(nnx.Module):
-    """Flax's own attention, whose kernels have an axis of heads, and a feed-forward."""
+    """Flax's own attention, whose kernels have an axis of heads, and an FFN."""
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(11, 12, rngs=rngs)
@@ -446,7 +446,7 @@ def by_name(params, tree):
 @pytest.mark.parametrize("layers", [(), (3,)])
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_blocks_of_flax_attention(layers, as_dict):
-    """An NNX state or its pure dictionary; alone, or stacked for a scan."""
+    """The kernels come from an NNX state or a dictionary, and may be stacked."""
     state = nnx.eval_shape(lambda: nnx.state(Model(nnx.Rngs(0)), nnx.Param))
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((*layers, *x.shape), x.dtype), state
@@ -470,7 +470,7 @@ def test_blocks_of_flax_attention(layers, as_dict):
 
 @pytest.mark.parametrize("name", ["out", "value", "key", "down", "wo"])
 def test_blocks_of_a_feed_forward_layer_beside_kernels_with_heads(name):
-    """Stacked, such a kernel has the rank of attention's; every layer has its own."""
+    """A stacked kernel has the rank of attention's. Every layer has its own blocks."""
     params = {
         "attention": {"query": {"kernel": jnp.zeros((3, 12, 4, 3))}},
         "mlp": {name: {"kernel": jnp.zeros((3, 20, 12))}},
@@ -482,7 +482,7 @@ def test_blocks_of_a_feed_forward_layer_beside_kernels_with_heads(name):
 
 @pytest.mark.parametrize("num_kv_heads", [None, 2])
 def test_blocks_of_stacked_matrices(num_kv_heads):
-    """The trainer's form; with fewer heads for keys and values, too."""
+    """These are the trainer's matrices, also with fewer heads for keys and values."""
     shapes = {
         "blocks/attention/query/kernel": ((3, 12, 12), (3, 1, 4)),
         "blocks/attention/key/kernel": ((3, 12, 6), (3, 1, num_kv_heads or 4)),
@@ -517,7 +517,7 @@ def test_blocks_of_stacked_matrices(num_kv_heads):
 
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 def test_adam_mini_with_blocks_spread_over_devices(kind):
-    """Heads over the devices, fewer heads than devices, rows over the devices."""
+    """Heads or rows are spread over the devices, also with fewer heads than devices."""
     axis_type = getattr(jax.sharding.AxisType, kind)
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
     tx = spam_optax.adam_mini(0.1, partition=spam_optax.adam_mini_partition(4, 2))
@@ -551,7 +551,7 @@ def blocks_of(shapes, *args, **kwargs):
 
 
 def test_blocks_of_unknown_matrices():
-    """One for each output neuron, and one warning that lists them all."""
+    """Each output neuron has one block, and one warning lists the matrices."""
     shapes = {"cell/kernel": (3, 12, 7), "Dense_0/kernel": (12, 5), "mlp/w": (4, 6)}
     with pytest.warns(
         UserWarning, match="matrices Dense_0/kernel, cell/kernel;"
@@ -564,7 +564,7 @@ def test_blocks_of_unknown_matrices():
 
 @pytest.mark.filterwarnings("error")
 def test_blocks_of_names_of_other_trainers():
-    """Fused and low-rank matrices are known, and have no blocks of heads."""
+    """Fused and low-rank matrices are recognized and have no blocks of heads."""
     cases = {
         "h_0/attn/c_attn/kernel": ((12, 36), (1, 36)),
         "attn/kv_einsum/w": ((2, 4, 12, 3), (2, 4, 1, 3)),
@@ -596,7 +596,7 @@ def test_blocks_of_names_of_other_trainers():
 
 
 def test_axes_are_those_of_the_tensor_itself():
-    """Stacked experts beside kernels with heads; as many layers as heads."""
+    """The tensors are stacked experts and kernels with as many layers as heads."""
     shapes = {
         "attention/query/kernel": (12, 4, 3),
         "layers/query/kernel": (3, 12, 12),
@@ -616,7 +616,7 @@ def test_axes_are_those_of_the_tensor_itself():
 
 
 def test_blocks_with_layers_in_the_second_axis():
-    """MaxText's; told by an argument, or by the names of axes."""
+    """MaxText stacks so. An argument or the names of the axes give the axis."""
     cases = {
         "layers/mlp/wi_0/kernel": ((32, 2, 64), (1, 2, 64)),
         "layers/MoeBlock_0/wi_0": ((8, 2, 32, 64), (8, 2, 1, 64)),
@@ -653,7 +653,7 @@ def test_blocks_with_layers_in_the_second_axis():
 
 
 def test_blocks_of_weights_with_outputs_first():
-    """Levanter's, Equinox's and PyTorch's, told by the argument and by nothing else."""
+    """Levanter, Equinox and PyTorch have such weights. Only the argument marks them."""
     cases = {
         "lm_head/weight": ((64, 32), (64, 1)),
         "embeddings/token_embeddings/weight": ((64, 32), (64, 1)),
@@ -695,8 +695,8 @@ def test_blocks_of_weights_with_outputs_first():
     assert by_name(head, blocks) == {"lm_head/weight": (64, 1)}
 
 
-def test_shapes_that_do_not_tell_are_refused():
-    """With the argument that would tell, and accepted with it."""
+def test_ambiguous_shapes_are_refused():
+    """The error names the argument to pass, and with it the shapes are accepted."""
     for name, shape, heads, argument, told, blocks in (
         ("out/kernel", (4, 8, 30), 4, "stacked", {"stacked": ["out"]}, (4, 1, 30)),
         ("out/kernel", (4, 8, 30), 4, "stacked", {"stacked": []}, (1, 1, 30)),

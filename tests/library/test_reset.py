@@ -1,4 +1,4 @@
-"""Momentum reset around other transformations, against states reset by hand."""
+"""`reset_moments` around other transformations, compared with resets by hand."""
 
 import functools
 
@@ -22,7 +22,7 @@ def make_params():
 
 
 def make_gradients(step, like=None):
-    """The gradients of one step, the same on every call."""
+    """Returns the gradients of one step, the same on every call."""
     leaves, structure = jax.tree.flatten(make_params() if like is None else like)
     rng = np.random.default_rng(step)
     drawn = [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves]
@@ -30,7 +30,7 @@ def make_gradients(step, like=None):
 
 
 def reset_by_hand(state, fields=FIELDS):
-    """Zeros in the named fields of named tuples at any depth, the rest untouched."""
+    """Sets the named fields of named tuples at any depth to 0."""
     if hasattr(state, "_fields"):
         values = {
             name: optax.tree.zeros_like(value)
@@ -49,7 +49,7 @@ def reset_by_hand(state, fields=FIELDS):
 def run(
     tx, params, steps=STEPS, interval_by_hand=None, pass_params=True, fields=FIELDS
 ):
-    """Updates of every step and the last state, reset by hand if asked to."""
+    """Returns all updates and the last state, with resets by hand or without."""
     state, history = tx.init(params), []
     update = jax.jit(tx.update)
     for step in range(1, steps + 1):
@@ -62,7 +62,7 @@ def run(
 
 
 def assert_close(got, want, rtol=1e-6):
-    """Equal structures and dtypes, values to the rounding a compiler may change."""
+    """Asserts equal structures and dtypes, and values up to the compiler's rounding."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert x.dtype == y.dtype
@@ -89,7 +89,7 @@ INNER = {
 
 @pytest.mark.parametrize("name", INNER)
 def test_equals_the_inner_transformation_with_its_state_reset_by_hand(name):
-    """Guards that momentum alone goes: counters, schedules, decay run on."""
+    """Only momentum is reset. Counters, schedules and decay continue."""
     inner, params = INNER[name], make_params()
     wrapped = spam_optax.reset_moments(inner, INTERVAL)
     got, state = run(wrapped, params)
@@ -104,8 +104,8 @@ def test_equals_the_inner_transformation_with_its_state_reset_by_hand(name):
     assert not np.allclose(got[INTERVAL - 1]["w"], unreset[INTERVAL - 1]["w"])
 
 
-def test_zeros_before_the_gradient_of_the_reset_step_enters():
-    """The written-out numbers of a trace, resets in steps 3 and 6."""
+def test_reset_comes_before_the_gradient_of_that_step():
+    """The numbers of a trace are written out, with resets in steps 3 and 6."""
     tx = spam_optax.reset_moments(optax.trace(0.5), 3)
     state, got = tx.init(jnp.zeros(())), []
     for _ in range(7):
@@ -124,7 +124,7 @@ def test_without_interval_it_is_the_inner_transformation_bit_for_bit():
 
 @pytest.mark.parametrize("name", ["scale_by_adam", "trace"])
 def test_needs_no_parameters(name):
-    """Moments of another dtype than the gradients keep theirs through a reset."""
+    """Moments whose dtype differs from the gradients' keep it in a reset."""
     wrapped = spam_optax.reset_moments(INNER[name], INTERVAL)
     got, state = run(wrapped, make_params(), pass_params=False)
     want, want_state = run(
@@ -151,7 +151,7 @@ def test_only_the_named_fields_are_reset(fields):
 
 
 def test_a_parameter_called_like_a_field_is_not_mistaken_for_it():
-    """``nu["mu"]`` holds a second moment: fields=("mu",) leaves it alone."""
+    """``nu["mu"]`` is a second moment, so ``fields=("mu",)`` does not reset it."""
     params = {"mu": jnp.ones(3), "trace": {"mu": jnp.ones(2)}}
     inner = optax.chain(optax.scale_by_adam(), optax.trace(0.5))
     tx = spam_optax.reset_moments(inner, INTERVAL, fields=("mu",))
@@ -171,7 +171,7 @@ def test_a_parameter_called_like_a_field_is_not_mistaken_for_it():
     ],
 )
 def test_fields_that_no_state_has_are_refused(inner, fields):
-    """Guards against a wrapper that silently never resets anything."""
+    """Without the error the wrapper would silently never reset anything."""
     tx = spam_optax.reset_moments(inner, INTERVAL, fields=fields)
     with pytest.raises(ValueError, match="^reset_moments: fields must .*got") as error:
         tx.init({"mu": jnp.ones(2)})
@@ -195,7 +195,7 @@ def test_extra_arguments_reach_the_inner_transformation():
 
 @pytest.mark.parametrize("warmup_steps", [0, 3])
 def test_with_the_ramp_it_is_spams_reset(warmup_steps):
-    """With a negligible eps, whose place in the formula differs between the two.
+    """eps is negligible here, because it stands in different places of the formulas.
 
     Optax's bias correction ``1 - 0.999**1`` is off by 1e-5 in float32.
     """
@@ -216,7 +216,7 @@ def test_with_the_ramp_it_is_spams_reset(warmup_steps):
 
 
 def test_interval_as_an_injected_hyperparameter():
-    """A traced interval, changed in the state between two steps."""
+    """The interval is traced, and it changes in the state between two steps."""
     make = spam_optax.inject_hyperparams(spam_optax.reset_moments)
     tx, params = make(optax.trace(0.5), interval=3), jnp.zeros(())
     state, got = tx.init(params), []
@@ -231,7 +231,7 @@ def test_interval_as_an_injected_hyperparameter():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_state_keeps_its_structure_and_dtypes_in_a_scan(dtype):
-    """A scan refuses a carry whose type changes; its values are the loop's."""
+    """A scan raises if a type changes. Its values are those of a loop."""
     with jax.enable_x64(dtype == "float64"):
         params = jax.tree.map(lambda p: p.astype(dtype), make_params())
         tx = spam_optax.reset_moments(optax.adam(0.1), INTERVAL)
@@ -270,7 +270,7 @@ def test_does_not_recompile():
 
 
 def test_initial_moments_need_not_be_zero():
-    """Guards "initial values": the fields go back to what the inner init makes."""
+    """The fields go back to what the inner `init` makes."""
     rms = optax.scale_by_rms(decay=0.5, initial_scale=4.0)
     tx = spam_optax.reset_moments(rms, 3)
     state = tx.init(jnp.ones(2))
@@ -280,7 +280,7 @@ def test_initial_moments_need_not_be_zero():
 
 
 def test_sharded_like_on_one_device():
-    """An explicit mesh of 8 devices: equal values, moments sharded as parameters."""
+    """On a mesh of 8 devices values are equal and moments are sharded as parameters."""
     mesh = jax.make_mesh((8,), ("data",))
     params = {"w": jnp.ones((16, 4)), "b": jnp.zeros(8)}
     tx = spam_optax.reset_moments(optax.adam(SCHEDULE), 3)
@@ -302,7 +302,7 @@ def test_sharded_like_on_one_device():
 
 
 def test_inside_masked_and_partition():
-    """Hidden leaves pass, and only the labelled parameters' momentum is reset."""
+    """Masked leaves pass, and only the labelled parameters' momentum is reset."""
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     adam = optax.scale_by_adam()
     wrapped = spam_optax.reset_moments(adam, INTERVAL)
@@ -348,7 +348,7 @@ def test_map_params_reaches_the_inner_moments_alone():
 
 
 def test_adams_step_after_a_reset():
-    """What the docstring and the README warn of: 2.6 times on average, 6.6 at most."""
+    """The docstring and docs/optimizers.md state 2.6 times on average, 6.6 at most."""
     tx = spam_optax.reset_moments(optax.adam(1.0), 500)
     update = lambda state, g: tx.update(g, state)[::-1]  # noqa: E731
     _, updates = jax.lax.scan(update, tx.init(jnp.zeros(())), jnp.ones(9999))
@@ -358,8 +358,8 @@ def test_adams_step_after_a_reset():
     assert late.argmax() == 11
 
 
-def test_errors_of_init_are_the_cause():
-    """What is wrong with the parameters, `inner` says."""
+def test_errors_of_the_inner_init_are_passed_on():
+    """If parameters are invalid, the error is that of `inner`."""
 
     def init(params):
         if params != 1.0:

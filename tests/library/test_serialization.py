@@ -1,4 +1,4 @@
-"""States in exported functions, and states that lost their types in a checkpoint."""
+"""States in exported functions, and states restored without their types."""
 
 from typing import NamedTuple
 
@@ -41,8 +41,8 @@ class Inside(NamedTuple):
     x: float
 
 
-def test_types_that_somebody_registered_stay_as_they_are():
-    """And what is inside of them is found."""
+def test_types_that_are_already_registered_stay_as_they_are():
+    """Types inside them are registered."""
     jax.export.register_namedtuple_serialization(Registered, serialized_name="mine")
     spam_optax.register_serialization({"a": [Registered((Inside(1.0),))]})
     for type_ in (Registered, Inside):

@@ -1,4 +1,4 @@
-"""Skipped steps: the rule beside NumPy, what stays as it was, and the peers' bugs."""
+"""Skipped steps: the rule compared with NumPy, and mistakes of similar programs."""
 
 import functools
 
@@ -17,7 +17,7 @@ QUICK = dict(window=16, min_history=4, max_consecutive=3)
 
 
 def run(tx, losses, norms, params=None, **extra):
-    """Marches over the losses and norms; returns the states, and the parameters."""
+    """Runs over the losses and norms. Returns the states and the parameters."""
     params = jnp.ones(2) if params is None else params
     state = tx.init(params)
 
@@ -36,7 +36,7 @@ def run(tx, losses, norms, params=None, **extra):
 
 
 def series(steps, seed=0):
-    """Losses that fall and norms with a heavy tail, spikes, and non-finite values."""
+    """Returns falling losses and heavy-tailed norms, some of them not finite."""
     rng = np.random.default_rng(seed)
     losses = 3 * np.exp(-np.arange(steps) / steps) + 0.02 * rng.standard_normal(steps)
     norms = np.exp(0.4 * rng.standard_t(4, steps))
@@ -95,7 +95,7 @@ def test_a_skipped_step_leaves_every_bit_of_the_inner_state():
 
 
 def test_a_skipped_gradient_that_is_not_finite_reaches_no_parameter():
-    """A peer multiplies the skipped update by 0, and 0 times NaN is NaN."""
+    """Multiplying a skipped update by 0 would not help, because 0 times NaN is NaN."""
     tx = spam_optax.skip_spikes(optax.adam(0.1), **QUICK)
     params = jnp.ones(3)
     state, update = tx.init(params), jax.jit(tx.update)
@@ -107,7 +107,7 @@ def test_a_skipped_gradient_that_is_not_finite_reaches_no_parameter():
 
 
 def test_one_loss_that_is_not_finite_costs_one_step():
-    """A peer stores it, and then skips every step of the window after it."""
+    """A program that stores the NaN would skip every step of the next window."""
     losses, norms = np.full(200, 3.0), np.ones(200)
     losses[50] = np.nan
     states, _ = run(spam_optax.skip_spikes(optax.sgd(0.1)), losses, norms)
@@ -115,7 +115,7 @@ def test_one_loss_that_is_not_finite_costs_one_step():
 
 
 def test_a_spike_does_not_hide_the_next_one():
-    """With mean and standard deviation a loss of 9 hides one of 5 five steps later."""
+    """By mean and standard deviation a loss of 9 would hide one of 5 soon after it."""
     rng = np.random.default_rng(0)
     losses = 3 + 0.02 * rng.standard_normal(100)
     losses[60], losses[65] = 9.0, 5.0
@@ -127,14 +127,14 @@ def test_a_spike_does_not_hide_the_next_one():
     assert skipped == {True: [60, 65], False: [60]}
 
 
-def test_falls_are_no_spikes():
+def test_low_values_are_no_spikes():
     losses, norms = np.full(100, 3.0), np.ones(100)
     losses[60:], norms[60:] = 0.1, 1e-3
     states, _ = run(spam_optax.skip_spikes(optax.sgd(0.1)), losses, norms)
     assert int(states.skipped_total[-1]) == 0
 
 
-def test_a_new_level_blocks_a_run_for_a_few_steps_only():
+def test_a_permanent_rise_skips_only_a_few_steps():
     losses = np.r_[np.full(60, 2.0), np.full(60, 4.0)]
     tx = spam_optax.skip_spikes(optax.sgd(0.1), **QUICK)
     states, _ = run(tx, losses, np.ones(120))
@@ -153,7 +153,7 @@ def test_steps_that_are_not_finite_are_never_accepted():
 
 
 def test_the_names_under_which_trainers_pass_the_loss():
-    """MaxText and Levanter pass loss=, with more beside it; Optax's own take value=."""
+    """MaxText and Levanter pass `loss` and more. Optax's own wrappers take `value`."""
     tx = spam_optax.skip_spikes(optax.adam(0.1), **QUICK)
     params = jnp.ones(2)
     state = tx.init(params)
@@ -195,7 +195,7 @@ def test_nnx_optimizer_passes_the_loss_on():
     assert optimizer.opt_state.history.skip_losses[0] == 2.5
 
 
-def test_a_run_begins_and_ends_with_the_wrapper_at_any_step():
+def test_the_wrapper_can_be_added_and_removed_at_any_step():
     inner, params = optax.adam(0.1), jnp.ones(2)
     _, old = inner.update(params, inner.init(params), params)
     tx = spam_optax.skip_spikes(inner)
@@ -243,7 +243,7 @@ def update_of(window):
     return tx, jax.jit(tx.update)
 
 
-def test_the_ring_goes_round():
+def test_the_window_keeps_the_last_values():
     tx, update = update_of(32)
     state = tx.init(jnp.ones(1))
     for i in range(40):

@@ -1,4 +1,4 @@
-"""SPAM against the authors' numbers and against the NumPy reference."""
+"""SPAM, compared with the authors' numbers and with the NumPy reference."""
 
 import functools
 import operator
@@ -21,7 +21,7 @@ def fused(learning_rate=1e-3, count=True, **kwargs):
 
 
 def chained(learning_rate=1e-3, count=True, **kwargs):
-    """The chain with each keyword handed to the half that takes it."""
+    """Returns the chain, with each keyword passed to the half that takes it."""
     clip = {"threshold", "b2", "reset_interval", "grace_steps", "clip_unseen"}
     clip |= {"nu_dtype"}
     only_clip = clip - {"b2", "reset_interval", "nu_dtype"}
@@ -36,7 +36,7 @@ def chained(learning_rate=1e-3, count=True, **kwargs):
 
 
 def counter(state, name):
-    """A counter of `fused` or of `chained`, where it has the name of the half."""
+    """Returns a counter of `fused`, or of `chained`, where it has a prefix."""
     alone = optax.tree.get(state, f"spam_clip_{name}")
     return optax.tree.get(state, name) if alone is None else alone
 
@@ -92,8 +92,8 @@ def test_equals_golden(make, name, clip_unseen):
         check_against_golden(name, t, [np.asarray(p[t]) for p in params], expected)
 
 
-def test_rows_seen_late_learn_where_the_reference_freezes_them():
-    """Row 1 of the table of differences: what `clip_unseen` is for."""
+def test_rows_with_late_first_gradients_are_trained():
+    """The reference clips such rows to 0 until a reset, as `clip_unseen=True` does."""
     start, gradients, frozen = load_golden("spam_dense_rare_rows")
     tx = fused(threshold=50.0, reset_interval=50, warmup_steps=15)
     params, _ = trajectory(tx, [jnp.asarray(p) for p in start], gradients)
@@ -104,7 +104,7 @@ def test_rows_seen_late_learn_where_the_reference_freezes_them():
 
 
 def spiky_gradients(steps, shape, seed, p_spike=0.01, scale=1000.0):
-    """Gradients of drifting size; some coordinates spike, some are seen rarely."""
+    """Returns gradients of drifting size with spikes and with rare coordinates."""
     rng = np.random.default_rng(seed)
     drift = np.exp(np.cumsum(0.02 * rng.standard_normal((steps, 1, 1)), axis=0))
     gradients = rng.standard_normal((steps, *shape)) * drift
@@ -148,7 +148,7 @@ MOMENT_TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-5}
 
 
 def march(make, settings, dtype="float32"):
-    """620 steps over resets: parameters, both moments and the counter compared."""
+    """Compares parameters, both moments and the counter in 620 steps with resets."""
     kwargs = MARCHES[settings]
     gradients = spiky_gradients(620, (6, 10), seed=len(settings))
     start = np.random.default_rng(0).standard_normal((6, 10)).astype(np.float32)
@@ -187,7 +187,7 @@ def march(make, settings, dtype="float32"):
 
 @pytest.mark.parametrize("settings", MARCHES)
 def test_marches_beside_the_numpy_reference(settings):
-    """And one second moment gives what two give, to float32 rounding."""
+    """One second moment gives the same as two, to float32 rounding."""
     params, states = march(fused, settings)
     chain_params, chain_states = march(chained, settings)
     np.testing.assert_allclose(params, chain_params, rtol=1e-6, atol=1e-6)
@@ -207,7 +207,7 @@ def state_bytes(tx, params):
 
 
 def test_state_bytes():
-    """`spam` keeps Adam's two moments, the chain three; counters cost 16 bytes."""
+    """`spam` keeps two moments and the chain three. Counters take 16 bytes."""
     params = {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros(512)}
     size = 4 * (256 * 512 + 512)
     assert state_bytes(spam_optax.spam(count=True), params) == 2 * size + 4 + 16
@@ -218,7 +218,7 @@ def test_state_bytes():
 
 
 def test_state_of_bfloat16_parameters_is_float32():
-    """Row 7: a bfloat16 second moment stalls, 0.999 * v rounds back to v."""
+    """In bfloat16 a second moment stalls, because 0.999 * v rounds back to v."""
     params = jnp.ones(8, jnp.bfloat16)
     for make in (fused, chained):
         gradients = jnp.zeros((201, 8), jnp.bfloat16).at[0].set(1)
@@ -229,7 +229,7 @@ def test_state_of_bfloat16_parameters_is_float32():
 
 
 @BOTH
-def test_no_arguments_at_all(make):
+def test_default_arguments(make):
     params = {"w": jnp.ones((3, 4)), "b": jnp.zeros(4)}
     tx = (
         make()
@@ -255,7 +255,7 @@ def test_first_steps_are_adams(make):
     ("restart", "mean", "peak"), [(False, 1.87, 2.73), (True, 1.0, 1.0)]
 )
 def test_effective_step_after_a_reset(restart, mean, peak):
-    """Row 4: the published step is 1.87 times Adam's over a window, peak 2.73."""
+    """The published step is 1.87 times Adam's on average and 2.73 times at most."""
     tx = spam_optax.spam_adam(
         1.0, eps=1e-12, warmup_steps=150, restart_bias_correction=restart
     )
@@ -276,7 +276,7 @@ def test_effective_step_after_a_reset(restart, mean, peak):
 
 
 def states_around(make, step, gradient, **kwargs):
-    """Ordinary gradients, but `gradient` in one step; the states before and after."""
+    """Returns the states before and after a step with `gradient`."""
     gradients = np.random.default_rng(5).standard_normal((step, 4))
     gradients[-1] = gradient
     tx = make(**kwargs)
@@ -287,7 +287,7 @@ def states_around(make, step, gradient, **kwargs):
 @BOTH
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, 3e38, -1e20])
 def test_overflow_is_clipped_to_the_limit(make, bad):
-    """An infinity, or a number whose square is one, counts as the clip limit."""
+    """An infinite coordinate, or one whose square overflows, becomes the clip limit."""
     gradient = np.array([bad, 0.5, -0.5, 0.25])
     before, after = states_around(make, 50, gradient, threshold=100.0)
     nu = optax.tree.get(before, "nu")[0]
@@ -322,7 +322,7 @@ def test_nan_is_dropped_where_clipping_is_active(make):
 @BOTH
 @pytest.mark.parametrize("clip_unseen", [False, True])
 def test_coordinate_without_history(make, clip_unseen):
-    """v == 0: passes unclipped, however large, unless `clip_unseen`."""
+    """A coordinate with v == 0 passes unclipped, unless `clip_unseen`."""
     tx = make(clip_unseen=clip_unseen)
     gradients = np.ones((41, 3)) * [1.0, 0.0, 0.0]
     gradients[40] = [1.0, 1e6, np.inf]
@@ -336,7 +336,7 @@ def test_coordinate_without_history(make, clip_unseen):
 
 @BOTH
 def test_zero_gradients(make):
-    """From the start: no update. Later: the moments' update, as in Adam; never NaN."""
+    """At the start the update is 0, and later that of the moments. It is never NaN."""
     gradients = jnp.array([[0.0], [1.0], [0.0], [0.0], [-2.0], [0.0]])
     ours, _ = trajectory(make(0.1, eps=1e-12), jnp.ones(1), gradients)
     adams, _ = trajectory(optax.adam(0.1, eps=1e-12), jnp.ones(1), gradients)
@@ -346,7 +346,7 @@ def test_zero_gradients(make):
 
 @BOTH
 def test_zero_gradients_over_a_reset(make):
-    """Nothing moves once the moments are zero too."""
+    """Nothing moves when the moments are 0 too."""
     tx = make(0.1, reset_interval=5, grace_steps=2, warmup_steps=2)
     gradients = jnp.zeros((12, 1)).at[:4].set(1)
     params, _ = trajectory(tx, jnp.ones(1), gradients)
@@ -357,7 +357,7 @@ def test_zero_gradients_over_a_reset(make):
 @BOTH
 @pytest.mark.parametrize("masked", [False, True])
 def test_weight_decay_is_decoupled_and_not_ramped(make, masked):
-    """With zero gradients p shrinks by lr * decay in every step, ramp or not."""
+    """With zero gradients p shrinks by lr * decay in every step, also in the ramp."""
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     mask = {"a": True, "b": False} if masked else None
     tx = make(
@@ -387,7 +387,7 @@ def test_weight_decay_needs_parameters_and_zero_does_not(make):
 @BOTH
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_update_dtype(make, dtype):
-    """The parameter's; without parameters the gradient's."""
+    """Updates have the parameter's dtype, or without parameters the gradient's."""
     params, gradients = jnp.ones(3, dtype), jnp.ones(3, jnp.float32)
     tx = make()
     state = tx.init(params)
@@ -397,7 +397,7 @@ def test_update_dtype(make, dtype):
 
 
 def test_clip_keeps_the_gradients_dtype():
-    """float32 gradients of float16 parameters must not overflow on the way."""
+    """float32 gradients of float16 parameters must not overflow in the clip."""
     params = jnp.ones(3, jnp.float16)
     tx = spam_optax.spam_clip()
     gradients = jnp.full(3, 1e6, jnp.float32)
@@ -408,7 +408,7 @@ def test_clip_keeps_the_gradients_dtype():
 @BOTH
 @pytest.mark.parametrize("mu_dtype", [None, "bfloat16"])
 def test_complex(make, mu_dtype):
-    """Clipping keeps the phase; the first moment stays complex, the second real."""
+    """Clipping keeps the phase. The first moment is complex, and the second is real."""
     rng = np.random.default_rng(2)
     params = jnp.zeros(3, jnp.complex64)
     tx = make(threshold=100.0, mu_dtype=mu_dtype)
@@ -431,7 +431,7 @@ def test_complex(make, mu_dtype):
 
 @BOTH
 def test_multi_steps_counts_optimizer_steps(make):
-    """Intervals count optimizer steps; accumulating changes nothing else."""
+    """Intervals count optimizer steps. Accumulation changes nothing else."""
     tx = make(0.1, reset_interval=6, warmup_steps=3, grace_steps=2)
     multi = optax.MultiSteps(tx, every_k_schedule=3)
     micro = spiky_gradients(60, (2, 3), seed=9)
@@ -471,7 +471,7 @@ def test_totals_saturate():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_counts_of_many_coordinates(monkeypatch, devices):
-    """Exact up to 2**24 in a tensor, and never less above: float32 holds no more."""
+    """Counts are exact up to 2**24, as in float32. Larger counts are at least 2**24."""
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     count = jax.jit(lambda *masks: totals(*masks))
     mask = jnp.ones((4096, 4096), bool)
@@ -484,7 +484,7 @@ def test_counts_of_many_coordinates(monkeypatch, devices):
 @pytest.mark.usefixtures("full_compilation")
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_step_is_made_in_place_on_a_cpu(monkeypatch, counted):
-    """No temporaries: XLA:CPU would else copy the second moment, or make its root."""
+    """There are no temporaries, such as a copy of the second moment or its root."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     tx = spam_optax.spam(1e-3, count=counted, weight_decay=0.1)
 
@@ -499,7 +499,7 @@ def test_a_step_is_made_in_place_on_a_cpu(monkeypatch, counted):
 
 
 def test_gradients_within_their_limit_pass_bit_for_bit():
-    """The limit that is read off the new moment is rounded: it must not cut these."""
+    """The limit comes from the new moment and is rounded. It must not cut these."""
     tx = spam_optax.spam_clip(2500.0, grace_steps=1, count=True)
     history = jnp.linspace(1.0, 2.0, 4096)
     _, state = tx.update(history, tx.init(history))

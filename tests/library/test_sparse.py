@@ -1,4 +1,4 @@
-"""Sparse momentum against the authors' numbers, NumPy, statistics and sharded runs."""
+"""Sparse momentum: the authors' numbers, NumPy, statistics of masks, sharded runs."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ SHAPES = ((16, 6), (10, 7), (3, 5), (1, 4), (64, 2, 8), (4, 24, 6), (2, 3, 9, 4)
 
 
 def everywhere(learning_rate=1e-3, density=0.25, **kwargs):
-    """Sparse momentum in every matrix, whatever its name."""
+    """Makes `sparse_spam` with sparse momentum in every matrix."""
     kwargs = {"sparse_params": True} | kwargs
     return spam_optax.sparse_spam(learning_rate, density, **({"count": True} | kwargs))
 
@@ -43,7 +43,7 @@ def gradients_of(shape, steps, seed=0, p_spike=0.01, scale=1000.0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def trajectory(tx, params, state, gradients):
-    """Parameters, masks and states after each step."""
+    """Returns parameters, masks and states after each step."""
 
     def step(carry, g):
         params, state = carry
@@ -98,7 +98,7 @@ PAPER_NAMES = {
 
 
 def march(settings, density, shape, dtype="float32", steps=230):
-    """Over resets, with the masks taken from `momentum_mask`."""
+    """Compares a run over resets with NumPy, which uses `momentum_mask`."""
     kwargs = MARCHES[settings]
     gradients = gradients_of(shape, steps, seed=len(settings))
     start = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -165,7 +165,7 @@ def test_density_one_is_spam():
 
 
 def test_dense_leaves_follow_spam():
-    """Those not chosen, vectors and scalars, in the same transformation."""
+    """Tensors that are not chosen, vectors and scalars are updated as in `spam`."""
     params = {
         "kernel": jnp.ones((8, 4)),
         "embedding": jnp.ones((6, 4)),
@@ -185,8 +185,8 @@ def test_dense_leaves_follow_spam():
     assert (updates["kernel"] != 0).sum() == 8
 
 
-def test_nothing_not_finite_gets_through():
-    """All of it is counted, with momentum or without; untouched entries keep bits."""
+def test_nonfinite_gradients_reach_no_parameter():
+    """All faults are counted, with momentum or without. Other entries keep all bits."""
     shape, steps = (12, 6), 40
     rng = np.random.default_rng(2)
     gradients = gradients_of(shape, steps, p_spike=0)
@@ -229,13 +229,13 @@ def test_entries_without_momentum_keep_every_bit(weight_decay):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mask_has_one_entry_a_group(shape):
-    """Every density with one number of blocks, which every density has with a shape."""
+    """Each density is tested with one of the numbers of blocks."""
     for i, density in enumerate(DENSITIES):
         check_groups(shape, density, [1, 3, 8][(i + SHAPES.index(shape)) % 3])
 
 
 def check_groups(shape, density, row_blocks):
-    """The strata of the design, spelled out in loops."""
+    """Checks the groups with plain loops."""
     tx = everywhere(density=density, row_blocks=row_blocks)
     params = jnp.zeros(shape)
     state = tx.init(params)
@@ -253,7 +253,7 @@ def check_groups(shape, density, row_blocks):
 
 
 def test_large_slabs_are_whole_tiles():
-    """Of 8 rows, which is what TPU memory is made of; the density says so."""
+    """A tile of TPU memory has 8 rows. The reported density includes the rounding."""
     params = jax.ShapeDtypeStruct((8192, 128), jnp.float32)
     tx = everywhere(density=0.3225)
     state = jax.eval_shape(tx.init, params)
@@ -265,7 +265,7 @@ def test_large_slabs_are_whole_tiles():
 
 
 def lanes_of(layout, seeds, name="kernel"):
-    """The lanes of one tensor in each of several windows."""
+    """Returns the selected members of one tensor after each of several resets."""
     moment = jnp.zeros(layout.moment_shape)
 
     def draw(seed):
@@ -282,7 +282,7 @@ def window_seeds(n, key=0):
 
 @pytest.mark.parametrize("kept", [1, 8, 13, 20])
 def test_every_lane_of_a_group_is_equally_likely(kept):
-    """Chi-square over many resets, of each group by itself."""
+    """A chi-square test of each group over many resets."""
     layout = _sparse_layout.make((40, 30), 1, kept)
     lanes = lanes_of(layout, window_seeds(4000))[:, 0]
     last = kept - layout.missing_rows
@@ -301,7 +301,7 @@ def test_every_lane_of_a_group_is_equally_likely(kept):
 
 
 def agreement(ours, theirs, choices, axis):
-    """By how many standard errors lanes agree more often than by chance."""
+    """Returns by how many standard errors the agreement exceeds chance."""
     same = (ours == theirs).mean(axis)
     p, n = 1 / choices, ours.size // same.size
     return (same - p) / math.sqrt(p * (1 - p) / n)
@@ -309,7 +309,7 @@ def agreement(ours, theirs, choices, axis):
 
 @pytest.mark.parametrize("choices", [2, 3, 4, 10])
 def test_groups_windows_and_tensors_are_independent(choices):
-    """Any two rows, columns, windows and tensors agree as often as chance has it.
+    """Any two rows, columns, resets and tensors agree as often as by chance.
 
     So do the differences of two rows in any two columns, and their differences in turn.
     """
@@ -350,7 +350,7 @@ def test_masks_depend_on_key_and_blocks_alone():
 
 
 def test_matrices_only():
-    """Whole parts of a path; stacked and per-head norms, biases, factors stay dense."""
+    """Norms, biases and factors are dense, also if they are stacked or per head."""
     params = {
         "Embed_0": {"embedding": jnp.ones((9, 4))},
         "lm_head": {"kernel": jnp.ones((4, 9))},
@@ -402,7 +402,7 @@ position_wise_ffn/kernel
 
 
 def test_names_of_many_trainers():
-    """Words of a part count, and where it stands: `output` is a head or attention's."""
+    """Words and places of parts count: `output` may be a head or attention's."""
     tree, dense, sparse = {}, DENSE.split(), SPARSE.split()
     for name in dense + sparse:
         *parts, last = name.split("/")
@@ -420,7 +420,7 @@ def test_names_of_many_trainers():
 
 
 def test_tensors_are_described():
-    """The treatment of each tensor, in chains and wrappers, and as a table."""
+    """The descriptions are found in chains and wrappers, and print as a table."""
     params = {"embed": jnp.ones((16, 8)), "mlp": {"kernel": jnp.ones((8, 4))}}
     sparse = spam_optax.sparse_spam(1e-3)
     chain = optax.chain(optax.clip(1.0), spam_optax.track_spikes(sparse))
@@ -454,7 +454,7 @@ def test_tensors_are_described():
 
 
 def test_sparse_params_of_an_nnx_model():
-    """The `value` that ends NNX paths is no name."""
+    """The `value` at the end of NNX paths is not part of a name."""
     from flax import nnx
 
     class Model(nnx.Module):
@@ -501,7 +501,7 @@ def test_momentum_mask_of_sparse_and_dense_parameters():
 
 
 def test_state_bytes():
-    """At density 1/4, everything counted, 2 bytes a parameter; the masks are free."""
+    """At density 1/4 the state takes 2 bytes per parameter. Masks take none."""
     params = jax.ShapeDtypeStruct((8192, 1024), jnp.float32)
 
     def state_bytes(**kwargs):
@@ -530,7 +530,7 @@ def state_midway(tx, params, steps=7):
 
 @pytest.mark.parametrize("library", ["orbax", "flax"])
 def test_a_restored_state_continues_bit_for_bit(tmp_path, library):
-    """Saved within a window, and the next windows' masks are the same too."""
+    """The state is saved between resets, and later masks are the same too."""
     params = {"kernel": jnp.ones((16, 4)), "bias": jnp.ones(4)}
     tx = everywhere(0.1, reset_interval=10, grace_steps=2)
     saved = state_midway(tx, params)
@@ -588,7 +588,7 @@ AXIS_TYPES = {
 
 @pytest.mark.parametrize("kind", AXIS_TYPES)
 def test_sharded_run_equals_one_device(kind):
-    """Results, masks, and no collective but of scalars."""
+    """Results and masks are equal, and all collectives are of scalars."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AXIS_TYPES[kind],) * 2)
     params = {"kernel": jnp.ones((64, 16)), "stack": jnp.ones((8, 32, 8))}
     tx = everywhere(
@@ -619,7 +619,7 @@ def assert_scalar_all_reduces(text):
 
 
 def test_a_state_saved_on_one_mesh_continues_on_another(tmp_path):
-    """Rows over eight devices, then both axes over four by two: over a reset."""
+    """First 8 devices share the rows, then 4 x 2 share both axes, over a reset."""
     tx = everywhere(0.1, row_blocks=8, reset_interval=10, grace_steps=2)
     params = {"kernel": jnp.ones((64, 16))}
     first = jax.make_mesh((8,), ("x",))

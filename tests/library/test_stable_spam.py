@@ -1,4 +1,4 @@
-"""Stable-SPAM, its pieces and its successor against NumPy and the authors' numbers."""
+"""Stable-SPAM, its parts and its successor: NumPy and the authors' numbers."""
 
 import functools
 
@@ -34,7 +34,7 @@ EVERY_PIECE = pytest.mark.parametrize("name", PIECES)
 
 
 def make_pieces(name):
-    """The transformation, and a fresh NumPy twin for each of `n` tensors."""
+    """Returns the transformation and a NumPy version of it for each of `n` tensors."""
     make, twin = PIECES[name]
     return make(), lambda n: [type(twin)(**vars_of(twin)) for _ in range(n)]
 
@@ -44,7 +44,7 @@ def vars_of(twin):
 
 
 def spiky_gradients(steps=STEPS, shape=(5, 7), seed=0):
-    """Drifting in size, with spikes of 1000 x, some steps 0, and some not finite."""
+    """Returns gradients with spikes of 1000 x, zeros and non-finite steps."""
     rng = np.random.default_rng(seed)
     gradients = rng.standard_normal((steps, *shape)) * np.exp(
         np.cumsum(0.05 * rng.standard_normal((steps, 1, 1)), axis=0)
@@ -121,7 +121,7 @@ RENAMED = {
 @pytest.mark.parametrize("case", MARCHES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_equals_numpy(case, dtype):
-    """Over resets, spikes, zeros and gradients that are not finite."""
+    """The run has resets, spikes, zeros and non-finite gradients."""
     settings = MARCHES[case]
     gradients = jnp.asarray(spiky_gradients(), dtype)
     rng = np.random.default_rng(1)
@@ -145,7 +145,7 @@ def test_equals_numpy(case, dtype):
 
 
 def march(tx, params, gradients):
-    """Parameters before every step and its update, as float64."""
+    """Returns the parameters before every step and its update, in float64."""
 
     def step(carry, g):
         params, state = carry
@@ -179,7 +179,7 @@ def test_pieces_equal_numpy(name, dtype):
 
 
 def test_pieces_chained_are_stable_spam():
-    """Before the first reset, behind which the fused one restarts Adam's counter."""
+    """They agree until the first reset, where `stable_spam` restarts Adam's counter."""
     params = {"a": jnp.ones((5, 7)), "b": jnp.zeros((3, 2))}
     chain = optax.chain(
         spam_optax.adaclip(count=True), spam_optax.adagn(), optax.adam(1e-3, eps=1e-8)
@@ -203,7 +203,7 @@ def test_pieces_chained_are_stable_spam():
 
 
 def statistics(state):
-    """The float vectors of a state."""
+    """Returns the float vectors of a state."""
     return [x for x in jax.tree.leaves(state) if x.ndim == 1]
 
 
@@ -228,7 +228,7 @@ def test_zero_gradients_give_zero_updates(name):
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_tensor_without_a_finite_coordinate_leaves_its_statistics(name, fault, first):
-    """The other tensor's move on."""
+    """The statistics of the other tensor change."""
     tx = ALL[name]()
     params = {"bad": jnp.ones((3, 1)), "good": jnp.ones((2, 1))}
     state, update = tx.init(params), jax.jit(tx.update)
@@ -247,7 +247,7 @@ def test_a_tensor_without_a_finite_coordinate_leaves_its_statistics(name, fault,
 
 @pytest.mark.parametrize("name", ["adagn", "gradient_stabilizer"])
 def test_norms_that_overflow(name):
-    """A sum of squares beyond float32: no number of it is lost, no mean is infinite."""
+    """If a sum of squares overflows, no coordinate is lost and no mean is infinite."""
     tx = ALL[name]()
     params = jnp.ones(100)
     state, update = tx.init(params), jax.jit(tx.update)
@@ -275,7 +275,7 @@ def test_a_parameter_without_a_gradient_keeps_its_statistics():
 
 
 def test_a_burst_of_noise_moves_the_parameters_no_more_than_usual():
-    """What the whole is for; with Adam it moves them 30 times as far as a step does."""
+    """With Adam such a burst moves them 30 times as far as an ordinary step."""
     rng = np.random.default_rng(0)
     gradients = rng.standard_normal((60, 40)).astype(np.float32)
     gradients[50:53] *= 1000

@@ -1,4 +1,4 @@
-"""Injected faults: where, how many, of what kind, and always the same."""
+"""`inject_spikes`: which coordinates it hits, how many, and how."""
 
 import functools
 
@@ -18,14 +18,14 @@ DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64")
 
 
 def gradients_of(seed=0, shape=(40, 50), names="a"):
-    """Tensors of the same shape, without zeros."""
+    """Returns tensors of the same shape, without zeros."""
     rng = np.random.default_rng(seed)
     draws = (rng.choice([-1, 1], shape) * rng.uniform(1, 2, shape) for _ in names)
     return {n: jnp.asarray(x, jnp.float32) for n, x in zip(names, draws, strict=True)}
 
 
 def run(tx, steps=4, gradients=None, jitted=False):
-    """Updates and counts of the first steps, always of the same gradients.
+    """Returns updates and counts of the first steps, which have the same gradients.
 
     Compiling the random bits takes seconds, so most tests do without.
     """
@@ -52,7 +52,7 @@ def hits(updates, gradients=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_key_gives_the_same_faults(kind):
-    """Run again, and made from a key rather than a number."""
+    """A second run is equal, and so is one with a key in place of a number."""
     want = run(testing.inject_spikes(3, 0.1, kind=kind))
     assert_same(run(testing.inject_spikes(3, 0.1, kind=kind)), want)
     assert_same(run(testing.inject_spikes(jax.random.key(3), 0.1, kind=kind)), want)
@@ -60,7 +60,7 @@ def test_the_same_key_gives_the_same_faults(kind):
 
 @pytest.mark.parametrize("kind", ["scale", "noise"])
 def test_compiled_or_in_a_scan_the_faults_are_the_same(kind):
-    """Where is the same to the bit, how much to the rounding of a fused sum."""
+    """The same coordinates are hit. Values agree up to the rounding of a fused sum."""
     tx = testing.inject_spikes(3, 0.1, kind=kind)
     want, gradients = run(tx), gradients_of()
 
@@ -82,7 +82,7 @@ def test_compiled_or_in_a_scan_the_faults_are_the_same(kind):
 
 
 def test_key_step_and_tensor_decide_what_is_hit():
-    """No two masks agree by more than chance does."""
+    """No two masks agree more often than by chance."""
     masks = []
     for key in (0, 1):
         gradients = gradients_of(names="ab")
@@ -95,7 +95,7 @@ def test_key_step_and_tensor_decide_what_is_hit():
             assert abs((masks[i] == masks[j]).mean() - 0.5) < 0.06
 
 
-def test_values_decide_nothing():
+def test_gradient_values_do_not_change_which_coordinates_are_hit():
     """The same coordinates are hit whatever the gradients are."""
     tx = testing.inject_spikes(0, 0.3)
     for (one, _), (two, _) in zip(
@@ -108,7 +108,7 @@ def test_values_decide_nothing():
 
 @pytest.mark.parametrize("rate", [0.001, 0.03, 0.5])
 def test_the_share_hit_is_the_rate(rate):
-    """Within 4 standard deviations of the binomial, over 8 steps."""
+    """The share over 8 steps is within 4 standard deviations of the binomial."""
     gradients = gradients_of(shape=(200, 250))
     history = run(testing.inject_spikes(1, rate), 8, gradients)
     total = 8 * 200 * 250
@@ -117,14 +117,14 @@ def test_the_share_hit_is_the_rate(rate):
 
 
 @pytest.mark.parametrize(("rate", "want"), [(0.0, 0), (0, 0), (1.0, 2000), (1, 2000)])
-def test_rates_of_none_and_all(rate, want):
-    """Whole numbers are numbers too."""
+def test_rates_of_0_and_1(rate, want):
+    """The rates may be whole numbers."""
     for updates, count in run(testing.inject_spikes(1, rate), 1):
         assert count == want == sum(mask.sum() for mask in hits(updates).values())
 
 
 def test_a_rate_of_one_draws_no_mask_and_hits_with_the_same_noise():
-    """A number known beforehand; an array may be a tracer, and is drawn with."""
+    """A rate of 1 as a number needs no mask. An array may be a tracer and needs one."""
     tx = testing.inject_spikes(3, 1.0, kind="noise")
     drawn = testing.inject_spikes(3, jnp.float32(1), kind="noise")
     assert_same(run(tx, jitted=True), run(drawn, jitted=True))
@@ -137,7 +137,7 @@ def test_a_rate_of_one_draws_no_mask_and_hits_with_the_same_noise():
 
 @functools.cache
 def mask_of_float32():
-    """What is hit in the first step with key 5 and rate 0.25."""
+    """Returns the coordinates hit in the first step with key 5 and rate 0.25."""
     ones = jnp.ones((40, 50), jnp.float32)
     return hits(run(testing.inject_spikes(5, 0.25), 1, ones)[0][0], ones)
 
@@ -145,7 +145,7 @@ def mask_of_float32():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kinds_in_every_dtype(kind, dtype):
-    """Dtype and untouched coordinates are kept, the count is that of those hit.
+    """The dtype and the other coordinates stay. The count is that of the hits.
 
     What is hit does not depend on the kind or the dtype.
     """
@@ -185,7 +185,7 @@ def test_kinds_in_every_dtype(kind, dtype):
     ],
 )
 def test_infinities_of_complex_numbers_have_no_nan_part(gradient, want):
-    """A part of 0 times infinity would be NaN, which clipping takes for a NaN."""
+    """0 times infinity would be NaN, and clipping would treat the coordinate as NaN."""
     tx = testing.inject_spikes(0, 1.0, kind="inf")
     g = jnp.full(3, gradient, jnp.complex64)
     updates, _ = run(tx, 1, g)[0]
@@ -193,7 +193,7 @@ def test_infinities_of_complex_numbers_have_no_nan_part(gradient, want):
 
 
 def test_noise_and_scale_are_in_units_of_the_tensors_own_gradient():
-    """Two tensors, one a thousand times the other: the relative fault is the same."""
+    """One tensor is 1000 times the other, and the relative fault is the same."""
     g = gradients_of(shape=(100, 100), names="ab")
     gradients = {"a": g["a"], "b": 1000 * g["b"]}
     updates, _ = run(testing.inject_spikes(0, 1.0, 7.0, kind="noise"), 1, gradients)[0]
@@ -225,7 +225,7 @@ def hit_everywhere():
     ],
 )
 def test_only_the_given_steps_are_hit(steps):
-    """Counted from 1; in the others the gradients pass bit by bit, and the count is 0.
+    """Steps count from 1. In other steps gradients keep all bits and the count is 0.
 
     Which coordinates are hit in a step does not depend on which steps there are.
     """
@@ -241,14 +241,14 @@ def test_only_the_given_steps_are_hit(steps):
             assert count == 0
 
 
-def test_no_steps_is_never():
+def test_an_empty_list_of_steps_corrupts_nothing():
     assert [count for _, count in run(testing.inject_spikes(0, 1.0, steps=[]))] == [
         0
     ] * 4
 
 
-def test_in_a_chain_the_optimizer_sees_the_fault_and_spam_counts_it():
-    """First in a chain: what is injected is what is clipped, in the third step."""
+def test_in_a_chain_spam_gets_the_fault_and_counts_it():
+    """In the third step SPAM clips exactly what was injected before it."""
     tx = optax.chain(
         testing.inject_spikes(0, 0.1, 1e6, steps=[3]),
         spam_optax.spam_clip(grace_steps=2, reset_interval=None, count=True),
@@ -264,7 +264,7 @@ def test_in_a_chain_the_optimizer_sees_the_fault_and_spam_counts_it():
 
 
 def test_in_multi_steps_steps_are_optimizer_steps():
-    """The accumulated gradient of the second step is hit, 3 + 3 micro-batches."""
+    """With 3 micro-batches per step the second accumulated gradient is hit."""
     tx = optax.MultiSteps(testing.inject_spikes(0, 1.0, 10.0, steps=[2]), 3)
     state, got = tx.init(jnp.zeros(2)), []
     update = jax.jit(tx.update)
@@ -276,7 +276,7 @@ def test_in_multi_steps_steps_are_optimizer_steps():
 
 @pytest.mark.parametrize(("kind", "rate"), [("noise", 0.2), ("noise", 1), ("inf", 0.2)])
 def test_on_a_mesh_the_faults_are_those_of_one_device(kind, rate):
-    """An explicit mesh of 8 devices; the updates keep the gradients' shardings."""
+    """The mesh has 8 devices. The updates keep the gradients' shardings."""
     mesh = jax.make_mesh((4, 2), ("data", "model"))
     tx = testing.inject_spikes(0, rate, kind=kind, steps=[2])
     want = run(tx, 3)
@@ -302,7 +302,7 @@ def test_missing_leaves_pass_and_state_keeps_its_types():
 
 
 def test_rate_and_scale_may_be_injected():
-    """Traced numbers; the key stays static."""
+    """Rate and scale are traced, and the key is static."""
     make = spam_optax.inject_hyperparams(testing.inject_spikes)
     got = run(make(0, rate=0.3, scale=50.0), jitted=True)
     assert_same(got, run(testing.inject_spikes(0, 0.3, 50.0)))

@@ -1,4 +1,4 @@
-"""WeSaR: the layers of both flavours, against plain ones and by hand; folding."""
+"""WeSaR: its layers in Linen and NNX compared with plain layers, and folding."""
 
 import math
 
@@ -20,7 +20,7 @@ NARROW = X[..., :64]
 
 
 class Flavor:
-    """One layer, seen the same way in Linen and in NNX: a plain tree and a function."""
+    """One layer of Linen or NNX, as a tree of parameters and a function."""
 
     def __init__(self, name, **kwargs):
         self.fold = (linen if name == "linen" else nnx).fold_wesar
@@ -52,7 +52,7 @@ each_flavor = pytest.mark.parametrize("flavor", ["linen", "nnx"])
 
 @each_flavor
 def test_parameters_at_initialization(flavor):
-    """Guards the variance against the deviation, and what the factor makes of it."""
+    """The matrix has the right standard deviation, and so has the scaled matrix."""
     params = Flavor(flavor).params
     assert jax.tree.map(jnp.shape, dict(params)) == {
         "alpha": (),
@@ -72,7 +72,7 @@ def test_target_is_the_std_of_the_product_and_leaves_the_kernel_alone(flavor, ta
     assert product.std() == pytest.approx(target, rel=0.01)
 
 
-def test_initializers_say_what_the_layers_draw():
+def test_initializers_match_what_the_layers_draw():
     init = initializers.wesar(0.5)
     assert init.alpha(jax.random.key(0), ()) == pytest.approx(0.5 / STD, rel=1e-6)
     kernel = init.kernel(jax.random.key(0), (300, 700), jnp.bfloat16)
@@ -106,7 +106,7 @@ def test_output_is_that_of_the_scaled_matrix_and_the_unscaled_bias(flavor):
 )
 @pytest.mark.parametrize("jitted", [False, True])
 def test_folded_parameters_give_the_same_outputs_bit_for_bit(flavor, kwargs, jitted):
-    """In a plain layer of the same options, with the same dtypes all the way."""
+    """The plain layer has the same options and the same dtypes."""
     layer = Flavor(flavor, **kwargs)
     params = dict(layer.params, alpha=layer.params["alpha"] * 1.2345)
     folded = layer.fold(params)
@@ -130,7 +130,7 @@ def test_folded_parameters_give_the_same_outputs_bit_for_bit(flavor, kwargs, jit
 
 @each_flavor
 def test_gradients_are_those_of_the_product(flavor):
-    """The factor's is the inner product of the matrix with the plain one's gradient."""
+    """The factor's gradient is the inner product of matrix and plain gradient."""
     layer = Flavor(flavor)
     params = dict(layer.params)
     target = jax.random.normal(jax.random.key(1), (2, 5, OUTPUTS))
@@ -150,7 +150,7 @@ def test_gradients_are_those_of_the_product(flavor):
 
 
 def test_stacked_nnx_layers_scan_and_fold():
-    """As trainers stack blocks: one module, drawn by vmap, a factor for each layer."""
+    """Trainers stack blocks by vmap into one module, with a factor for each layer."""
 
     def create(layer):
         split = flax_nnx.split_rngs(splits=LAYERS)
@@ -217,7 +217,7 @@ def test_stacked_linen_layers_scan_and_fold():
 
 
 def test_folding_keeps_the_tree_and_everything_else():
-    """Nested, in each container, and with an `alpha` that is of another layer."""
+    """The trees are nested and have an `alpha` that belongs to another layer."""
     layer = {"kernel": jnp.full((2, 3), 2.0), "alpha": jnp.float32(3), "bias": 1.0}
     tree = {
         "params": {"a": [0.5], "b": {"c": layer}, "act": {"alpha": 7.0}},
@@ -272,7 +272,7 @@ def test_nnx_explicit_mesh(spec):
 
 
 def test_nnx_options_reach_the_product():
-    """Those that Linen lacks: the promotion, the product itself, its result's dtype."""
+    """These options are not in Linen: promotion, product and the result's dtype."""
     seen = []
 
     def dot_general(x, kernel, *args, **kwargs):
@@ -307,7 +307,7 @@ def test_an_alpha_that_is_not_one_number_a_matrix_is_an_error(shape):
 
 
 def test_a_module_is_an_error_to_fold():
-    """Returned as it is, it would pass for folded."""
+    """A module that is returned unchanged would look folded."""
     layer = nnx.WesarLinear(8, 4, rngs=flax_nnx.Rngs(0))
     with pytest.raises(TypeError, match="^fold_wesar: params must .* got WesarLinear"):
         nnx.fold_wesar(layer)

@@ -1,4 +1,4 @@
-"""SPAM in NumPy, slow, in the paper's notation: the twin that the JAX code is held to.
+"""A slow SPAM in NumPy, in the paper's notation. The JAX code must agree with it.
 
 One coordinate-wise rule a line, no trees, no tricks. It follows Huang et al., `SPAM
 <https://arxiv.org/abs/2501.06842>`_, 2025, and the numbers of the authors'

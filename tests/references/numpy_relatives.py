@@ -1,4 +1,4 @@
-"""ZClip, AdaGC, StableAdamW and Adam-mini in NumPy, slow, in their papers' notation.
+"""Slow ZClip, AdaGC, StableAdamW and Adam-mini in NumPy, in the papers' notation.
 
 Each is told here from its paper's formulas: Kumar et al., `ZClip
 <https://arxiv.org/abs/2504.02507>`_, Wang et al., `AdaGC
@@ -97,7 +97,7 @@ class AdaGC:
 
 @dataclasses.dataclass
 class StableAdamW:
-    """One array `p`. The bias is corrected by decays that change, as in the paper."""
+    """StableAdamW on one array `p`, with the changing decays of the paper."""
 
     p: np.ndarray
     eta: float = 1e-3
@@ -125,7 +125,7 @@ class StableAdamW:
 
 @dataclasses.dataclass
 class AdamMini:
-    """One array `p`, of which `blocks` holds the number of each coordinate's block."""
+    """Adam-mini on one array `p`. `blocks` numbers the block of each coordinate."""
 
     p: np.ndarray
     blocks: np.ndarray

@@ -1,4 +1,4 @@
-"""Stable-SPAM in NumPy, slow, in the paper's notation: the twin of the JAX code.
+"""A slow Stable-SPAM in NumPy, in the paper's notation.
 
 It follows Huang et al., `Stable-SPAM <https://arxiv.org/abs/2502.17055v2>`_, 2025, and
 the numbers of the authors' implementation in `golden/`; `test_stable_spam.py` checks it
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def screened(g):
-    """The gradient without what is not finite, and whether it says anything."""
+    """Returns the gradient without non-finite coordinates, and whether any is left."""
     with np.errstate(over="ignore"):
         bad = ~np.isfinite(np.square(np.asarray(g, np.float32)))
     g = np.where(bad, 0.0, np.asarray(g, np.float64))

@@ -52,7 +52,7 @@ def train(run):
     "label", ["adam_clip", pytest.param("clip_spam", marks=pytest.mark.slow)]
 )
 def test_a_run_computes_what_the_trainer_does(label):
-    """With the same faults, losses and gradient norms step by step."""
+    """Faults, losses and gradient norms are the same in every step."""
     run = run_of(label, "noise", learning_rate=8e-3, seed=3)
     record = train(run)
     config = dataclasses.replace(run.config, optimizers=(label,))
@@ -134,7 +134,7 @@ def test_the_warm_up_keeps_its_share_of_the_interval(monkeypatch):
 
 
 def test_faults_come_when_gradients_are_clipped(monkeypatch):
-    """But for the row that is there to show the difference."""
+    """One row is an exception, which shows the difference."""
     made = []
     monkeypatch.setattr(
         optimizers,
@@ -184,7 +184,7 @@ def test_an_incomplete_row_is_left_out(tmp_path):
     assert unfinished == ["spam (clean; standard, plain): 1 of 2"]
 
 
-def test_grids():
+def test_grids_of_the_experiments():
     specs = experiments.runs_of("main", experiments.BASE, range(3))
     assert len(specs) == len(set(specs)) == 15 * 5 * 3 * 2
     rates = {s.config.learning_rate for s in specs if s.label == "lion"}
@@ -279,7 +279,7 @@ BURSTS = RunConfig.from_settings(steps=200, bursts=2).burst_starts
     ids=["at once", "after 15 steps", "never"],
 )
 def test_recovery(after, expected):
-    """Losses of 3, which the second burst lifts by 1 for so many steps."""
+    """The losses are 3, and the second burst raises them by 1 for some steps."""
     losses = np.full(200, 3.0)
     end = BURSTS[1] + 2
     losses[end : end + after] += 1
@@ -289,7 +289,7 @@ def test_recovery(after, expected):
 
 
 def test_too_few_steps_after_the_bursts_show_no_recovery():
-    """Of 40 steps, three bursts leave at most 8 in a row."""
+    """In 40 steps with three bursts at most 8 steps follow each other without one."""
     this = record(scenario="noise", steps=40, bursts=3, losses=[3.0] * 40)
     assert statistics.recovery_steps(this) is None
     line = statistics.result([this])
@@ -297,7 +297,7 @@ def test_too_few_steps_after_the_bursts_show_no_recovery():
 
 
 def test_infinite_numbers_differ_from_missing_ones():
-    """Losses that never come back, and one that is not finite."""
+    """The losses never recover, and one is not finite."""
     losses = list(np.arange(200.0))
     losses[BURSTS[1] + 4] = None
     noise = record(scenario="noise", losses=losses)
@@ -319,7 +319,7 @@ def test_spikes_and_jumps():
 
 @pytest.mark.parametrize(("scenario", "jump"), [("noise", 4.0), ("batches", 0.5)])
 def test_losses_of_corrupted_batches_do_not_count(scenario, jump):
-    """In the second burst 7, and 3.5 in the step after it."""
+    """The loss is 7 in the second burst and 3.5 in the step after it."""
     losses = np.where(np.arange(200) % 2, 3.1, 2.9)
     end = BURSTS[1] - 1 + BURST_LENGTH
     losses[BURSTS[1] - 1 : end] = 7.0

@@ -1,4 +1,4 @@
-"""The engine of the studies, tried with a toy study."""
+"""The engine of the studies, tested with a toy study."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_a_mistake_of_the_user_ends_the_study(tmp_path):
     assert names(tmp_path) == ["rate_1.json"]
 
 
-def test_few_programs_are_shared_out():
+def test_runs_are_divided_among_the_workers():
     assert engine.shared_out([[1, 2, 3], [4]], 2) == [[1, 2, 3], [4]]
     assert engine.shared_out([[1, 2, 3, 4, 5], [6]], 3) == [[1, 2], [3, 4], [5], [6]]
     assert engine.shared_out([], 2) == []
@@ -201,7 +201,7 @@ def test_a_study_that_is_killed_in_the_middle_continues(kill, workers, tmp_path)
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_program(tmp_path):
-    """As the system does for lack of memory."""
+    """The system kills a worker if memory runs out."""
     with start(tmp_path, 50, 2, 0.2) as process:
         wait_for_record(tmp_path)
         os.kill(int(workers_of(process.pid)[0]), signal.SIGKILL)

@@ -65,7 +65,7 @@ def recorded(task):
 
 
 def split_layers(trees):
-    """Every tensor of a list of trees, those of different layers apart, flat.
+    """Returns every tensor of a list of trees, flat, and one per layer if stacked.
 
     Each is an array of steps x coordinates.
     """
@@ -80,7 +80,7 @@ def split_layers(trees):
 
 
 def spike_scores(gradients):
-    """The library's scores of recorded gradients, tensor by tensor."""
+    """Returns the library's scores of recorded gradients, tensor by tensor."""
     tensors = split_layers(gradients)
     scores = functional.gradient_spike_score(np.concatenate(tensors, axis=1))
     ends = np.cumsum([tensor.shape[1] for tensor in tensors])
@@ -127,7 +127,7 @@ def test_online_counts_are_those_of_adams_second_moment_before_the_step(recorded
 
 
 def observe_all(gradients, mean):
-    """The statistics of a stream of gradients that does not depend on parameters."""
+    """Returns the statistics of a stream of gradients that needs no parameters."""
     params = jax.tree.map(jnp.zeros_like, gradients[0])
     state = counting.first_state(params, mean)
     seen = []
@@ -141,7 +141,7 @@ def observe_all(gradients, mean):
 
 
 def test_counts_of_heavy_tailed_gradients():
-    """With 200 steps, so that the library adds up in another order."""
+    """There are 200 steps, so that the library adds in another order."""
     rng, steps = np.random.default_rng(0), 200
     stream = [
         {
@@ -196,7 +196,7 @@ def test_training_is_that_of_adam(task, recorded):
 
 
 def test_memory_does_not_grow_with_the_steps(task):
-    """Five copies of the parameters and a counter, however long the run."""
+    """The state is five copies of the parameters and a counter."""
 
     def size(steps):
         rates = jax.ShapeDtypeStruct((), jnp.float32)
@@ -315,7 +315,7 @@ def test_later_tokens_do_not_change_earlier_logits(decoder):
 
 
 def test_earlier_tokens_change_later_logits(decoder):
-    """The opposite: a model that sees its own token only is causal, too."""
+    """A model that uses its own token alone would be causal too."""
     tokens = np.random.default_rng(0).integers(0, 11, (1, 12))
     other = tokens.copy()
     other[:, 0] = (other[:, 0] + 1) % 11
@@ -324,7 +324,7 @@ def test_earlier_tokens_change_later_logits(decoder):
 
 
 def test_every_parameter_learns(decoder):
-    """Two tokens, each twice in turn: without a memory the loss is 0.69."""
+    """Each of two tokens comes twice in turn. Without memory the loss would be 0.69."""
     windows = np.tile([[3, 3, 7, 7]], (4, 4))[:, :13]
     adam = optax.adam(1e-2)
 
@@ -405,7 +405,7 @@ def test_a_step_that_raises_the_next_losses_is_found():
     assert found["after_bump_rate_many"] > found["after_bump_rate_others"]
 
 
-def test_a_batch_with_a_high_loss_is_told_from_what_comes_after():
+def test_a_batch_with_a_high_loss_is_separate_from_later_losses():
     loss, spikes = series(1)
     loss[spikes > 0] += 0.6
     found = statistics.relate(loss, spikes, 60)
@@ -415,7 +415,7 @@ def test_a_batch_with_a_high_loss_is_told_from_what_comes_after():
 
 
 def test_unrelated_series_are_called_related_as_often_as_they_should_be():
-    """Drifts and all: 5 % of 200, with room for 4 standard deviations."""
+    """5 % of 200 drifting series, within 4 standard deviations."""
     p = []
     for seed in range(200):
         loss, spikes = series(seed)

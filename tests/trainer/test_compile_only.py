@@ -1,4 +1,4 @@
-"""The trainer's step, compiled for TPUs and GPUs that are not here."""
+"""The trainer's step, compiled for TPUs and GPUs. No such device is needed."""
 
 import importlib.util
 import re
@@ -37,7 +37,7 @@ def compile_for(target, optimizer, parallelism, **given):
 
 
 def state_bytes(preset, bytes_per_parameter, devices):
-    """Of parameters and moments, sharded evenly; the rest is small."""
+    """Returns the bytes of parameters and moments on each of the devices."""
     parameters = {"60m": 58_073_600, "1b": 1_339_082_752}[preset]
     return parameters * bytes_per_parameter / devices
 
@@ -82,7 +82,7 @@ def large_results(compiled, tensors):
 @pytest.mark.tpu
 @needs_libtpu
 def test_optimizer_adds_only_scalar_collectives(monkeypatch):
-    """On a mesh with all three axes: SPAM's step sends what plain SGD's does."""
+    """On a mesh with all three axes SPAM's step sends as much as plain SGD's."""
     sgd = optimizers.Entry(lambda _, rate: optax.sgd(rate), momentum_decay=None)
     monkeypatch.setitem(optimizers.TABLE, "sgd", sgd)
     settings = config.RunConfig.from_settings(preset="9m", batch_size=16, remat="none")
@@ -101,7 +101,7 @@ def test_optimizer_adds_only_scalar_collectives(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
-def test_command_says_whether_it_fits(capsys):
+def test_command_reports_whether_it_fits(capsys):
     flags = ["--compile-only", "--target=tpu:v5e:2x2", "--preset=nano"]
     flags += ["--optimizer=adam", "--no-spikes"]
     assert pretrain.main(flags) == 0
@@ -124,7 +124,7 @@ def test_unknown_topology_is_one_line(capsys):
 
 
 def test_without_any_plugin_of_jax_the_compiler_for_gpus_is_named(monkeypatch):
-    """As in an installation for CPUs, which does not even have their package."""
+    """An installation for CPUs does not have the package of the plugins."""
 
     def find_spec(name):
         if name.startswith("jax_plugins."):
@@ -145,8 +145,8 @@ def test_60m_on_one_h100():
 
 
 @pytest.mark.slow
-def test_flops_are_those_of_the_model_asked_for(capsys):
-    """Not the preset's: with gates, and with another vocabulary."""
+def test_flops_are_those_of_the_configured_model(capsys):
+    """The model has gates and another vocabulary, unlike the preset."""
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     measured = compile_only.Measurement("adam", 0, 0, 0, None, None, {}, 0.0)
 
@@ -180,7 +180,7 @@ def test_collectives_are_counted_with_their_bytes():
     }
 
 
-def test_devices_are_known_by_the_names_jax_gives_them():
+def test_device_names_of_jax_are_recognized():
     assert hardware.find("TPU v5 lite") == hardware.find("TPU v5e") == V5E
     assert hardware.find("TPU v5p").flops > hardware.find("TPU v4").flops
     assert hardware.find("NVIDIA H100 80GB HBM3").memory == 80 << 30

@@ -43,7 +43,7 @@ DOCUMENTS = [
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path, monkeypatch):
-    """Nothing is read from the user's folders or the network, or written there."""
+    """Keeps the tests away from the user's folders and the network."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     datasets = pytest.importorskip("datasets")
     constants = pytest.importorskip("huggingface_hub.constants")
@@ -54,7 +54,7 @@ def own_folders(tmp_path, monkeypatch):
 
 
 def config(**settings):
-    """A small run on the first part of Shakespeare, or what `settings` say."""
+    """Returns a small run on the first part of Shakespeare, changed by `settings`."""
     small = {"data": "text.txt", "batch_size": 8, "sequence_length": 16, "seed": 3}
     if settings.get("data", "text.txt") == "text.txt":
         pathlib.Path("text.txt").write_text(SHAKESPEARE[:20_000], encoding="utf-8")
@@ -66,7 +66,7 @@ def take(iterable, count):
 
 
 def refused(**settings):
-    """The one line with which a run is refused."""
+    """Returns the one line with which a run is refused."""
     with pytest.raises(UsageError) as error:
         data.load(config(**settings))
     assert "\n" not in str(error.value)
@@ -74,7 +74,7 @@ def refused(**settings):
 
 
 def whole_text(source, tokenizer="bytes"):
-    """All tokens of text files, training before validation."""
+    """Returns all tokens of text files, training before validation."""
     return np.concatenate(text_files.load(source, tokenizer)[1])
 
 
@@ -85,7 +85,7 @@ def write(path, text):
 
 
 def write_set(folder, documents=DOCUMENTS, shards=1, held_out="validation"):
-    """A local folder like a data set of the hub; returns its name."""
+    """Writes a local folder like a data set of the hub, and returns its name."""
     for shard in range(shards):
         path = f"{folder}/train-{shard:05}-of-{shards:05}.jsonl"
         write(path, json_lines(documents[shard::shards]))
@@ -273,7 +273,7 @@ def test_other_formats_of_a_streamed_set(suffix):
 
 
 def test_hidden_files_are_left_out_and_links_followed():
-    """In a folder and in a pattern; what was read is told."""
+    """This holds for a folder and a pattern. A message lists what was read."""
     write("books/a.txt", "aa")
     write("books/z/c.txt", "cccc")
     write("other/b.txt", "bbb")
@@ -306,7 +306,7 @@ def test_hidden_files_are_left_out_and_links_followed():
     )
 
 
-def test_files_of_a_streamed_set_are_told():
+def test_files_of_a_streamed_set_are_listed():
     source = write_set("set", shards=2)
     told = data.load(one_row(source)).files
     size = sum(path.stat().st_size for path in pathlib.Path("set").iterdir())
@@ -359,7 +359,7 @@ BROKEN = {  # format: what is wrong: the bytes of a shard
 
 
 def windows_of(source, count, state=None):
-    """The first windows of a set, or those from `state` on, and the state behind."""
+    """Returns windows of a set, from the first or from `state` on, and the state."""
     iterator = iter(hf_stream.windows(source, tokenization.BYTES, 16, 0, Host()))
     if state is not None:
         iterator.set_state(state)
@@ -408,7 +408,7 @@ def test_broken_shards_are_named_or_left_out(monkeypatch, capsys):
 
 
 def test_first_file_may_be_broken_or_of_another_type(capsys):
-    """The library takes the columns from it."""
+    """The library takes the columns from the first file."""
     good_ones = {"jsonl.gz": gzipped(LINES), "parquet": parquet(DOCUMENTS)}
     cases = [
         (kind, content)
@@ -452,7 +452,7 @@ def test_files_without_rows_are_passed_over():
         assert list(hf_stream.texts(source.train)) == ["a", "b"]
 
 
-def test_the_folder_one_is_in_is_a_set():
+def test_the_current_folder_can_be_a_set():
     write_set("set")
     os.chdir("set")
     assert list(hf_stream.texts(hf_stream.open_source("hf:.").train)) == DOCUMENTS
@@ -543,7 +543,7 @@ def test_lost_connections_are_tried_again(monkeypatch, capsys):
 
 
 def test_hosts_end_at_the_same_batch(monkeypatch):
-    """One of them lacks its part of the third batch, the other has more."""
+    """One host has no part of the third batch, and the other has more."""
 
     class Batches:
         def __init__(self, count):
@@ -700,7 +700,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_tokenizer_file_is_used_without_its_additions():
-    """It may shorten texts, and begin them with special tokens."""
+    """Additions may shorten texts and begin them with special tokens."""
     trained = load_tokenizer("bpe:300", SHAKESPEARE[:5000])
     (path,) = pathlib.Path("kept").iterdir()
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -841,7 +841,7 @@ def test_control_tokens_in_a_text_are_text():
             assert tokenizer.digest != old
 
 
-def test_tokenizers_from_before_give_the_same_tokens():
+def test_tokenizers_of_earlier_versions_give_the_same_tokens():
     import tokenizers
 
     byte_level = tokenizers.pre_tokenizers.ByteLevel
@@ -1010,7 +1010,7 @@ def test_pretrained_tokenizer_comes_from_the_hub_and_stays(hub, capfd):
 @pytest.mark.parametrize(
     "settings", [{"tokenizer": "gpt2"}, {"data": "hf:allenai/c4:en"}]
 )
-def test_without_network_one_line_says_so_at_once(settings, capfd):
+def test_without_network_there_is_one_line_at_once(settings, capfd):
     start = time.monotonic()
     line = refused(**settings)
     assert time.monotonic() - start < 10  # the hub's client would try for 23 seconds
@@ -1082,7 +1082,7 @@ def test_streamed_batches_have_the_shape_of_a_hosts_part():
     assert element.shape == (2, 2, 17)
 
 
-def test_a_host_without_documents_says_so():
+def test_a_host_without_documents_is_an_error():
     run = config(data=write_set("set", DOCUMENTS[-2:]), batch_size=4)
     assert next(iter(data.load(run, Host(1, 4)).train)).shape == (1, 1, 17)
     with pytest.raises(UsageError, match="no document for this host"):
@@ -1222,7 +1222,7 @@ def test_order_is_a_function_of_the_seed():
 
 @pytest.fixture
 def encodings(monkeypatch):
-    """How often a text was encoded."""
+    """Counts how often a text was encoded."""
     calls = []
     encode_all = tokenization.encode_all
     monkeypatch.setattr(
@@ -1359,7 +1359,7 @@ def test_digest_is_of_the_text_and_the_tokenizer():
     assert digest(data="renamed.txt") != before
 
 
-def test_digest_tells_files_apart():
+def test_digest_depends_on_where_files_end():
     digests = set()
     for cut in (400, 500):
         write("books/a.txt", SHAKESPEARE[:cut])
@@ -1511,7 +1511,7 @@ def test_documents_without_text_are_empty_ones(monkeypatch):
     assert element.tobytes() == b"a" * 10 + b"\n\n" + b"b" * 19
 
 
-def test_a_program_that_ends_amid_a_stream_is_quiet():
+def test_a_program_that_ends_during_a_stream_prints_nothing():
     source = write_set("set", [SHAKESPEARE[:20_000]] * 50)
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]);"

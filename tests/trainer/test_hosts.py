@@ -91,7 +91,7 @@ def momentum_mask(folder: pathlib.Path) -> dict:
 
 
 def own_lines(text: str) -> list[str]:
-    """What is not from Gloo, by which CPUs communicate, or JAX's C++."""
+    """Returns the lines that do not come from Gloo or from JAX's C++ code."""
     lines = text.splitlines()
     return [line for line in lines if "[Gloo]" not in line and ".cc:" not in line]
 
@@ -171,7 +171,7 @@ def test_eight_devices_compute_what_one_does(
 
 
 def stop_hosts(trainer, cwd, *signaled) -> int:
-    """Runs on two hosts until these of them get a SIGTERM; gives the step.
+    """Runs two hosts until some of them get a SIGTERM. Returns the step.
 
     Host 0 stands still until the notice has been taken.
     """
@@ -217,7 +217,7 @@ def test_two_hosts_go_back_if_one_cannot_read_its_part(trainer, tmp_path, long_r
     assert_same_losses(tmp_path / "run", long_run, "adam")
 
 
-def test_hosts_tell_each_other_names_that_are_not_utf8(monkeypatch):
+def test_hosts_exchange_names_that_are_not_utf8(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: x[None])
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda x: x)
@@ -226,8 +226,8 @@ def test_hosts_tell_each_other_names_that_are_not_utf8(monkeypatch):
     assert hosts.broadcast(lambda: name) == name
 
 
-def test_jax_is_asked_whether_to_stop_with_numbers_that_grow(monkeypatch):
-    """Though the steps begin again with every optimizer.
+def test_stop_requests_of_jax_have_increasing_numbers(monkeypatch):
+    """The numbers grow although steps begin again with every optimizer.
 
     JAX lets the hosts stop at a number that none of them has reached yet.
     """
@@ -239,8 +239,8 @@ def test_jax_is_asked_whether_to_stop_with_numbers_that_grow(monkeypatch):
     assert asked == [1, 2, 3, 4, 5, 6]
 
 
-def test_saving_does_not_ask_whether_to_stop(monkeypatch, tmp_path):
-    """Orbax would, and with the step of a checkpoint, which may have gone by."""
+def test_saving_makes_no_stop_request(monkeypatch, tmp_path):
+    """Orbax would make one with the step of a checkpoint, which may be in the past."""
     monkeypatch.setattr(multihost_utils, ASK, lambda number: pytest.fail("asked"))
     state = train_step.TrainState(jnp.int32(3), False, {}, (), ())
     with Checkpoints(str(tmp_path), keep=2) as checkpoints:
@@ -252,7 +252,7 @@ def test_saving_does_not_ask_whether_to_stop(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_mistake_seen_by_host_0_ends_all(trainer, tmp_path):
+def test_mistake_on_host_0_ends_all_hosts(trainer, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
     processes = trainer.start_hosts(2, *LONG, "--output=run", cwd=tmp_path)
@@ -266,7 +266,7 @@ def test_mistake_seen_by_host_0_ends_all(trainer, tmp_path):
 
 
 @pytest.mark.slow
-def test_mistake_seen_by_another_host_ends_all(trainer, tmp_path):
+def test_mistake_on_another_host_ends_all_hosts(trainer, tmp_path):
     folders = [tmp_path / "0", tmp_path / "1"]
     for folder in folders:
         folder.mkdir()
@@ -284,7 +284,7 @@ def test_mistake_seen_by_another_host_ends_all(trainer, tmp_path):
 
 @pytest.mark.slow
 def test_broken_shard_of_one_host_ends_all_at_the_same_step(trainer, tmp_path):
-    """Host 1 alone reads it; both save the state of the step before, and go on."""
+    """Only host 1 reads it. Both hosts save the state of the step before."""
     pytest.importorskip("datasets")
     lines = [json.dumps({"text": f"{n}: To be, or not to be."}) for n in range(900)]
     for name in ("train-0", "train-1", "train-2", "train-3", "validation"):

@@ -32,7 +32,7 @@ named = pytest.mark.parametrize(
 
 
 def environment(**extra):
-    """This one, without what would change a script's defaults."""
+    """Returns the environment without variables that change a script's defaults."""
     kept = {name: text for name, text in os.environ.items() if not SETTINGS.match(name)}
     return {**kept, **extra}
 
@@ -383,7 +383,7 @@ class PlayedTpu:
         )
 
     def train(self, *steps):
-        """Runs `steps`; the flags that the trainer got on each host."""
+        """Runs `steps`. Returns the flags that the trainer got on each host."""
         for path in self.world.glob("started-*"):
             path.unlink()
         result = self.launch(*steps)
@@ -434,7 +434,7 @@ def test_tpu_run_continues_on_the_disks_it_has(tpu):
 
 @pytest.mark.slow
 def test_tpu_half_copied_run_is_copied_again(tpu):
-    """config.json comes last: without it there is no run, whatever else is there."""
+    """config.json is copied last, so without it the copy is not complete."""
     tpu.train("create", "install", "train")
     tpu.launch("stop")
     local = tpu.world / "host0" / "spam_optax" / "runs" / "spam"
@@ -447,7 +447,7 @@ def test_tpu_half_copied_run_is_copied_again(tpu):
 
 @pytest.mark.slow
 def test_tpu_stops_where_the_bucket_cannot_be_read(tpu):
-    """Else a run that is there would be begun anew."""
+    """Otherwise an existing run would begin again."""
     tpu.launch("create", "install")
     broken = GCLOUD.replace("if place(name).exists():", "if sys.exit('403'):")
     write_tool(tpu.world / "tools", "gcloud", broken)
@@ -560,7 +560,7 @@ cat "$WORLD"/run/metrics.jsonl >>"$WORLD/scontrol"
 
 @pytest.fixture
 def job(tmp_path):
-    """Starts a job; its process and the folder it lives in."""
+    """Starts a job. Returns its process and its folder."""
     tools = {"srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL, "py": TRAINER}
     (tmp_path / "tools").mkdir()
     for name, text in tools.items():
@@ -634,7 +634,7 @@ def trainer_flags_of(words, exports):
 
 
 @pytest.mark.parametrize("readme", READMES, ids=["tpu", "gpu"])
-def test_pretrain_knows_the_flags_of_the_readme(readme):
+def test_pretrain_accepts_the_flags_of_the_readme(readme):
     flags = [trainer_flags_of(*command) for command in commands_of(readme)]
     flags = [words for words in flags if words is not None]
     assert len(flags) >= 4
@@ -643,7 +643,7 @@ def test_pretrain_knows_the_flags_of_the_readme(readme):
 
 
 @pytest.mark.parametrize("script", [TPU, GPU], ids=["tpu", "gpu"])
-def test_pretrain_knows_the_flags_of_the_help(script):
+def test_pretrain_accepts_the_flags_of_the_help(script):
     examples = bash(script, "--help").stdout.partition("examples:")[2]
     checked = 0
     for line in examples.replace("\\\n", " ").splitlines():
@@ -674,7 +674,7 @@ def flags_named(prefix, *texts):
 
 
 @pytest.mark.slow
-def test_compiler_knows_the_gpu_flags():
+def test_compiler_accepts_the_gpu_flags():
     """An unknown flag ends the program that imports JAX."""
     flags = flags_named("xla_", GPU.read_text(), READMES[1].read_text())
     assert len(flags) >= 4
@@ -688,8 +688,8 @@ def test_compiler_knows_the_gpu_flags():
 
 
 @pytest.mark.slow
-def test_compiler_knows_the_tpu_flags():
-    """Likewise, when the TPU's compiler is asked for."""
+def test_compiler_accepts_the_tpu_flags():
+    """The same holds for the TPU's compiler."""
     libtpu = pytest.importorskip("libtpu", reason="libtpu is not installed")
     flags = flags_named("xla_", TPU.read_text(), READMES[0].read_text())
     assert len(flags) >= 5

@@ -163,7 +163,7 @@ def damage(path, how):
     ],
 )
 def test_resume_refuses_damaged_metrics(finished_run, tmp_path, capsys, how, words):
-    """A run whose records are gone must not say that it was interrupted for ever."""
+    """A run whose records are gone must not report an interruption each time."""
     folder = shutil.copytree(finished_run[0], tmp_path / "copy")
     damage(folder / "metrics.jsonl", how)
     line = refused(capsys, "--resume", f"--output={folder}", announced=True)
@@ -185,7 +185,7 @@ def test_resume_without_its_checkpoints_keeps_the_records(
 
 
 def test_resume_goes_back_to_the_records_it_has(finished_run, tmp_path, capsys):
-    """Where they lag behind the checkpoints, as after a loss of power."""
+    """The records may be older than the checkpoints, for example after a power cut."""
     folder = shutil.copytree(finished_run[0], tmp_path / "copy")
     damage(folder / "metrics.jsonl", "the last evaluation cut")
     assert pretrain.main(["--resume", f"--output={folder}", "--data-parallel=1"]) == 0

@@ -1,4 +1,4 @@
-"""The model: its shape, what it computes, and its options against instability.
+"""The model: its shape, its outputs, and its options against instability.
 
 The options are compared with a forward pass written out in NumPy.
 """
@@ -164,7 +164,7 @@ def test_a_gate_of_zeros_halves_what_attention_adds():
 
 
 def test_rematerialization_changes_no_gradient():
-    """Of LayerNorm Scaling, whose factors are scanned beside the layers."""
+    """The model has LayerNorm Scaling, whose factors are scanned with the layers."""
     want, got = (
         gradient(*build(norm="scaled", gated_attention=True, remat=remat))
         for remat in ("none", "full")
@@ -175,7 +175,7 @@ def test_rematerialization_changes_no_gradient():
 
 
 def test_every_parameter_of_every_layer_has_a_gradient():
-    """Of Mix-LN, which cuts the stack of layers in two."""
+    """The model has Mix-LN, which divides the stack of layers in two."""
     graphdef, params = build(norm="mixed", gated_attention=True, remat="full")
     for leaf in jax.tree.leaves(gradient(graphdef, params)["blocks"]):
         assert (np.abs(leaf).reshape(LAYERS, -1).max(axis=1) > 0).all()
@@ -225,7 +225,7 @@ def test_wesar_folds_into_a_standard_model():
 @pytest.mark.parametrize("preset", model.PRESETS)
 @pytest.mark.parametrize("initialization", ["standard", "wesar"])
 def test_matrix_parameters_count_the_gate_and_no_scale(preset, initialization):
-    """By the tree: all kernels and the head's, which is here the embedding."""
+    """The expected count is that of all kernels and of the embedding, the tied head."""
     shape = dataclasses.replace(
         model.PRESETS[preset], gated_attention=True, initialization=initialization
     )
@@ -253,7 +253,7 @@ def test_every_matrix_is_split_on_a_mesh():
 
 
 def test_loss_on_a_mesh_is_that_of_one_device():
-    """Of Mix-LN, which cuts the stack of split layers in two."""
+    """The model has Mix-LN, which divides the stack of sharded layers in two."""
     graphdef, params = build(
         norm="mixed", gated_attention=True, untied_head=True, initialization="wesar"
     )
@@ -315,7 +315,7 @@ def decoder():
 
 
 def parameter_count(shape):
-    """By hand: attention, gated feed-forward, norms, embedding, head."""
+    """Counts by hand: attention, gated feed-forward, norms, embedding, head."""
     block = 4 * shape.width**2 + 3 * shape.width * shape.ffn_width + 2 * shape.width
     tables = (1 + shape.untied_head) * shape.vocabulary * shape.width
     return shape.layers * block + tables + shape.width
@@ -339,7 +339,7 @@ def test_model_has_the_parameters_of_its_shape(preset, untied):
     ("preset", "millions"), [("9m", 9), ("60m", 58), ("130m", 134), ("350m", 368)]
 )
 def test_published_shapes_have_their_size(preset, millions):
-    """With a head of their own, as LLaMA has it."""
+    """The shapes have an untied head, as in LLaMA."""
     shape = RunConfig.from_settings(preset=preset).model
     assert shape.untied_head
     assert round(parameter_count(shape) / 1e6) == millions

@@ -1,4 +1,4 @@
-"""The table of optimizers: each trains, and keeps the moments that it should."""
+"""The table of optimizers: each trains and keeps the right moments."""
 
 import dataclasses
 import math

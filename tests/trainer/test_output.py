@@ -115,7 +115,7 @@ def test_a_final_loss_that_is_not_finite_is_no_halt():
     assert values["final_eval_loss"] is None and values["halted_at"] is None
 
 
-def test_utilization_is_the_median_of_the_steps_that_know_it():
+def test_utilization_is_the_median_of_the_steps_that_have_it():
     config = RunConfig.from_settings(optimizers=("adam",), steps=4, bursts=0)
     known = [None, 0.2, 0.5, 0.3]
     rows = [step_row("adam", i + 1, flops_utilization=x) for i, x in enumerate(known)]
@@ -212,7 +212,7 @@ def summary_of(name="spam", **values):
     return {name: empty | {"spikes_seen": 0, "spikes_clipped": 0} | values}
 
 
-def test_columns_are_those_that_say_something():
+def test_columns_without_information_are_left_out():
     plain, tokens = RunConfig(), RunConfig.from_settings(tokenizer="bpe:512", bursts=0)
     assert set(summary.COLUMNS) - set(summary.columns(summary_of(), plain)) == {
         "final_eval_perplexity",
@@ -223,7 +223,7 @@ def test_columns_are_those_that_say_something():
     ) == {"worst_loss_jump", "worst_burst"}
 
 
-def test_table_says_where_an_optimizer_halted(capsys):
+def test_table_shows_where_an_optimizer_halted(capsys):
     config = RunConfig.from_settings(optimizers=("adam", "spam"))
     summaries = summary_of("adam", halted_at=12_345) | summary_of(final_eval_loss=2.5)
     console.print_summaries(summaries, config)
@@ -332,7 +332,7 @@ def test_announcement_names_a_mesh_of_several_devices(capsys, shape, words):
     assert "Faults in steps 80-82, 160-162, 240-242, 320-322\n" in out
 
 
-def test_moments_of_an_optimizer_are_said_in_one_line():
+def test_moments_of_an_optimizer_are_described_in_one_line():
     params = {
         "embed": jnp.ones((16, 8)),
         "norm": {"scale": jnp.ones(8)},
@@ -439,7 +439,7 @@ def test_other_pictures_can_be_drawn(settings, halts):
     )
 
 
-def test_without_spam_or_faults_the_picture_does_not_speak_of_them():
+def test_without_spam_or_faults_the_picture_does_not_mention_them():
     config = RunConfig.from_settings(
         optimizers=("adam", "lion"), bursts=0, tokenizer="bpe:300"
     )
@@ -591,7 +591,7 @@ def test_rows_as_they_are_read_back_give_the_same_report(tmp_path):
 
 
 class FakeWandb(types.ModuleType):
-    """What the trainer uses of the package."""
+    """The part of the package that the trainer uses."""
 
     def __init__(self):
         super().__init__("wandb")

@@ -1,4 +1,4 @@
-"""The program from its start to its end, and the files it leaves behind."""
+"""The program from its start to its end, and the files that it writes."""
 
 import json
 import pathlib
@@ -199,7 +199,7 @@ def test_help_mentions_every_flag_and_default(capsys):
     assert max(map(len, text.splitlines())) <= 88
 
 
-def test_an_output_that_vanishes_is_told(tmp_path, monkeypatch, capsys):
+def test_a_vanished_output_folder_is_reported(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
 
     def train_all(*_):

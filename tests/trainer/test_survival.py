@@ -1,4 +1,4 @@
-"""What the trainer outlives: kills, signals, damaged files, full disks, NaN."""
+"""What the trainer survives: kills, signals, damaged files, full disks, NaN."""
 
 import dataclasses
 import functools
@@ -62,7 +62,7 @@ LARGE = 2**16  # kilobytes of a disk that holds a run
 
 
 class Watch:
-    """Sees from outside how far the program in a folder has come."""
+    """Reads from the files of a run how far it is."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -119,7 +119,9 @@ MOMENTS = {
 }
 
 
-def test_killed_run_ends_as_if_nothing_had_happened(whole_run, trainer, tmp_path):
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(
+    whole_run, trainer, tmp_path
+):
     folder = tmp_path / "run"
     flags = [*LONG, "--optimizer", "sparse_spam", "adam", "--output=run"]
     for moment in MOMENTS.values():
@@ -148,7 +150,7 @@ def stream(tmp_path_factory):
 
 
 def test_streamed_run_is_interrupted_and_goes_on(stream, trainer, tmp_path):
-    """By SIGTERM and by Ctrl-C: the place in the stream is kept."""
+    """SIGTERM and Ctrl-C keep the position in the stream."""
     flags = [*LONG, "--optimizer=adam", f"--data=hf:{stream}", "--tokenizer=bpe:300"]
     code, _, errors = trainer.run(*flags, "--output=whole", cwd=tmp_path)
     assert (code, errors) == (0, "")
@@ -196,7 +198,7 @@ def test_two_programs_do_not_share_a_folder(trainer, tmp_path, monkeypatch, caps
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-    """Runs inside this process share what they compile, unlike different programs.
+    """Lets the runs in this process share what they compile.
 
     The compiled step belongs to the very objects that it was traced with.
     """
@@ -311,7 +313,7 @@ def test_run_whose_checkpoints_are_gone_is_left_as_it_is(short_run, tmp_path, ca
     assert read_rows(folder) == rows
 
 
-def test_run_without_a_checkpoint_yet_begins_again_and_says_so(
+def test_run_without_a_checkpoint_begins_again_with_a_message(
     short_run, tmp_path, capsys
 ):
     folder = shutil.copytree(short_run, tmp_path / "run")
@@ -327,7 +329,7 @@ def test_run_without_a_checkpoint_yet_begins_again_and_says_so(
 
 
 def test_saved_states_are_those_of_their_steps(tmp_path, monkeypatch):
-    """Though they are written while training goes on in the same memory."""
+    """Training continues in the same memory while a state is written."""
     settings = {
         "optimizers": ("adam",),
         "preset": "nano",
@@ -426,7 +428,7 @@ def test_broken_shard_ends_a_run_that_can_go_on(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a disk of a few megabytes; gives its folder and a way to enlarge it."""
+    """Mounts a disk of a few megabytes. Returns its folder and a way to enlarge it."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -538,7 +540,7 @@ def test_halts_before_an_update_that_is_not_finite(tmp_path, capsys):
 
 
 def test_state_kept_is_that_before_the_step(tmp_path, capsys):
-    """Whether it was due for saving or is saved because of the halt."""
+    """The state is saved by schedule or because of the halt."""
     flags = [*SHORT, "--bursts=1", "--spike-kind=nan", "--optimizer=adam"]
     kept = {}
     for every in (1, 4):

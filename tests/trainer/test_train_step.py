@@ -91,7 +91,7 @@ def faulty_gradient(task, params, step):
 
 
 def test_optimizers_meet_identical_parameters_batches_and_faults(rows):
-    """Up to the first fault nothing but the optimizer differs, and then it does not."""
+    """Only the optimizer differs between the runs."""
     first = [row for row in rows if row["step"] == 1]
     assert len(first) == len(DEMONSTRATION)
     for name in ("loss", "grad_norm", "learning_rate"):
