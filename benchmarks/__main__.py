@@ -66,7 +66,7 @@ examples:
   tables and pictures, no measuring   python -m benchmarks --only
   the same on a GPU                   JAX_PLATFORMS=cuda python -m benchmarks
 
-Times are worth as much as the machine is idle: the load at the start is in the report.
+Times are reliable only on an idle machine. The report has the load at the start.
 The full run needs 10 GiB of memory.
 """
 
@@ -114,7 +114,7 @@ def _arguments():
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="small shapes and few rounds, two or three minutes; times mean nothing",
+        help="small shapes and few rounds, two or three minutes; do not use its times",
     )
     parser.add_argument(
         "--output",

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of a step, with no TPU at hand."""
+"""Measures the bytes of a step with the TPU compiler, which needs no TPU."""
 
 import functools
 import importlib.util

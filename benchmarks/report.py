@@ -40,7 +40,7 @@ _MISSING = {
 def _environment(section):
     about = section["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
-    quick = "A quick run: its times mean nothing. " if section["quick"] else ""
+    quick = "A quick run, without meaningful times. " if section["quick"] else ""
     return (
         f"_{quick}{about['date']}, {about['machine']}, {about['cores']} cores, "
         f"{about['memory_gib']:.0f} GiB, {about['system']}, {about['device']}, load at "
@@ -392,7 +392,7 @@ def _trainer(data):
     return [
         "## The trainer beside PyTorch",
         f"This is one training step of the 60M shape ({parameters:.1f}M parameters) on "
-        f"{data['tokens']} tokens on this CPU, in float32, with AdamW behind a clip of "
+        f"{data['tokens']} tokens on this CPU, in float32, with AdamW after a clip of "
         "the global norm. The trainer's step also measures norms and spike scores of "
         "every tensor. PyTorch runs a plain eager loop with its fused AdamW. The two "
         f"programs take turns, with {len(data['trainer_jax']['seconds'])} processes "

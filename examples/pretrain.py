@@ -32,7 +32,7 @@ The folder of the run is runs/<date and time>, or --output. It holds
 
 The same program trains the LLaMA shapes of 9M to 1B parameters on TPUs and GPUs, on one
 host or many: see examples/tpu and examples/gpu. --compile-only compiles the training
-step for a TPU or GPU that is not at hand, and prints how much memory the step takes.
+step for a TPU or GPU that you need not have, and prints how much memory it takes.
 """
 
 import argparse

@@ -12,9 +12,9 @@ coordinate of every gradient. On two idle CPU cores it takes about 20 minutes.
     hawk           no attention: gated linear recurrences, as in Griffin
 
 A coordinate spikes in a step where its gradient spike score |g| / mean |g| exceeds 50.
-The mean is over all steps of the run, and is known only afterwards. So every run is
-made twice, bit for bit the same. Gradients are never stored, and the memory does not
-grow with the steps. The score that SPAM uses while training, g**2 / v > 5000, is
+The mean is over all steps of the run, so it exists only at the end. Every run is
+therefore made twice, bit for bit the same. Gradients are never stored, and the memory
+does not grow with the steps. The spikes by SPAM's own score, g**2 / v > 5000, are
 counted as well. A score cannot exceed the number of steps, so short runs have smaller
 scores.
 
@@ -64,7 +64,7 @@ examples:
                                         llama-normed
   your own text, and a BPE of it      spike_census.py --texts book.txt
                                         --tokenizer bpe:1024 --output runs/book
-  a rate at which losses do bump      spike_census.py --learning-rate 0.02
+  a rate at which the loss jumps      spike_census.py --learning-rate 0.02
                                         --output runs/high_rate
 """
 

@@ -172,16 +172,17 @@ def add_model_flags(flags: SettingFlags) -> None:
     flags.add(
         "initialization",
         "standard (normal, 0.5 over the square root of the width), stable (Spike No"
-        " More; use it with --embedding scaled or normed) or wesar (all matrices have"
-        " one deviation, times a trainable scale that makes it that of stable)",
+        " More; use it with --embedding scaled or normed) or wesar (all matrices are"
+        " drawn with the same deviation, and a trainable factor scales each to that of"
+        " stable)",
         metavar="NAME",
     )
     flags.add(
         "norm",
         "pre (before each sub-layer), scaled (LayerNorm Scaling: pre, divided by the"
         " square root of the layer's number; not with --initialization stable or wesar)"
-        " or mixed (Mix-LN: after the sum in the first quarter of the layers, and at"
-        " least in one; before each sub-layer in the others)",
+        " or mixed (Mix-LN: after the sum in the first quarter of the layers, at least"
+        " in one, and before each sub-layer in the others)",
     )
     flags.add(
         "gated_attention",
@@ -288,12 +289,12 @@ def add_fault_flags(flags: SettingFlags) -> None:
     )
     flags.add(
         "spike_factor",
-        "size of a fault: of the noise in units of the tensor's RMS, or the factor",
+        "size of a fault: for noise in units of the tensor's RMS, for scale the factor",
     )
     flags.add(
         "spike_kind",
-        "how a coordinate is corrupted: noise (normal, is added), scale (multiplied by"
-        " the factor), nan or inf (replaced)",
+        "how a coordinate is corrupted: noise (normal noise is added), scale (it is"
+        " multiplied by the factor), nan or inf (it is replaced)",
     )
 
 
@@ -301,20 +302,21 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     """Adds flags that do not change the numbers, and may change on resuming."""
     count = whole(1)
     group = parser.add_argument_group(
-        "devices", "how a step is split; may change on --resume"
+        "devices", "how the devices share a step; may change on --resume"
     )
     group.add_argument(
         "--data-parallel",
         type=count,
         metavar="N",
-        help="parts of the batch (default: as many as devices are left)",
+        help="parts of the batch on devices that each have all parameters (default: all"
+        " devices that the next two flags leave)",
     )
     group.add_argument(
         "--fsdp",
         type=count,
         default=1,
         metavar="N",
-        help="parts of the batch whose devices share parameters and optimizer state"
+        help="parts of the batch on devices that share parameters and optimizer state"
         " (default: 1)",
     )
     group.add_argument(

@@ -58,7 +58,7 @@ class Measurement(NamedTuple):
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "compile only", "what a training step takes on a device that is not at hand"
+        "compile only", "the memory of a training step, without its device"
     )
     group.add_argument(
         "--compile-only",

@@ -194,13 +194,14 @@ def notes(summaries: dict[str, dict], config: RunConfig) -> str:
 
 
 UNCLIPPED = """\
-SPAM did not clip the bursts of steps {steps}: they came at most {grace} steps after a
-reset, while its moments gather a history. --bursts or --reset-interval moves them."""
+SPAM did not clip the bursts of steps {steps}. They came at most {grace} steps after a
+reset, when its moments have too little history. Move them with --bursts or
+--reset-interval."""
 EXPLANATION = """\
-Why SPAM alone does not stop a burst: threshold {threshold:g} limits a coordinate to
-{limit:.1f} x sqrt(v), v is small after a reset and grows with what passes, so noise in
-every coordinate still reached the moments at up to {left:.0f} x the usual norm. A lower
---threshold, or clip_by_global_norm before SPAM (clip_spam), closes the gap."""
+Why SPAM alone does not stop a burst: the threshold of {threshold:g} limits a coordinate
+to {limit:.1f} x sqrt(v). v is small after a reset, and it grows with every fault that
+passes. So noise in every coordinate still reached the moments at up to {left:.0f} x the
+usual norm. Use a lower --threshold, or clip_by_global_norm before SPAM (clip_spam)."""
 
 
 def print_summaries(summaries: dict[str, dict], config: RunConfig) -> None:

@@ -202,7 +202,7 @@ COLUMNS = {
         "worst\nloss jump",
         "+.3f",
         f"the largest training loss within {STEPS_AFTER_FAULT} steps after a burst"
-        f" began, less the mean of the {STEPS_BEFORE_FAULT} steps before it",
+        f" began, minus the mean of the {STEPS_BEFORE_FAULT} steps before it",
     ),
     "worst_burst": Column(
         "worst\nburst",
