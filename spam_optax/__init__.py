@@ -1,7 +1,7 @@
 """Spike-aware optimizers and initializers for JAX: SPAM and Spike No More.
 
-Linen and NNX modules live in ``spam_optax.linen`` and ``spam_optax.nnx``, which need
-Flax and are imported by name.
+The layers for Flax Linen and NNX are in ``spam_optax.linen`` and ``spam_optax.nnx``.
+These two modules need Flax, and you import them by name.
 """
 
 from spam_optax import functional as functional

@@ -40,7 +40,7 @@ def adaclip(
 ) -> optax.GradientTransformation:
     r"""Clips each tensor at the running mean of its largest coordinate.
 
-    For each tensor, with :math:`k` the number of steps:
+    This is done for each tensor, with :math:`k` the number of steps:
 
     .. math::
       G &= \max_i |g_i| \\
@@ -61,7 +61,7 @@ def adaclip(
       The transformation. Its updates have the dtype of the gradients.
 
     Raises:
-      ValueError: If an argument is out of range; by ``update``, if the number of
+      ValueError: If an argument is out of range. ``update`` raises it if the number of
         tensors is not that of ``init``.
       TypeError: If an argument is not a number.
 

@@ -46,15 +46,15 @@ def adagc(
 ) -> optax.GradientTransformation:
     r"""Clips the norm of each tensor's gradient relative to its own history.
 
-    With the norm :math:`n` of a tensor, its running norm :math:`\gamma`, the
-    `threshold` :math:`\lambda` and `decay` :math:`\beta`:
+    The norm of a tensor is :math:`n` and its running norm is :math:`\gamma`. With the
+    `threshold` :math:`\lambda` and `decay` :math:`\beta`, each step computes
 
     .. math::
       h &= \min(1, \lambda \gamma / n) \\
       g &\leftarrow h g \\
       \gamma &\leftarrow \beta \gamma + (1 - \beta) h n
 
-    In the first `warmup_steps` instead
+    In the first `warmup_steps` it computes instead
 
     .. math::
       h = \min(1, n_{\max} / N), \qquad \gamma \leftarrow \min(\gamma, h n)
@@ -65,9 +65,9 @@ def adagc(
     norm of a tensor is then 0, because the gradient is zero or has no finite
     coordinate, its running norm and its step count do not change.
 
-    Differences from the paper: a zero gradient in the warm-up is ignored (in the paper
-    it makes :math:`\gamma` 0 and freezes the tensor), and each tensor counts its own
-    warm-up steps.
+    There are two differences from the paper. A zero gradient in the warm-up is ignored.
+    In the paper it makes :math:`\gamma` 0 and freezes the tensor. Each tensor counts
+    its own warm-up steps.
 
     Args:
       threshold: Limit on the norm divided by the running norm, > 1. With 1 the running
@@ -81,7 +81,7 @@ def adagc(
       The transformation. Its updates have the dtype of the gradients.
 
     Raises:
-      ValueError: If an argument is out of range; by ``update``, if the number of
+      ValueError: If an argument is out of range. ``update`` raises it if the number of
         tensors is not that of ``init``.
       TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
 

@@ -46,7 +46,7 @@ def adagn(
 ) -> optax.GradientTransformation:
     r"""Rescales each tensor by the running mean and mean square of its norm.
 
-    For each tensor, with :math:`k` the number of steps:
+    This is done for each tensor, with :math:`k` the number of steps:
 
     .. math::
       n_1 &\leftarrow \gamma_1 n_1 + (1 - \gamma_1) \lVert g \rVert, \quad
@@ -74,7 +74,7 @@ def adagn(
       The transformation. Its updates have the dtype of the gradients.
 
     Raises:
-      ValueError: If an argument is out of range; by ``update``, if the number of
+      ValueError: If an argument is out of range. ``update`` raises it if the number of
         tensors is not that of ``init``.
       TypeError: If an argument is not a number.
 

@@ -184,8 +184,8 @@ def adam_mini(
         + \lambda p \right)
 
     where :math:`v` is one number for the whole block. A block should be a part of the
-    parameter whose Hessian is dense. `partition` defines the blocks. See
-    :func:`adam_mini_partition` for the blocks of the paper.
+    parameter with a dense Hessian, such as one head. `partition` defines the blocks.
+    See :func:`adam_mini_partition` for the blocks of the paper.
 
     Coordinates that are not finite, or whose square overflows, become 0 first and are
     included in the mean. If a tensor has no finite coordinate, its moments do not
@@ -201,17 +201,17 @@ def adam_mini(
 
     Args:
       eps: Term added to the root of the second moment, > 0.
-      partition: Function from parameters to a tree of tuples: the number of blocks
-        along each axis. None: ``adam_mini_partition()``.
+      partition: Function from parameters to a tree of tuples. Each tuple has the number
+        of blocks along each axis. None: ``adam_mini_partition()``.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or of the gradients
       if ``update`` gets no parameters.
 
     Raises:
-      ValueError: If an argument is out of range; by ``init``, if the partition does not
-        fit the parameters; by ``update``, if the tree of updates is not theirs, or
-        weight decay is used without parameters.
+      ValueError: If an argument is out of range. ``init`` raises it if the partition
+        does not fit the parameters. ``update`` raises it if the tree of updates is not
+        that of the parameters, or if weight decay has no parameters.
       TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
 
     Examples:
@@ -277,10 +277,10 @@ def adam_mini_partition(
     ``alpha`` of a WeSaR layer                  a number                 ()
     ==========================================  =======================  ===============
 
-    A kernel with fused queries, keys and values therefore has one block per output
-    neuron, and so have LoRA's factors. A convolution (window, in, out) has one block
-    per output neuron and window position. A matrix with an unknown name also has one
-    block per output neuron, and a warning lists these matrices.
+    A kernel with fused queries, keys and values is one of the other matrices. So are
+    LoRA's factors. They have one block per output neuron. A convolution (window, in,
+    out) has one block per output neuron and window position. A matrix with an unknown
+    name also has one block per output neuron, and a warning lists these matrices.
 
     Names are compared by words, as for :func:`matrices_only`: queries are ``query``,
     ``q``, ``q_proj``, ``wq``, ``q_einsum``, and so on. The axes of heads are found by
@@ -292,16 +292,16 @@ def adam_mini_partition(
       num_heads: Number of query heads. None is allowed if there are no queries or keys.
       num_kv_heads: Number of heads of the keys and values. None: the same as
         `num_heads`.
-      outputs_first: Whether matrices are (out, in), as those of PyTorch, Equinox and
-        Levanter are; or names of the parts of paths whose matrices are. Embeddings are
+      outputs_first: Whether matrices are (out, in), as in PyTorch, Equinox and
+        Levanter. If only some are, pass names of parts of their paths. Embeddings are
         (vocabulary, width) in any case. None: matrices are (in, out). A matrix called
         ``weight`` then raises an error, because it can have either order. So does a
         ``c_attn``, ``c_fc`` or ``gating_einsum`` with more inputs than outputs.
       layer_axis: The axis of stacked layers; 1 for MaxText. None: the first axis. A
         kernel that would have more layers than inputs then raises an error.
       stacked: Names of parts of paths, such as ``("layers",)``. Tensors with one of
-        these names in their path have an axis of layers, and others do not. None:
-        decided by the rank.
+        these names in their path have an axis of layers, and others do not. None: the
+        number of axes of a tensor decides.
 
     Returns:
       A function from parameters to a tree of tuples, for `partition`. Call it to see

@@ -66,7 +66,7 @@ def gradient_stabilizer(
       The transformation. Its updates have the dtype of the gradients.
 
     Raises:
-      ValueError: If an argument is out of range; by ``update``, if the number of
+      ValueError: If an argument is out of range. ``update`` raises it if the number of
         tensors is not that of ``init``.
       TypeError: If an argument is not a number.
 

@@ -154,9 +154,9 @@ def spam_adam(
         \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \,
         \frac{m}{\sqrt v + \varepsilon} + \lambda p \right)
 
-    with the `reset_interval` :math:`D` and the ramp :math:`w` of
-    :func:`spam_optax.functional.reset_ramp`, which rises from 0.01 to 1 over the
-    `warmup_steps` after each reset and is 1 before the first one.
+    where :math:`D` is the `reset_interval`. The ramp :math:`w` is that of
+    :func:`spam_optax.functional.reset_ramp`. It rises from 0.01 to 1 over the
+    `warmup_steps` after each reset, and it is 1 before the first reset.
 
     .. note::
       As in the paper, the bias correction is *not* restarted by a reset. After a reset
@@ -169,8 +169,8 @@ def spam_adam(
 
     A non-finite coordinate (NaN, infinite, or with an overflowing square) is set to 0,
     and ``nonfinite_count`` in the state counts it. This function does not clip spikes:
-    use :func:`spam_clip` before it, or :func:`spam`. Other arguments are those of
-    :func:`spam`. So are the errors.
+    use :func:`spam_clip` before it, or :func:`spam`. Other arguments, and the errors,
+    are those of :func:`spam`.
 
     Args:
       reset_interval: Number of steps between momentum resets. None: no resets.

@@ -159,9 +159,9 @@ def stable_adamw(
     tensor has no finite coordinate, its moments do not change and its update is 0,
     apart from weight decay.
 
-    Differences from the paper: the weight decay is multiplied by the learning rate and
-    not by ``1 / max(1, RMS)``; it is 0 by default. `b2` and `eps` are those of the
-    authors' implementation.
+    In two ways this function differs from the paper. The weight decay is multiplied by
+    the learning rate and not by ``1 / max(1, RMS)``, and it is 0 by default. `b2` and
+    `eps` are those of the authors' implementation.
 
     Other arguments are those of :func:`spam`.
 
@@ -174,8 +174,8 @@ def stable_adamw(
       if ``update`` gets no parameters.
 
     Raises:
-      ValueError: If an argument is out of range; by ``update``, if the tree of updates
-        is not that of the parameters, or weight decay is used without parameters.
+      ValueError: If an argument is out of range. ``update`` raises it if the tree of
+        updates is not that of the parameters, or if weight decay has no parameters.
       TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
 
     Examples:

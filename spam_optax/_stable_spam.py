@@ -215,9 +215,9 @@ def stable_spam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stable-SPAM: adaptive clipping, adaptive norm, and Adam with momentum reset.
 
-    Every gradient goes through :func:`adaclip` and then :func:`adagn`; in step
-    :math:`t`, with the result :math:`g`, learning rate :math:`\alpha` and weight decay
-    :math:`\lambda`:
+    Every gradient goes through :func:`adaclip` and then :func:`adagn`. With the result
+    :math:`g`, the learning rate :math:`\alpha` and the weight decay :math:`\lambda`,
+    step :math:`t` computes
 
     .. math::
       m, v &\leftarrow 0, \; k \leftarrow 0 \quad \text{if } t \bmod D = 0 \\
@@ -256,8 +256,8 @@ def stable_spam(
       if ``update`` gets no parameters.
 
     Raises:
-      ValueError: If an argument is out of range; by ``update``, if the tree of updates
-        is not that of the parameters, or weight decay is used without parameters.
+      ValueError: If an argument is out of range. ``update`` raises it if the tree of
+        updates is not that of the parameters, or if weight decay has no parameters.
       TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
 
     Examples:

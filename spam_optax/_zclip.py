@@ -47,8 +47,9 @@ def zclip(
 ) -> optax.GradientTransformation:
     r"""Clips the global norm of the gradient when its z-score is high.
 
-    With the global norm :math:`n`, its running mean :math:`\mu` and standard deviation
-    :math:`\sigma`, the `threshold` :math:`\theta` and `decay` :math:`\alpha`:
+    The global norm is :math:`n`. Its running mean is :math:`\mu`, and its running
+    standard deviation is :math:`\sigma`. With the `threshold` :math:`\theta` and
+    `decay` :math:`\alpha`, each step computes
 
     .. math::
       z &= (n - \mu) / (\sigma + \varepsilon) \\

@@ -1,12 +1,13 @@
 r"""Initializers of Spike No More: small sub-layers and a large shortcut.
 
-The gradient norm of a Pre-LN transformer stays small when
+A Pre-LN transformer has a LayerNorm before each sub-layer. Its gradient norm stays
+small under two conditions:
 
-1. the sub-layers are small: queries, keys, values, FFN-in and gate are drawn with
-   :func:`stable_kernel`, attention-out and FFN-out with :func:`stable_residual`; and
-2. the shortcut is large: the residual stream leaves the embedding with a standard
-   deviation near 1. Draw the table with :func:`stable_embedding` and use it in a
-   ``ScaledEmbed`` or a ``NormedEmbed`` of :mod:`spam_optax.linen` or
+1. The sub-layers are small. Draw queries, keys, values, FFN-in and gate with
+   :func:`stable_kernel`, and attention-out and FFN-out with :func:`stable_residual`.
+2. The shortcut, which is the residual connection, is large. The output of the embedding
+   has a standard deviation near 1. Draw the table with :func:`stable_embedding` and use
+   it in a ``ScaledEmbed`` or a ``NormedEmbed`` of :mod:`spam_optax.linen` or
    :mod:`spam_optax.nnx`.
 
 :func:`wesar` is another way to small sub-layers. All matrices are drawn with the same
@@ -15,8 +16,8 @@ standard deviation, and a trainable factor sets the size of each.
 The factories return plain JAX initializers, ``init(key, shape, dtype, out_sharding)``.
 They work in Linen, in NNX, and in every library that accepts initializers of
 ``jax.nn.initializers``. The standard deviation depends on the width and depth of the
-model and not on the shape drawn. Flattened, scanned and stacked kernels are therefore
-correct.
+model and not on the shape drawn. It is therefore also right for flattened, scanned and
+stacked kernels.
 """
 
 import math
@@ -161,8 +162,8 @@ def stable_residual(width: int, num_layers: int) -> Initializer:
       W \sim \mathcal{N}\left(0, \tfrac{2}{5 d} \cdot \tfrac{1}{2 N}\right), \qquad
       \mathrm{std} = \sqrt{\tfrac{2}{5 d}} \cdot \tfrac{1}{\sqrt{2 N}}
 
-    with :math:`d` = `width`, for FFN-out too although its fan-in is larger, and
-    :math:`N` = `num_layers`. It meets condition 1 of Spike No More: small sub-layers.
+    with :math:`N` = `num_layers` and :math:`d` = `width`, also for FFN-out, which has a
+    larger fan-in. It meets condition 1 of Spike No More: small sub-layers.
 
     Args:
       width: Width of the residual stream.
@@ -203,8 +204,9 @@ def stable_embedding(width: int) -> Initializer:
     with :math:`d` = `width`. The small table alone does not meet condition 2 of Spike
     No More, a large shortcut. The operation after the lookup does:
 
-    - ``ScaledEmbed`` multiplies by :math:`\sqrt d`: std :math:`\sqrt{0.4}`, 0.632;
-    - ``NormedEmbed`` normalises: std 1.
+    - ``ScaledEmbed`` multiplies by :math:`\sqrt d`. The standard deviation of its
+      output is :math:`\sqrt{0.4}`, 0.632.
+    - ``NormedEmbed`` normalizes. The standard deviation of its output is 1.
 
     The table stays small, so a tied head (``attend``) returns logits of order 1.
 

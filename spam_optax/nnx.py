@@ -161,7 +161,7 @@ class WesarLinear(nnx.Linear):
         standard deviation of Spike No More's kernels, :math:`\sqrt{2 / (5 d)}` with
         :math:`d` = `in_features`. This is right if the input is the residual stream.
         For attention-out and FFN-out pass :math:`\sqrt{2 / (5 d)} / \sqrt{2 N}`, with
-        the width and depth of the model.
+        the width :math:`d` and the number of layers :math:`N` of the model.
       kernel_init: Initializer of :math:`W`. You may wrap it, but do not change its
         distribution.
       rngs: The random streams, as for every NNX module.

@@ -45,9 +45,9 @@ def inject_spikes(
       rate: Probability that a coordinate is corrupted, in [0, 1].
       scale: For ``"scale"`` the factor. For ``"noise"`` the root mean square of the
         noise, divided by that of the tensor's gradient.
-      kind: How the chosen coordinates are corrupted. ``"scale"``: multiplied by
-        `scale`. ``"noise"``: normal noise is added. ``"nan"``: NaN. ``"inf"``: infinity
-        with the sign of the coordinate, positive for 0.
+      kind: How the chosen coordinates are corrupted. ``"scale"`` multiplies them by
+        `scale`, and ``"noise"`` adds normal noise. ``"nan"`` makes them NaN. ``"inf"``
+        makes them infinite with their sign, and 0 becomes positive infinity.
       steps: Steps in which gradients are corrupted: numbers, from 1, or a function from
         the step, an int32 scalar, to a boolean. None: every step.
 
