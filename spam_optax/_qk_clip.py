@@ -55,8 +55,8 @@ def qk_clip(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales the queries and keys of heads whose attention logits are too large.
 
-    Attention logits can grow without limit during training; gradient clipping does not
-    stop this. Let :math:`S_h` be the largest logit of head :math:`h` in this step's
+    Attention logits can grow without limit during training, and gradient clipping does
+    not stop this. Let :math:`S_h` be the largest logit of head :math:`h` in this step's
     forward pass. After the step the head's logits are scaled by
 
     .. math::
@@ -83,8 +83,8 @@ def qk_clip(
     - A head whose logit is not finite is not clipped.
     - The parameters should be float32. In bfloat16 a factor near 1 is lost, so logits
       may exceed the threshold by half a percent.
-    - Queries and keys that are normalized after their kernels cannot be clipped, and
-      need not be.
+    - Queries and keys that are normalized after their kernels cannot be clipped. They
+      need no clipping.
 
     Args:
       threshold: Largest allowed logit, > 0, in the units of the softmax's argument.
@@ -98,7 +98,7 @@ def qk_clip(
       The transformation. Its updates have the dtype they came with.
 
     Raises:
-      ValueError: If an argument is out of range; by ``update``, if parameters or
+      ValueError: If an argument is out of range. ``update`` raises it if parameters or
         ``attention_logits`` are missing, or do not fit the tensors found.
       TypeError: If an argument is of the wrong type.
 
@@ -204,9 +204,8 @@ def query_key_tensors(
     width) or (in, heads, width), and Gemma's einsums are (heads, in, width).
 
     Args:
-      outputs_first: Whether kernels are (heads times width, in), as those of PyTorch
-        and Equinox are. None: they are not, but a kernel called ``weight`` raises an
-        error.
+      outputs_first: Whether kernels are (heads times width, in), as in PyTorch and
+        Equinox. None: they are not, but a kernel called ``weight`` raises an error.
       layer_axis: The axis of the layers in a stack of layers; 1 for MaxText.
 
     Returns:

@@ -125,10 +125,10 @@ class WesarDense(nn.Dense):
     ``kernel_init``, and ``target_std``: the standard deviation of :math:`\alpha W` at
     initialization, > 0. None: the standard deviation of Spike No More's kernels,
     :math:`\sqrt{2 / (5 d)}` with :math:`d` the width of the input. This is right if the
-    input is the residual stream. For attention-out and FFN-out pass :math:`\sqrt{2 / (5
-    d)} / \sqrt{2 N}`, with the width :math:`d` and the number of layers :math:`N` of
-    the model. You may wrap ``kernel_init`` for partitioning, but do not change its
-    distribution, which is that of ``initializers.wesar``.
+    input is the residual stream. For attention-out and FFN-out pass
+    :math:`\sqrt{2 / (5 d)} / \sqrt{2 N}`, with the width :math:`d` and the number of
+    layers :math:`N` of the model. You may wrap ``kernel_init`` for partitioning, but do
+    not change its distribution, which is that of ``initializers.wesar``.
 
     Examples:
       >>> import jax, jax.numpy as jnp
