@@ -13,8 +13,8 @@ To change one thing, start with the file that holds it:
 - files of a run: `run_folder`; its checkpoints: `checkpoints`
 - the output: `output.sinks` (metrics.jsonl, TensorBoard, Weights & Biases),
   `output.console`, `output.summary`, `output.figure`, `output.report`
-- compilation for devices that are not at hand: `compile_only`, with `hardware` (peak
-  and memory of devices) and `hlo` (collectives of a compiled program)
+- compilation without the device: `compile_only`, with `hardware` (peak and memory of
+  devices) and `hlo` (collectives of a compiled program)
 
 The rest supports these: `settings` (fields that check their values), `errors`, `files`.
 """

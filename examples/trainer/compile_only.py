@@ -1,4 +1,4 @@
-"""Compiles the training step for devices that are not at hand, and measures it.
+"""Compiles the training step without the device, and measures its memory.
 
 The TPU compiler is in the libtpu wheel, and that for NVIDIA GPUs in the wheels of JAX's
 CUDA plugin. Neither needs a device. The numbers for memory are exact.

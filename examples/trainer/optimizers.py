@@ -17,7 +17,7 @@ LION_B2 = 0.99
 
 
 class Optimizer(NamedTuple):
-    """A transformation, and what the metrics need to know of its state."""
+    """A transformation, and what the metrics need from its state."""
 
     name: str
     transform: optax.GradientTransformation  # inside spam_optax.track_spikes

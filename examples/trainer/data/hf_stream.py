@@ -347,7 +347,7 @@ class PackedWindowsIterator(grain.DatasetIterator):
         self._state = {"documents": documents_state, "tokens": tokens}
 
     def _read(self) -> None:
-        """Puts the next documents behind the tokens that are left over."""
+        """Appends the next documents to the tokens that are left over."""
         rest = self._tokens[self._position :]
         self._state = {
             "documents": self._next_documents_state,

@@ -395,7 +395,7 @@ def is_array(path: pathlib.Path) -> bool:
 def write_tokens(
     path: pathlib.Path, arrays: Iterable[np.ndarray], dtype: np.dtype
 ) -> None:
-    """Writes the arrays, one behind the other, as one .npy file."""
+    """Writes the arrays, one after the other, as one .npy file."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         write_header(file, 0, dtype)
         count = 0
