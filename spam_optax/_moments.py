@@ -224,6 +224,7 @@ def cast_updates(
 
     Missing gradients stay None.
     """
+    _validate.check_params(params, updates)
     like = updates if params is None else params
     return map_leaves(
         lambda g, d, y: _arithmetic.cast(d, jnp.asarray(y).dtype),

@@ -139,10 +139,9 @@ def _moments_for(
         )
         if got != held and not is_sparse:
             raise ValueError(
-                f"{_validate.caller()}: "
-                f"params must be those of opt_state, got the shape {got} "
-                f"at {jax.tree_util.keystr(path) or 'the root'}, where its moments "
-                f"have {held}."
+                f"{_validate.caller()}: params must be those of opt_state, got the "
+                f"shape {got} at {_validate.place(path)}, where its moments have "
+                f"{held}."
             )
     return mu
 

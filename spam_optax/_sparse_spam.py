@@ -390,7 +390,7 @@ def select(
     # JAX traces the function once for each layout.
     random_lanes = jax.jit(_sparse_layout.random_lanes, static_argnums=0)
     return [
-        layout and random_lanes(layout, seed, salt, moment)
+        random_lanes(layout, seed, salt, moment) if layout else None
         for layout, salt, moment in zip(
             layouts, _sparse_layout.salts(names), moments, strict=True
         )
@@ -411,14 +411,15 @@ def _chosen(params: optax.Params, sparse_params: SparseParams) -> Any:
     is_function = is_function and callable(sparse_params)
     tree = sparse_params(params) if is_function else sparse_params
     allowed = (
-        f"{_validate.caller()}: "
-        "sparse_params must be a tree of booleans shaped like the "
-        "parameters or a prefix of them"
+        f"{_validate.caller()}: sparse_params must be a tree of booleans shaped like "
+        "the parameters or a prefix of them"
     )
     for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, (bool, np.bool_)):
             shape = getattr(leaf, "shape", None)
-            got = repr(leaf) if shape is None else f"an array of shape {shape}"
+            got = (
+                _validate.shown(leaf) if shape is None else f"an array of shape {shape}"
+            )
             raise TypeError(f"{allowed}, got {got} in it.")
     try:
         return jax.tree.map(
@@ -439,12 +440,12 @@ def _compact(params: optax.Params, masks: _MaskSettings) -> optax.Params:
     def compact(path: tuple[Any, ...], p: Any, is_sparse: bool) -> Any:
         if not is_sparse or jnp.ndim(p) < 2 or 0 in p.shape:
             return p
-        where = jax.tree_util.keystr(path) or "the root"
+        where = _validate.place(path)
         if jnp.iscomplexobj(p):
             raise TypeError(
-                f"{_validate.caller()}: "
-                f"the parameter at {where} must have a floating dtype for "
-                f"sparse momentum, got {p.dtype}; leave it out of sparse_params."
+                f"{_validate.caller()}: the parameter at {where} must have a floating "
+                f"dtype for sparse momentum, got {p.dtype}; leave it out of "
+                "sparse_params."
             )
         layout = masks.layout(p.shape)
         if layout.moment_shape == p.shape:
@@ -477,11 +478,10 @@ def _moments_like(
         fits = False
     if not fits:
         raise ValueError(
-            f"{_validate.caller()}: "
-            "row_blocks must be a multiple of the number of shards of the "
-            f"rows, for no group may be spread over devices; the parameter at {where} "
-            f"has the shape {p.shape} in {layout.blocks} blocks and the sharding "
-            f"{sharding.spec}."
+            f"{_validate.caller()}: row_blocks must be a multiple of the number of "
+            "shards of the rows, because no group may be spread over devices; the "
+            f"parameter at {where} has the shape {p.shape} in {layout.blocks} blocks "
+            f"and the sharding {sharding.spec}."
         )
     return jax.ShapeDtypeStruct(shape, p.dtype, sharding=sharding)
 
@@ -495,32 +495,29 @@ def _check_update(
     mu = state.inner_state.mu
     _validate.check_same_structure(updates, mu)
     _validate.check_not_complex(updates, mu)
+    _validate.check_params(params, updates)
     if params is not None:
         _validate.check_same_tree(updates, params)
     if state.mask_seeds.shape != (masks.row_blocks,):
         raise ValueError(
-            f"{_validate.caller()}: "
-            f"row_blocks must be {state.mask_seeds.shape[0]}, with which "
-            f"the state was made, got {masks.row_blocks}."
+            f"{_validate.caller()}: row_blocks must be {state.mask_seeds.shape[0]}, "
+            f"with which the state was made, got {masks.row_blocks}."
         )
 
     def check(path: tuple[Any, ...], g: Any, moment: Any) -> None:
         if g is None or jnp.shape(g) == moment.shape:
             return
-        where = jax.tree_util.keystr(path) or "the root"
+        start = f"{_validate.caller()}: the update at {_validate.place(path)}"
         if moment.ndim < 2:
             raise ValueError(
-                f"{_validate.caller()}: "
-                f"the update at {where} must have the shape {moment.shape} "
-                f"of its parameter, got {jnp.shape(g)}."
+                f"{start} must have the shape {moment.shape} of its parameter, got "
+                f"{jnp.shape(g)}."
             )
         if jnp.ndim(g) < 2 or moment.shape != masks.layout(jnp.shape(g)).moment_shape:
             raise ValueError(
-                f"{_validate.caller()}: "
-                f"the update at {where} must have the shape of its "
-                f"parameter, got {jnp.shape(g)}, whose moments cannot have the shape "
-                f"{moment.shape} with density {masks.density} and row_blocks "
-                f"{masks.row_blocks}."
+                f"{start} must have the shape of its parameter, got {jnp.shape(g)}, "
+                f"whose moments cannot have the shape {moment.shape} with density "
+                f"{masks.density} and row_blocks {masks.row_blocks}."
             )
 
     jax.tree_util.tree_map_with_path(check, updates, mu, is_leaf=lambda x: x is None)

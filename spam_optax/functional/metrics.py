@@ -142,9 +142,8 @@ def layer_gradient_norms(
     for name in stacked:
         if name not in parts:
             raise ValueError(
-                f"{_validate.caller()}: "
-                "stacked must have names of parts of the tensors' paths, "
-                f"got {name!r}, which is in none."
+                f"{_validate.caller()}: stacked must have names of parts of the "
+                f"tensors' paths, got {name!r}, which is in none."
             )
 
     def norms(name: str, gradient: jax.Array) -> jax.Array:

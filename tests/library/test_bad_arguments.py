@@ -351,6 +351,26 @@ def other_cases():
                 Case(update(tx, updates, PARAMS), "update", where, allowed),
             )
         yield (
+            f"{name}-a gradient of a parameter that is None",
+            Case(
+                update(tx, {"a": VECTOR}, start={"a": None}),
+                "update",
+                "has a leaf at ['a']",
+                "where the optimizer state has none",
+            ),
+        )
+        if function is not spam_optax.spam_clip:
+            integers = PARAMS | {"a": VECTOR.astype("int32")}
+            for params, argument, value, allowed, error in (
+                ({"z": VECTOR}, "params", "{'z': *}", "like the updates", ValueError),
+                ("params", "params", "(*)", "a tree like the updates", ValueError),
+                (integers, "parameter at ['a']", "int32", "a floating", TypeError),
+            ):
+                yield (
+                    f"{name}-an update with the parameters {value}",
+                    Case(update(tx, PARAMS, params), argument, value, allowed, error),
+                )
+        yield (
             f"{name}-integer gradients",
             Case(
                 update(tx, PARAMS | {"a": jnp.ones(3, jnp.int32)}, PARAMS),
@@ -563,7 +583,9 @@ def sparse_cases():
                     "got Array(",
                 ),
             ):
-                needed = f"{argument} must be a Python number, for it decides shapes"
+                needed = (
+                    f"{argument} must be a Python number, because it decides shapes"
+                )
                 remedy = "use spam_optax.inject_hyperparams"
                 yield (
                     f"{name}-{argument}-{key}",
@@ -679,7 +701,7 @@ def sparse_cases():
         ),
     ):
         yield f"sparse_spam-{key}", Case(call, argument, value, allowed)
-    for key in (jnp.zeros(3), jax.random.split(jax.random.key(0))):
+    for key in (jnp.zeros(3), jnp.zeros(()), jax.random.split(jax.random.key(0))):
         yield (
             f"sparse_spam-key-{key.dtype}{key.shape}",
             Case(
