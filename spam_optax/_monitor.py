@@ -74,7 +74,7 @@ def track_spikes(
     Raises:
       ValueError: If an argument is out of range; by ``update``, if the number of
         tensors is not that of ``init``.
-      TypeError: If an argument is not a number.
+      TypeError: If an argument, or the dtype of an update, is of the wrong type.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -110,8 +110,7 @@ def track_spikes(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackSpikesState]:
-        gradients = jax.tree.leaves(updates)
-        _validate.check_tensors(gradients, state.tensor_steps.shape[0])
+        gradients, _ = _tensor_statistics.flatten(updates, state.tensor_steps)
         new_updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )

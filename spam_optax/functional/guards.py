@@ -20,27 +20,27 @@ def spike_steps(
     max_consecutive: jax.typing.ArrayLike = 8,
     robust: bool = True,
 ) -> jax.Array:
-    """Returns which steps of a recorded run :func:`spam_optax.skip_spikes` would skip.
+    """Finds the steps of a recorded run that :func:`spam_optax.skip_spikes` would skip.
 
-    This is the very rule of the guard, applied to a log. The log is that of a run
-    without the guard: after a spike that was not skipped the recorded values may be
-    higher than they would have been.
+    It applies the rule of the guard to a log. If the run had no guard, a spike was not
+    skipped, and the values recorded after it may be higher than with the guard.
 
     Args:
       losses: The loss of every step, shape (steps,). None: losses are not watched.
       norms: The global gradient norm of every step, shape (steps,). None: norms are
         not watched.
-      window: See :func:`spam_optax.skip_spikes`, as for the arguments below.
-      sigma: Number of deviations.
-      loss_share: Share of the median loss.
-      norm_share: Share of the median norm.
-      min_history: Number of accepted steps before any step is a spike.
-      max_consecutive: Number of steps in a row that spikes can skip.
-      robust: Whether the rule is that of the median.
+      window: As in :func:`spam_optax.skip_spikes`, like all arguments below.
+      sigma: Number of deviations by which a spike exceeds the median.
+      loss_share: Share of the median loss by which a spike must also exceed it.
+      norm_share: Share of the median norm by which a spike must also exceed it.
+      min_history: Number of accepted steps before a step can be a spike.
+      max_consecutive: Largest number of steps in a row that are skipped as spikes.
+      robust: Whether the rule uses medians. If False, it uses the mean and the standard
+        deviation.
 
     Returns:
-      A :class:`spam_optax.SkipReason` for every step, shape (steps,), int32; 0 for a
-      step that is taken.
+      A :class:`spam_optax.SkipReason` for every step, shape (steps,), int32. It is 0
+      for a step that is taken.
 
     Raises:
       ValueError: If neither losses nor norms are given, or an argument is out of range.

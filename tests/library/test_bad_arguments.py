@@ -414,6 +414,50 @@ def other_cases():
                 "requires the current value of parameters",
             ),
         )
+    sgd = optax.sgd(0.1)
+    for function, tx in (
+        (spam_optax.track_spikes, spam_optax.track_spikes(sgd)),
+        (spam_optax.skip_spikes, spam_optax.skip_spikes(sgd)),
+        (spam_optax.clip_update_norm, spam_optax.clip_update_norm()),
+    ):
+        yield (
+            f"{function.__name__}-integer updates",
+            Case(
+                update(tx, PARAMS | {"a": jnp.ones(3, jnp.int32)}),
+                "update at ['a']",
+                "int32",
+                "a floating or complex dtype",
+                TypeError,
+            ),
+        )
+    skip = spam_optax.skip_spikes(sgd)
+    for name in ("value", "loss", "grad_norm"):
+        for value in ("high", [1.0], 1j, jnp.ones(2)):
+            given = {name: value}
+            yield (
+                f"skip_spikes-{name}-{value!r}",
+                Case(
+                    functools.partial(skip.update, PARAMS, skip.init(PARAMS), **given),
+                    name,
+                    "shape (2,)" if isinstance(value, jax.Array) else repr(value),
+                    "a real scalar",
+                    TypeError,
+                ),
+            )
+    reset_adam = spam_optax.reset_moments(optax.adam(0.1), 3)
+    for updates, params, value in (
+        ({"z": VECTOR}, None, "{'z': *}"),
+        (PARAMS, {"z": VECTOR}, "{'z': *}"),
+    ):
+        yield (
+            f"reset_moments-trees {value}",
+            Case(
+                update(reset_adam, updates, params),
+                "params",
+                value,
+                "trees like init's parameters",
+            ),
+        )
     yield (
         "track_spikes-a leaf missing",
         Case(
@@ -439,14 +483,15 @@ def other_cases():
                 ),
             )
     reset = functools.partial(spam_optax.reset_moments, optax.trace(0.9), 3)
-    for value, error in (("mu", TypeError), ((), ValueError), (5, TypeError)):
+    bad = (("mu", TypeError), ((), ValueError), (5, TypeError), (["mu", 1], TypeError))
+    for value, error in bad:
         yield (
             f"reset_moments-fields-{value!r}",
             Case(
                 functools.partial(reset, fields=value),
                 "fields",
                 repr(value),
-                "a sequence of names of state fields",
+                "a collection of names of state fields",
                 error,
             ),
         )
