@@ -53,15 +53,15 @@ def track_spikes(
         {\min(t, 1 / (1 - \beta))}
 
     with `threshold` :math:`\theta` and `decay` :math:`\beta`: the plain mean at first,
-    an exponential moving average later. A spike enters the mean clipped at the
-    threshold. It therefore does not hide the next spike, and a lasting rise of the norm
-    stops being counted as spikes after a while. A non-finite gradient does not enter
-    the mean.
+    an exponential moving average later. A spike enters the mean clipped at
+    :math:`\theta \mu_{t-1}`. It therefore does not hide the next spike, but after a
+    lasting rise of the norm the steps are not counted as spikes for ever. A non-finite
+    gradient does not enter the mean, and :math:`t` counts only the steps in the mean.
 
     Read the statistics by name. :func:`tensor_names` returns the name of each index.
     The statistics are vectors and not trees, so they are not sharded like parameters.
-    On TPU the norm of the update is a separate pass over memory: it costs at least half
-    as much as :func:`spam_optax.spam` in addition.
+    On TPU the norm of the update is a separate pass over memory. It costs at least half
+    as much as :func:`spam_optax.spam`.
 
     Args:
       inner: The transformation to watch, for example ``spam(1e-3)``.

@@ -29,7 +29,7 @@ class ScaleBySparseSpamState(NamedTuple):
 
     Attributes:
       mask_seeds: Seed of the current masks, stored as `row_blocks` numbers whose sum is
-        the seed. Their number shows which `row_blocks` the state was made with.
+        the seed. The length of the vector is the `row_blocks` of the state.
       inner_state: The state of SPAM on the entries with momentum.
     """
 
@@ -227,8 +227,8 @@ def sparse_spam(
         sharded like those of the parameter. ``update`` raises it if the tree of updates
         is not that of the parameters, if the state has another layout of the masks, or
         if parameters are needed and not passed.
-      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
-        Examples are a traced `density` and a complex matrix with sparse momentum.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type, for
+        example a traced `density` or a complex matrix with sparse momentum.
 
     Examples:
       >>> import jax
@@ -325,9 +325,10 @@ class _MaskSettings(NamedTuple):
 def _decay_entries_with_momentum(
     scale: optax.GradientTransformation, decay: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Adds stateless weight decay to the entries with momentum.
+    """Adds weight decay, which has no state, to the entries with momentum.
 
-    It computes the selection as `scale` does, and compilers merge both computations.
+    It computes the selection in the same way as `scale`, and compilers merge both
+    computations.
     """
 
     def init_fn(params: optax.Params) -> ScaleBySparseSpamState:
