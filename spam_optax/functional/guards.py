@@ -3,9 +3,11 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spam_optax import _spike_history
 from spam_optax._spike_history import SkipRule, StepHistory
+from spam_optax.functional._arrays import read
 
 
 def spike_steps(
@@ -58,12 +60,20 @@ def spike_steps(
     rule = SkipRule.checked(
         window, sigma, loss_share, norm_share, min_history, max_consecutive, robust
     )
-    series = [x for x in (losses, norms) if x is not None]
+    given = {"losses": losses, "norms": norms}
+    series = [
+        read(name, x, np.generic).astype(jnp.float32)
+        for name, x in given.items()
+        if x is not None
+    ]
     if not series:
         raise ValueError("spike_steps: losses or norms must be given, got neither.")
-    series = [jnp.asarray(x, jnp.float32) for x in series]
-    chex.assert_rank(series, 1)
-    chex.assert_equal_shape(series)
+    chex.assert_rank(
+        series, 1, custom_message="spike_steps: losses and norms must be vectors"
+    )
+    chex.assert_equal_shape(
+        series, custom_message="spike_steps: losses and norms must have one length"
+    )
 
     def step(
         history: StepHistory, values: list[jax.Array]

@@ -532,6 +532,50 @@ def other_cases():
                 error,
             ),
         )
+    for function in (functional.spike_mask, functional.clip_spikes):
+        for value in ("high", None, 0.5, [True]):
+            yield (
+                f"{function.__name__}-active-{value!r}",
+                Case(
+                    functools.partial(function, *SPIKES, active=value),
+                    "active",
+                    repr(value),
+                    "booleans",
+                    TypeError,
+                ),
+            )
+    for function, argument, others in (
+        (functional.nonfinite_mask, "gradient", ()),
+        (functional.online_spike_score, "gradient", (VECTOR,)),
+        (functional.gradient_spike_score, "gradients", ()),
+        (functional.reset_position, "step", (3,)),
+        (functional.spike_steps, "losses", ()),
+        (functional.token_embedding_variability, "embedding", ()),
+    ):
+        name = function.__name__
+        for value in ("high", {"a": 1.0}):
+            yield (
+                f"{name}-{argument}-{value!r}",
+                Case(
+                    functools.partial(function, value, *others),
+                    f"{name}: {argument}",
+                    repr(value),
+                    "must be an array",
+                    TypeError,
+                ),
+            )
+        if function is not functional.spike_steps:
+            wrong = np.ones(3, bool)
+            yield (
+                f"{name}-{argument}-booleans",
+                Case(
+                    functools.partial(function, wrong, *others),
+                    f"{name}: {argument}",
+                    "the dtype bool",
+                    "numbers",
+                    AssertionError,
+                ),
+            )
     yield (
         "spike_score-window 3.0",
         Case(
