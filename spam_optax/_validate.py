@@ -6,11 +6,10 @@ Python and NumPy numbers are checked. Arrays and tracers are accepted, because
 """
 
 import math
-import operator
 import re
 import sys
 import types
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -89,27 +88,23 @@ def check_number(
     """
     if _is_array(value):
         return value
-    bounds = [
-        (sign, bound, holds)
-        for sign, bound, holds in (
-            (">", above, operator.gt),
-            (">=", at_least, operator.ge),
-            ("<", below, operator.lt),
-            ("<=", at_most, operator.le),
-        )
-        if bound is not None
-    ]
 
     def message(note: str = "") -> str:
         kind = "a whole number" if whole else "a finite number"
-        limits = " and ".join(f"{sign} {bound}" for sign, bound, _ in bounds)
-        allowed = f"{kind} {limits}".rstrip()
+        bounds = {">": above, ">=": at_least, "<": below, "<=": at_most}
+        limits = (f"{sign} {x}" for sign, x in bounds.items() if x is not None)
+        allowed = f"{kind} {' and '.join(limits)}".rstrip()
         return f"{caller()}: {name} must be {allowed}, got {shown(value)}{note}."
 
     number = to_python(value)
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(message())
-    fits = all(holds(number, bound) for _, bound, holds in bounds)
+    fits = (
+        (above is None or number > above)
+        and (at_least is None or number >= at_least)
+        and (below is None or number < below)
+        and (at_most is None or number <= at_most)
+    )
     if not fits or not math.isfinite(_as_float32(number)):
         raise ValueError(message())
     if above is not None and _as_float32(number) <= above:
@@ -340,30 +335,26 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _leaf_pairs(updates: Any, moments: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Yields the path, the update and the moment of each leaf without None."""
-    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)
-    others = jax.tree.leaves(moments, is_leaf=_is_none)
-    for (path, update), moment in zip(leaves, others, strict=True):
-        if update is not None and moment is not None:
-            yield path, update, moment
-
-
 def check_not_complex(updates: Any, mu: Any) -> None:
     """Raises if an update is complex and its parameter is real."""
-    for path, update, moment in _leaf_pairs(updates, mu):
-        if jnp.iscomplexobj(update) and not jnp.iscomplexobj(moment):
+    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)
+    others = jax.tree.leaves(mu, is_leaf=_is_none)
+    for (path, g), m in zip(leaves, others, strict=True):
+        if g is not None and jnp.iscomplexobj(g) and not jnp.iscomplexobj(m):
             raise TypeError(
                 f"{caller()}: the update at {place(path)} must have a floating dtype "
-                f"like its parameter, got {update.dtype}."
+                f"like its parameter, got {g.dtype}."
             )
 
 
-def check_same_structure(updates: Any, moments: Any) -> None:
+def check_same_structure(updates: Any, moments: Any) -> list[tuple[Any, Any, Any]]:
     """Raises unless `updates` has the tree structure of `moments` and floating leaves.
 
     A leaf of `updates` may be None, for a parameter without a gradient. Floating
     includes complex.
+
+    Returns:
+      The path, the update and the moment of each leaf that is not None.
     """
     flatten = jax.tree_util.tree_flatten_with_path
     got, got_structure = flatten(updates, is_leaf=_is_none)
@@ -385,14 +376,15 @@ def check_same_structure(updates: Any, moments: Any) -> None:
             f"{caller()}: the tree of updates must have the containers of init's "
             f"parameters {want_structure}, got {got_structure}."
         )
-    for path, update, _ in _leaf_pairs(updates, moments):
+    leaves = [(x, g, want_paths[x]) for x, g in got_paths.items() if g is not None]
+    for path, update, _ in leaves:
         check_inexact(path, update, "update")
+    return leaves
 
 
 def check_same_tree(updates: Any, moments: Any) -> None:
     """Raises unless `updates` has the tree structure and the shapes of `moments`."""
-    check_same_structure(updates, moments)
-    for path, update, moment in _leaf_pairs(updates, moments):
+    for path, update, moment in check_same_structure(updates, moments):
         if jnp.shape(update) != jnp.shape(moment):
             raise ValueError(
                 f"{caller()}: the update at {place(path)} must have the shape "
