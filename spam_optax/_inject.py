@@ -124,6 +124,7 @@ def _check_arguments(
 
 
 def _is_ours(factory: Callable[..., Any]) -> bool:
+    """Checks whether a factory, or the function of a partial, is of this package."""
     function = factory
     while isinstance(function, functools.partial):
         function = function.func

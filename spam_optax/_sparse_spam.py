@@ -182,11 +182,11 @@ def sparse_spam(
     :func:`momentum_mask` returns which entries have momentum now. The actual density
     may differ from `density`: a block of :math:`R` rows has
     :math:`n = \max(1, \mathrm{round}(\rho R))` rows of moments, and :math:`n` of 128 or
-    more is rounded to a multiple of 8. :func:`momentum_density` returns the actual
-    density. Within a group all entries are equally likely. If :math:`n` does not divide
-    :math:`R`, some groups have one entry less, and each of their entries is drawn a
-    little more often. Above a density of 1/2 such a group has a single entry, which
-    always has momentum.
+    more is rounded to a multiple of 8. A group has at most 4095 entries.
+    :func:`momentum_density` returns the actual density. Within a group all entries are
+    equally likely. If :math:`n` does not divide :math:`R`, some groups have one entry
+    less, and each of their entries is drawn a little more often. Above a density of 1/2
+    such a group has a single entry, which always has momentum.
 
     Statistics are in the state as in :func:`spam_optax.spam`. ``clipped_count`` counts
     only entries with momentum, because the others have no second moment.
@@ -493,6 +493,7 @@ def _check_update(
     params: optax.Params | None,
     masks: _MaskSettings,
 ) -> None:
+    """Raises unless the updates and the parameters fit the state and the settings."""
     mu = state.inner_state.mu
     _validate.check_same_structure(updates, mu)
     _validate.check_not_complex(updates, mu)

@@ -1,8 +1,8 @@
 """Checks arguments.
 
-Error messages are one line with the function, the argument and what is allowed. Only
-Python and NumPy numbers are checked. Arrays and tracers are accepted, because
-`optax.inject_hyperparams` passes them, and the values of tracers are unknown.
+Error messages are one line with the function, the argument, its value and what is
+allowed. The values of Python and NumPy numbers are checked. Those of arrays are not:
+`optax.inject_hyperparams` passes tracers, whose values are unknown.
 """
 
 import math
