@@ -604,11 +604,12 @@ def _where(leaf: _paths.Leaf) -> str:
 
 
 def _check_real(path: tuple[Any, ...], p: Any) -> None:
-    dtype = jnp.result_type(p)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
+    """Raises unless a parameter has a floating dtype."""
+    _validate.check_inexact(path, p)
+    if jnp.iscomplexobj(p):
         raise TypeError(
-            f"adam_mini: the parameter at {jax.tree_util.keystr(path) or 'the root'} "
-            f"must have a floating dtype, got {dtype}."
+            f"{_validate.caller()}: the parameter at {_validate.place(path)} must have "
+            f"a floating dtype, got {jnp.result_type(p)}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Updates that are clipped by the history of their own norm."""
+"""Clips updates by the norms of the recent updates."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ class ClipUpdateNormState(NamedTuple):
     """State of :func:`clip_update_norm`.
 
     Attributes:
-      update_norms: The global norms of the last updates before clipping, a ring.
+      update_norms: The global norms of the last updates before clipping: a ring buffer.
       update_norm_count: Number of norms that have entered it.
       update_norm: Global norm of the last update before clipping.
       update_norm_scale: Factor on the last update, at most 1.
@@ -36,16 +36,17 @@ def clip_update_norm(
 ) -> optax.GradientTransformation:
     r"""Clips the global norm of the updates by the norms of the recent updates.
 
-    Updates grow a few steps before the loss does, when several gradients in a row point
-    the same way. With the median :math:`m` and the median absolute deviation :math:`d`
-    of the last `window` norms, the norm :math:`n` of an update :math:`u` is limited:
+    Updates grow a few steps before the loss does, when several gradients in a row have
+    similar directions. With the median :math:`m` and the median absolute deviation
+    :math:`d` of the last `window` norms, the norm :math:`n` of an update :math:`u` is
+    limited:
 
     .. math::
       u \leftarrow u \min\left(1, \frac{m + \max(\sigma \cdot 1.4826 d, \; s m)}{n}
       \right)
 
-    where :math:`s` is the `share`. Every finite norm enters the window as it was before
-    clipping. An update that is not finite becomes 0.
+    where :math:`s` is the `share`. Every finite norm, taken before clipping, enters the
+    window. An update whose norm is not finite becomes 0.
 
     Use it after an optimizer, but before its learning rate: after ``scale_by_spam()``,
     before ``optax.scale_by_learning_rate(1e-3)``. There it compares directions. After
@@ -55,18 +56,19 @@ def clip_update_norm(
     Args:
       window: Number of updates that an update is compared with, at least 2. It decides
         shapes, so it must be a Python number.
-      sigma: Number of deviations above the median to which a norm is limited, > 0.
-      share: Share of the median norm above it that is always allowed, >= 0.
-      min_history: Number of updates before any is clipped, from 2 to `window`.
+      sigma: Number of deviations by which a norm may exceed the median, > 0.
+      share: Share of the median norm by which a norm may always exceed it, >= 0.
+      min_history: Number of updates in the window before one is clipped, from 2 to
+        `window`.
       robust: Whether to use median and median deviation. If False, the limit is the
         mean of the window plus `sigma` standard deviations, as in Levanter.
 
     Returns:
-      The transformation. Its updates have the dtype they came with.
+      The transformation. Its updates keep their dtype.
 
     Raises:
       ValueError: If an argument is out of range.
-      TypeError: If an argument is of the wrong type.
+      TypeError: If an argument, or the dtype of an update, is of the wrong type.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -101,6 +103,7 @@ def clip_update_norm(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ClipUpdateNormState]:
         del params
+        _tensor_statistics.check_updates(updates)
         norm = _tensor_statistics.global_norm(updates)
         is_finite = jnp.isfinite(norm)
         values, count = state.update_norms, state.update_norm_count
@@ -108,7 +111,7 @@ def clip_update_norm(
         scale = jnp.where(is_finite, _tensor_statistics.clip_factor(norm, limit), 0)
 
         def clip(u: jax.Array) -> jax.Array:
-            # Selected: an update that passes keeps its bits, and 0 * NaN is NaN.
+            # `where`: an update within the limit keeps its bits, and 0 * NaN is NaN.
             u = jnp.asarray(u)
             scaled = _arithmetic.widen(u) * scale
             scaled = jnp.where(is_finite, scaled, 0).astype(u.dtype)

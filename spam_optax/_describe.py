@@ -135,6 +135,7 @@ def _moments(
 
 
 def _shapes(tree: Any, params: optax.Params, name: str) -> list[tuple[int, ...] | None]:
+    """Returns the shape of each tensor's moment in one state, or None without one."""
     try:
         tree = _momentum_mask.spread_absent(tree, params)
         moments = jax.tree.structure(params).flatten_up_to(tree)

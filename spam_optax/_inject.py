@@ -50,8 +50,8 @@ def inject_hyperparams(
       ValueError: If a name in `static_args` is not an argument of `inner_factory`, or
         `hyperparam_dtype` is not a floating dtype; by the returned function, if a
         number is out of range for a factory of this package.
-      TypeError: If `inner_factory` does not return a transformation, or an argument is
-        of the wrong type.
+      TypeError: If an argument is of the wrong type; by the returned function, if a
+        factory of this package does not return a transformation.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -65,19 +65,21 @@ def inject_hyperparams(
       >>> print(updates["kernel"][0, 0], state.hyperparams["b2"])
       -0.000499725 0.5
     """
-    if not callable(inner_factory):
+    try:
+        parameters = inspect.signature(inner_factory).parameters
+    except (TypeError, ValueError):
         raise TypeError(
             f"{_validate.caller()}: inner_factory must be a function that makes a "
-            f"transformation, such as spam_optax.spam, got {inner_factory!r}."
-        )
+            f"transformation, such as spam_optax.spam, got "
+            f"{_validate.shown(inner_factory)}."
+        ) from None
     given = {static_args} if isinstance(static_args, str) else static_args
     _validate.check_names("static_args", given, kind="arguments")
-    parameters = inspect.signature(inner_factory).parameters
     if unknown := sorted(set(given) - set(parameters)):
         raise ValueError(
-            f"{_validate.caller()}: "
-            "static_args must be names of arguments of inner_factory, "
-            f"which are {', '.join(parameters)}; got {', '.join(unknown)}."
+            f"{_validate.caller()}: static_args must be names of arguments of "
+            f"inner_factory, which are {', '.join(parameters)}; got "
+            f"{', '.join(unknown)}."
         )
     if hyperparam_dtype is not None:
         _validate.check_moment_dtype("hyperparam_dtype", hyperparam_dtype)
@@ -107,7 +109,13 @@ def _check_arguments(
     Optax passes arrays, which are not checked. Schedules are replaced by an array,
     because their values are unknown.
     """
-    bound = inspect.signature(factory).bind(*args, **kwargs)
+    try:
+        bound = inspect.signature(factory).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{_validate.caller()}: the arguments must be those of inner_factory; "
+            f"{error}."
+        ) from None
     for name, value in bound.arguments.items():
         if name not in static and callable(value):
             bound.arguments[name] = np.ones(())
@@ -116,6 +124,7 @@ def _check_arguments(
 
 
 def _is_ours(factory: Callable[..., Any]) -> bool:
+    """Checks whether a factory, or the function of a partial, is of this package."""
     function = factory
     while isinstance(function, functools.partial):
         function = function.func

@@ -62,11 +62,11 @@ def zero_at_reset(moments: optax.Updates, position: jax.Array) -> optax.Updates:
 
 
 class AdamRates(NamedTuple):
-    """What Adam's step of every tensor has in common.
+    """The numbers in Adam's step that are the same for every tensor.
 
     Attributes:
       b1: Decay of the first moment.
-      scale: Factor on the step: the bias corrections, and what else scales it.
+      scale: Factor on the step: the bias corrections times a ramp or a clip factor.
       eps: Term added to the root of the second moment, before its bias correction.
     """
 
@@ -108,7 +108,7 @@ def adam_step(
       mu: The first moment before the step.
       nu: The second moment before the step.
       new_nu: The second moment after the step, in the compute dtype.
-      rates: Decay, scale and eps.
+      rates: The numbers that are the same for every tensor.
       is_held: Whether the moments are kept and the direction is 0.
       spread: Repeats a second moment over the coordinates for which it stands.
 
@@ -194,12 +194,12 @@ def add_counts(
     """Adds up counts, and adds each sum to its total.
 
     Args:
-      counts: One count for each total, of every tensor; empty for a tensor without a
-        gradient.
+      counts: One tuple per tensor with one count per total. The tuple is empty for a
+        tensor without a gradient.
       *totals: The totals so far. They are None if nothing is counted.
 
     Returns:
-      The sum and the new total, for each total; None if nothing is counted.
+      The sum and the new total, for each total. They are None if nothing is counted.
     """
     if None in totals:
         return (None,) * (2 * len(totals))
@@ -224,6 +224,7 @@ def cast_updates(
 
     Missing gradients stay None.
     """
+    _validate.check_params(params, updates)
     like = updates if params is None else params
     return map_leaves(
         lambda g, d, y: _arithmetic.cast(d, jnp.asarray(y).dtype),

@@ -53,6 +53,7 @@ def momentum_mask(opt_state: optax.OptState, params: optax.Params) -> Any:
 
 
 def _mask(p: Any, moment: Any, lanes: jax.Array | None, row_blocks: int) -> jax.Array:
+    """Returns which entries of one parameter have momentum in one state."""
     if lanes is None:
         return jnp.full(jnp.shape(p), hasattr(moment, "shape"))
     layout = _sparse_layout.of_moments(jnp.shape(p), moment.shape, row_blocks)
@@ -99,6 +100,7 @@ def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
 def _sparse_states(
     opt_state: optax.OptState,
 ) -> list[_sparse_spam.ScaleBySparseSpamState]:
+    """Returns the states of `sparse_spam` in `opt_state`. Raises without one."""
     is_sparse = lambda x: isinstance(x, _sparse_spam.ScaleBySparseSpamState)  # noqa: E731
     states = list(filter(is_sparse, jax.tree.leaves(opt_state, is_leaf=is_sparse)))
     if not states:
@@ -139,10 +141,9 @@ def _moments_for(
         )
         if got != held and not is_sparse:
             raise ValueError(
-                f"{_validate.caller()}: "
-                f"params must be those of opt_state, got the shape {got} "
-                f"at {jax.tree_util.keystr(path) or 'the root'}, where its moments "
-                f"have {held}."
+                f"{_validate.caller()}: params must be those of opt_state, got the "
+                f"shape {got} at {_validate.place(path)}, where its moments have "
+                f"{held}."
             )
     return mu
 

@@ -53,15 +53,15 @@ def track_spikes(
         {\min(t, 1 / (1 - \beta))}
 
     with `threshold` :math:`\theta` and `decay` :math:`\beta`: the plain mean at first,
-    an exponential moving average later. A spike enters the mean clipped at the
-    threshold. It therefore does not hide the next spike, and a lasting rise of the norm
-    stops being counted as spikes after a while. A non-finite gradient does not enter
-    the mean.
+    an exponential moving average later. A spike enters the mean clipped at
+    :math:`\theta \mu_{t-1}`. It therefore does not hide the next spike, but after a
+    lasting rise of the norm the steps are not counted as spikes for ever. A non-finite
+    gradient does not enter the mean, and :math:`t` counts only the steps in the mean.
 
     Read the statistics by name. :func:`tensor_names` returns the name of each index.
     The statistics are vectors and not trees, so they are not sharded like parameters.
-    On TPU the norm of the update is a separate pass over memory: it costs at least half
-    as much as :func:`spam_optax.spam` in addition.
+    On TPU the norm of the update is a separate pass over memory. It costs at least half
+    as much as :func:`spam_optax.spam`.
 
     Args:
       inner: The transformation to watch, for example ``spam(1e-3)``.
@@ -74,7 +74,7 @@ def track_spikes(
     Raises:
       ValueError: If an argument is out of range; by ``update``, if the number of
         tensors is not that of ``init``.
-      TypeError: If an argument is not a number.
+      TypeError: If an argument, or the dtype of an update, is of the wrong type.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -110,8 +110,7 @@ def track_spikes(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackSpikesState]:
-        gradients = jax.tree.leaves(updates)
-        _validate.check_tensors(gradients, state.tensor_steps.shape[0])
+        gradients, _ = _tensor_statistics.flatten(updates, state.tensor_steps)
         new_updates, inner_state = inner.update(
             updates, state.inner_state, params, **extra_args
         )

@@ -164,9 +164,8 @@ def names(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[str,
         if name in paths:
             keys = " and ".join(map(jax.tree_util.keystr, (paths[name], leaf.path)))
             raise ValueError(
-                f"{_validate.caller()}: "
-                "the tensors of a tree must have different names, got "
-                f"{name!r} for both {keys}; rename one."
+                f"{_validate.caller()}: the tensors of a tree must have different "
+                f"names, got {name!r} for both {keys}; rename one."
             )
         paths[name] = leaf.path
     return tuple(paths)

@@ -1,6 +1,6 @@
 """The reset clock, and momentum reset for any gradient transformation."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,8 +58,10 @@ def reset_moments(
 
     Raises:
       ValueError: If `interval` is < 1 or not whole, or `fields` is empty; by ``init``,
-        if the inner state has none of the `fields`.
-      TypeError: If `fields` is a string.
+        if the inner state has none of the `fields`; by ``update``, if the trees are not
+        like the parameters of ``init``.
+      TypeError: If `inner` is not a transformation, or `fields` is not a collection of
+        strings.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -82,16 +84,21 @@ def reset_moments(
     if interval is not None:
         interval = _validate.check_steps("interval", interval, low=1)
     _validate.check_transformation(inner)
-    _check_fields(fields)
+    _validate.check_names("fields", fields, kind="state fields")
+    if not fields:
+        raise ValueError(
+            f"{_validate.caller()}: fields must be a collection of names of state "
+            f"fields, at least one, got {fields!r}."
+        )
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> ResetMomentsState:
         inner_state = inner.init(params)
         if not any(_has_field(inner_state, field) for field in fields):
             raise ValueError(
-                "reset_moments: fields must name at least one field of the inner "
-                f"state, got {tuple(fields)!r}; an inner transformation without "
-                "momentum, as plain SGD, has none."
+                f"{_validate.caller()}: fields must name at least one field of the "
+                f"inner state, got {tuple(fields)!r}; an inner transformation without "
+                "momentum, such as plain SGD, has none."
             )
         return ResetMomentsState(jnp.zeros([], jnp.int32), inner_state)
 
@@ -132,8 +139,12 @@ def _initial_state(
     It is computed in every step and not stored, because the compiler sees initial
     moments as constants.
     """
-    cause = None
-    for tree in (updates,) if params is None else _possible_params(updates, params):
+    try:
+        trees = [updates] if params is None else _possible_params(updates, params)
+        cause = None
+    except (KeyError, TypeError, ValueError) as error:  # The trees do not fit.
+        trees, cause = [], error
+    for tree in trees:
         try:
             initial = inner.init(tree)
         except (TypeError, ValueError) as error:  # `inner` raises for this tree.
@@ -141,16 +152,17 @@ def _initial_state(
             continue
         if jax.tree.structure(initial) == jax.tree.structure(inner_state):
             return initial
+    got = jax.tree.structure(updates if params is None else params)
     raise ValueError(
-        "reset_moments: params, or updates if these are not passed, must be a tree "
-        "like init's parameters, got another structure."
+        f"{_validate.caller()}: params, and updates, must be trees like init's "
+        f"parameters, got {got}."
     ) from cause
 
 
 def _possible_params(
     updates: optax.Updates, params: optax.Params
-) -> Iterator[optax.Params]:
-    """Yields the trees that ``init`` may have been called with.
+) -> list[optax.Params]:
+    """Returns the trees that ``init`` may have been called with.
 
     `params` may contain more. An Equinox model also contains functions and numbers,
     which have no updates. A parameter that is not used in a step has no update either.
@@ -163,10 +175,12 @@ def _possible_params(
     def of_part(kind: Any, g: Any, part: Any) -> Any:
         return part if g is not None else jax.tree.map(partial(of_kind, kind), part)
 
-    # All arrays, then only floats, then none.
-    for kind in (np.generic, np.inexact, np.void):
-        is_none = lambda x: x is None  # noqa: E731
-        yield jax.tree.map(partial(of_part, kind), updates, params, is_leaf=is_none)
+    # The parts without updates have all their arrays, or only floats, or none.
+    is_none = lambda x: x is None  # noqa: E731
+    return [
+        jax.tree.map(partial(of_part, kind), updates, params, is_leaf=is_none)
+        for kind in (np.generic, np.inexact, np.void)
+    ]
 
 
 def _like(new: jax.Array, old: jax.Array) -> jax.Array:
@@ -176,14 +190,6 @@ def _like(new: jax.Array, old: jax.Array) -> jax.Array:
     if jax.typeof(new).sharding == wanted:
         return new
     return jax.sharding.reshard(new, wanted)
-
-
-def _check_fields(fields: Collection[str]) -> None:
-    allowed = "a sequence of names of state fields"
-    if isinstance(fields, str) or not isinstance(fields, Collection):
-        raise TypeError(f"reset_moments: fields must be {allowed}, got {fields!r}.")
-    if not fields:
-        raise ValueError(f"reset_moments: fields must be {allowed}, got {fields!r}.")
 
 
 def _has_field(state: optax.OptState, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Steps that are skipped because their loss or their gradient norm is a spike."""
+"""Skips the steps whose loss or gradient norm is a spike."""
 
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ class SkipSpikesState(NamedTuple):
 
     Attributes:
       history: The accepted losses and norms, :class:`StepHistory`.
-      skip_reason: Why the last step was skipped, a :class:`SkipReason`; 0 if it was
+      skip_reason: Why the last step was skipped: a :class:`SkipReason`. 0 if it was
         taken.
       skipped_total: Number of steps skipped so far.
       inner_state: State of the inner transformation.
@@ -54,36 +54,37 @@ def skip_spikes(
     .. math::
       x - m > \max(\sigma \cdot 1.4826 d, \; s |m|)
 
-    where :math:`s` is `loss_share` or `norm_share`. A value far below the others is no
-    spike. Values of skipped steps do not enter the windows.
+    where :math:`s` is `loss_share` or `norm_share`. A value far below the others is not
+    a spike. Values of skipped steps do not enter the windows.
 
-    Pass the loss to ``update`` as ``value=loss`` or ``loss=loss``. Without it the norm
-    alone decides. A norm that is known, taken before any clipping, may be passed as
-    ``grad_norm=``; this saves a pass over the gradient. Other extra arguments go to
-    `inner`. The loss must be that of the whole batch, on every device the same.
+    Pass the loss to ``update`` as ``value=loss`` or ``loss=loss``. Without it only the
+    norm decides. If the norm before any clipping is known, pass it as ``grad_norm=``.
+    This saves a pass over the gradient. All extra arguments go to `inner`. The loss
+    must be that of the whole batch, and the same on every device.
 
-    If the level of the loss or norm has risen for good, for example with a new data
-    mix, every step would be skipped. So after `max_consecutive` skipped steps the next
-    spike is accepted, and the windows start anew. Steps that are not finite are never
-    accepted.
+    If the loss or the norm rises for good, for example with a new data mix, every step
+    would be skipped. Therefore, after `max_consecutive` skipped steps in a row, the
+    next spike is accepted and the windows start again. A step whose loss or norm is not
+    finite is never accepted.
 
-    A run can begin with this wrapper, or go on without it, at any checkpoint:
-    ``state = tx.init(params)._replace(inner_state=old)`` and ``state.inner_state``.
+    The wrapper can be added or removed at any checkpoint. To add it, use
+    ``tx.init(params)._replace(inner_state=old)``. To remove it, use
+    ``state.inner_state``.
 
     Inside ``optax.MultiSteps`` the norm is that of the accumulated gradient, and the
-    loss that of the last micro-batch: pass ``needs_loss=False`` and no loss there, or
-    pass the mean of the losses.
+    loss is that of the last micro-batch. Pass no loss there, or the mean of the losses.
 
     Args:
       inner: The optimizer, for example ``spam(1e-3)``.
       window: Number of accepted steps that a step is compared with, at least 2. It
         decides shapes, so it must be a Python number.
-      sigma: Number of deviations above the median from which a value is a spike, > 0.
-      loss_share: Share of the median loss by which a spike must exceed it too, >= 0.
-      norm_share: Share of the median norm by which a spike must exceed it too, >= 0.
-      min_history: Number of accepted steps before any step is a spike, from 2 to
+      sigma: Number of deviations by which a spike exceeds the median, > 0.
+      loss_share: Share of the median loss by which a spike must also exceed it, >= 0.
+      norm_share: Share of the median norm by which a spike must also exceed it, >= 0.
+      min_history: Number of accepted steps before a step can be a spike, from 2 to
         `window`.
-      max_consecutive: Number of steps in a row that spikes can skip, >= 1.
+      max_consecutive: Largest number of steps in a row that are skipped as spikes,
+        >= 1.
       needs_loss: Whether ``update`` raises without a loss.
       robust: Whether to use the rule above. If False, a value is a spike if it exceeds
         the mean of the window by `sigma` standard deviations, and every finite value
@@ -93,10 +94,10 @@ def skip_spikes(
       The wrapped optimizer.
 
     Raises:
-      ValueError: If an argument is out of range; by ``update``, if `needs_loss` and
-        there is no loss, or ``value`` and ``loss`` are both passed.
-      TypeError: If an argument is of the wrong type; by ``update``, if the loss is not
-        a scalar.
+      ValueError: If an argument is out of range; by ``update``, if `needs_loss` is True
+        and there is no loss, or if ``value`` and ``loss`` are both passed.
+      TypeError: If an argument is of the wrong type; by ``update``, if the loss or the
+        norm is not a real scalar.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -145,6 +146,7 @@ def skip_spikes(
     ) -> tuple[optax.Updates, SkipSpikesState]:
         loss = _loss(extra_args, needs_loss)
         if (norm := extra_args.get("grad_norm")) is None:
+            _tensor_statistics.check_updates(updates)
             norm = _tensor_statistics.global_norm(updates)
         norm = _scalar("grad_norm", norm)
         reason, history = _spike_history.judge(state.history, loss, norm, rule)
@@ -174,7 +176,7 @@ def skip_spikes(
 
 
 def _loss(extra_args: dict[str, Any], needs_loss: bool) -> jax.Array | None:
-    """Returns the loss among the extra arguments, float32; None if there is none."""
+    """Returns the loss among the extra arguments as float32, or None without one."""
     given = {name: extra_args.get(name) for name in ("value", "loss")}
     given = {name: loss for name, loss in given.items() if loss is not None}
     if len(given) > 1:
@@ -185,8 +187,8 @@ def _loss(extra_args: dict[str, Any], needs_loss: bool) -> jax.Array | None:
     if not given:
         if needs_loss:
             raise ValueError(
-                f"{_validate.caller()}: update needs the loss, as value=loss or "
-                "loss=loss; without needs_loss the gradient norm alone is watched."
+                f"{_validate.caller()}: update needs the loss as value=loss or "
+                "loss=loss, got None; with needs_loss=False only the norm is watched."
             )
         return None
     ((name, loss),) = given.items()
@@ -194,10 +196,14 @@ def _loss(extra_args: dict[str, Any], needs_loss: bool) -> jax.Array | None:
 
 
 def _scalar(name: str, value: Any) -> jax.Array:
-    """Returns `value` as a float32 scalar; raises if it is not a real scalar."""
-    if jnp.ndim(value) or not jnp.isrealobj(value):
+    """Returns `value` as a float32 scalar. Raises if it is not a real scalar."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError):
+        array = None
+    if array is None or array.ndim or not jnp.isrealobj(array):
         raise TypeError(
-            f"{_validate.caller()}: {name} must be a real scalar, got an array of "
-            f"shape {jnp.shape(value)} and dtype {jnp.result_type(value)}."
+            f"{_validate.caller()}: {name} must be a real scalar, got "
+            f"{_validate.shown(value)}."
         )
-    return jnp.asarray(value).astype(jnp.float32)
+    return array.astype(jnp.float32)

@@ -162,7 +162,9 @@ def spam(
         correction.
       threshold: Limit on ``g**2 / v``. The default of 5000 allows 70.7 times the
         running root mean square, so 40 times the usual gradient is not a spike.
-      grace_steps: Number of steps without clipping, at the start and after each reset.
+      grace_steps: Number of steps without clipping from each reset on. The reset step
+        is the first of them. At the start of a run it is one less: clipping is active
+        from step `grace_steps` on, and steps are counted from 1.
       clip_unseen: Whether a coordinate without history (``v == 0``) is clipped to 0, as
         in the authors' implementation.
       count: Whether the state counts clipped and non-finite coordinates. On a GPU this
@@ -304,7 +306,7 @@ def spam_step(
     Args:
       gradients: The gradients.
       state: The state before the step.
-      settings: The hyper-parameters.
+      settings: The hyperparameters.
       nonfinite: Number of non-finite gradient coordinates per entry of the moments, for
         moments that stand for a group. None: computed from `gradients`.
 

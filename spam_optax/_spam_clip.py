@@ -56,10 +56,11 @@ def spam_clip(
       v &\leftarrow \beta_2 v + (1 - \beta_2) g^2
 
     where :math:`\theta` is the `threshold`. The second moment is set to 0 every
-    `reset_interval` steps. Nothing is clipped in the `grace_steps` at the start of the
-    run and after each reset. The updates are always finite. NaN becomes 0. An infinite
-    coordinate, or one whose square overflows, becomes the limit
-    :math:`\sqrt{\theta v}` where clipping is active and :math:`v > 0`, and 0 elsewhere.
+    `reset_interval` steps. Nothing is clipped in the first ``grace_steps - 1`` steps of
+    a run, nor in `grace_steps` steps from each reset on. The updates are always finite.
+    NaN becomes 0. An infinite coordinate, or one whose square overflows, becomes the
+    limit :math:`\sqrt{\theta v}` where clipping is active and :math:`v > 0`, and 0
+    elsewhere.
 
     Use it before any optimizer: ``optax.chain(spam_clip(), optax.adamw(1e-3))``. In
     place of ``optax.chain(spam_clip(), spam_adam())`` use :func:`spam`, which needs
@@ -69,9 +70,10 @@ def spam_clip(
       threshold: Limit on ``g**2 / v``. The default of 5000 allows 70.7 times the
         running root mean square. The 50 of
         :func:`spam_optax.functional.gradient_spike_score` belongs to another formula.
-        Keep the threshold above ``1 / (1 - b2**grace_steps)``, which is 51 with the
-        defaults. Below it, ordinary gradients are clipped after a reset, because ``v``
-        is not bias corrected.
+        Keep the threshold above ``1 / (1 - b2**n)`` with
+        ``n = max(grace_steps - 1, 1)``, which is 53.1 with the defaults. Below it,
+        gradients of constant size are clipped right after the grace steps, because
+        ``v`` is not bias corrected.
       clip_unseen: Whether a coordinate without history (``v == 0``) is clipped to 0, as
         in the authors' implementation. Such a coordinate then stays at 0 until the next
         reset. An example is an embedding row whose token first occurs after the grace

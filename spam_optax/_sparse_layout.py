@@ -1,12 +1,12 @@
 r"""The layout of sparse momentum: pure functions of arrays.
 
 A matrix of `rows` rows is cut into `row_blocks` blocks of rows, and a block of
-:math:`R` rows into slabs of :math:`n = \mathrm{round}(\rho R)` rows, for the density
-:math:`\rho`; the last slab may be shorter. Row :math:`r` of a block's moments stands
-for rows :math:`r, n + r, 2n + r, \dots` of the block. In each column these entries form
-a group. One of them, the selected member or *lane*, has momentum. Gathering gradients
-and placing updates are therefore elementwise operations over the slabs, without
-indices. On a mesh every group can stay on one device.
+:math:`R` rows into slabs of about :math:`n = \mathrm{round}(\rho R)` rows, for the
+density :math:`\rho`. The last slab may be shorter. Row :math:`r` of a block's moments
+stands for rows :math:`r, n + r, 2n + r, \dots` of the block. In each column these
+entries form a group. One of them, the selected member or *lane*, has momentum.
+Gathering gradients and placing updates are therefore elementwise operations over the
+slabs, without indices. On a mesh every group can stay on one device.
 """
 
 import functools
@@ -72,7 +72,7 @@ def make(shape: tuple[int, ...], blocks: int, kept: int) -> Layout:
 def at_density(shape: tuple[int, ...], density: float, row_blocks: int) -> Layout:
     """Returns the layout of a matrix of this shape.
 
-    Large slabs have whole TPU tiles of 8 rows.
+    Slabs of 128 rows or more have whole TPU tiles of 8 rows.
     """
     blocks = math.gcd(shape[-2], row_blocks)
     rows = shape[-2] // blocks

@@ -29,7 +29,7 @@ class ScaleBySparseSpamState(NamedTuple):
 
     Attributes:
       mask_seeds: Seed of the current masks, stored as `row_blocks` numbers whose sum is
-        the seed. Their number shows which `row_blocks` the state was made with.
+        the seed. The length of the vector is the `row_blocks` of the state.
       inner_state: The state of SPAM on the entries with momentum.
     """
 
@@ -182,11 +182,11 @@ def sparse_spam(
     :func:`momentum_mask` returns which entries have momentum now. The actual density
     may differ from `density`: a block of :math:`R` rows has
     :math:`n = \max(1, \mathrm{round}(\rho R))` rows of moments, and :math:`n` of 128 or
-    more is rounded to a multiple of 8. :func:`momentum_density` returns the actual
-    density. Within a group all entries are equally likely. If :math:`n` does not divide
-    :math:`R`, some groups have one entry less, and each of their entries is drawn a
-    little more often. Above a density of 1/2 such a group has a single entry, which
-    always has momentum.
+    more is rounded to a multiple of 8. A group has at most 4095 entries.
+    :func:`momentum_density` returns the actual density. Within a group all entries are
+    equally likely. If :math:`n` does not divide :math:`R`, some groups have one entry
+    less, and each of their entries is drawn a little more often. Above a density of 1/2
+    such a group has a single entry, which always has momentum.
 
     Statistics are in the state as in :func:`spam_optax.spam`. ``clipped_count`` counts
     only entries with momentum, because the others have no second moment.
@@ -227,8 +227,8 @@ def sparse_spam(
         sharded like those of the parameter. ``update`` raises it if the tree of updates
         is not that of the parameters, if the state has another layout of the masks, or
         if parameters are needed and not passed.
-      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
-        Examples are a traced `density` and a complex matrix with sparse momentum.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type, for
+        example a traced `density` or a complex matrix with sparse momentum.
 
     Examples:
       >>> import jax
@@ -325,9 +325,10 @@ class _MaskSettings(NamedTuple):
 def _decay_entries_with_momentum(
     scale: optax.GradientTransformation, decay: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Adds stateless weight decay to the entries with momentum.
+    """Adds weight decay, which has no state, to the entries with momentum.
 
-    It computes the selection as `scale` does, and compilers merge both computations.
+    It computes the selection in the same way as `scale`, and compilers merge both
+    computations.
     """
 
     def init_fn(params: optax.Params) -> ScaleBySparseSpamState:
@@ -390,7 +391,7 @@ def select(
     # JAX traces the function once for each layout.
     random_lanes = jax.jit(_sparse_layout.random_lanes, static_argnums=0)
     return [
-        layout and random_lanes(layout, seed, salt, moment)
+        random_lanes(layout, seed, salt, moment) if layout else None
         for layout, salt, moment in zip(
             layouts, _sparse_layout.salts(names), moments, strict=True
         )
@@ -411,14 +412,15 @@ def _chosen(params: optax.Params, sparse_params: SparseParams) -> Any:
     is_function = is_function and callable(sparse_params)
     tree = sparse_params(params) if is_function else sparse_params
     allowed = (
-        f"{_validate.caller()}: "
-        "sparse_params must be a tree of booleans shaped like the "
-        "parameters or a prefix of them"
+        f"{_validate.caller()}: sparse_params must be a tree of booleans shaped like "
+        "the parameters or a prefix of them"
     )
     for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, (bool, np.bool_)):
             shape = getattr(leaf, "shape", None)
-            got = repr(leaf) if shape is None else f"an array of shape {shape}"
+            got = (
+                _validate.shown(leaf) if shape is None else f"an array of shape {shape}"
+            )
             raise TypeError(f"{allowed}, got {got} in it.")
     try:
         return jax.tree.map(
@@ -439,12 +441,12 @@ def _compact(params: optax.Params, masks: _MaskSettings) -> optax.Params:
     def compact(path: tuple[Any, ...], p: Any, is_sparse: bool) -> Any:
         if not is_sparse or jnp.ndim(p) < 2 or 0 in p.shape:
             return p
-        where = jax.tree_util.keystr(path) or "the root"
+        where = _validate.place(path)
         if jnp.iscomplexobj(p):
             raise TypeError(
-                f"{_validate.caller()}: "
-                f"the parameter at {where} must have a floating dtype for "
-                f"sparse momentum, got {p.dtype}; leave it out of sparse_params."
+                f"{_validate.caller()}: the parameter at {where} must have a floating "
+                f"dtype for sparse momentum, got {p.dtype}; leave it out of "
+                "sparse_params."
             )
         layout = masks.layout(p.shape)
         if layout.moment_shape == p.shape:
@@ -477,11 +479,10 @@ def _moments_like(
         fits = False
     if not fits:
         raise ValueError(
-            f"{_validate.caller()}: "
-            "row_blocks must be a multiple of the number of shards of the "
-            f"rows, for no group may be spread over devices; the parameter at {where} "
-            f"has the shape {p.shape} in {layout.blocks} blocks and the sharding "
-            f"{sharding.spec}."
+            f"{_validate.caller()}: row_blocks must be a multiple of the number of "
+            "shards of the rows, because no group may be spread over devices; the "
+            f"parameter at {where} has the shape {p.shape} in {layout.blocks} blocks "
+            f"and the sharding {sharding.spec}."
         )
     return jax.ShapeDtypeStruct(shape, p.dtype, sharding=sharding)
 
@@ -492,35 +493,33 @@ def _check_update(
     params: optax.Params | None,
     masks: _MaskSettings,
 ) -> None:
+    """Raises unless the updates and the parameters fit the state and the settings."""
     mu = state.inner_state.mu
     _validate.check_same_structure(updates, mu)
     _validate.check_not_complex(updates, mu)
+    _validate.check_params(params, updates)
     if params is not None:
         _validate.check_same_tree(updates, params)
     if state.mask_seeds.shape != (masks.row_blocks,):
         raise ValueError(
-            f"{_validate.caller()}: "
-            f"row_blocks must be {state.mask_seeds.shape[0]}, with which "
-            f"the state was made, got {masks.row_blocks}."
+            f"{_validate.caller()}: row_blocks must be {state.mask_seeds.shape[0]}, "
+            f"with which the state was made, got {masks.row_blocks}."
         )
 
     def check(path: tuple[Any, ...], g: Any, moment: Any) -> None:
         if g is None or jnp.shape(g) == moment.shape:
             return
-        where = jax.tree_util.keystr(path) or "the root"
+        start = f"{_validate.caller()}: the update at {_validate.place(path)}"
         if moment.ndim < 2:
             raise ValueError(
-                f"{_validate.caller()}: "
-                f"the update at {where} must have the shape {moment.shape} "
-                f"of its parameter, got {jnp.shape(g)}."
+                f"{start} must have the shape {moment.shape} of its parameter, got "
+                f"{jnp.shape(g)}."
             )
         if jnp.ndim(g) < 2 or moment.shape != masks.layout(jnp.shape(g)).moment_shape:
             raise ValueError(
-                f"{_validate.caller()}: "
-                f"the update at {where} must have the shape of its "
-                f"parameter, got {jnp.shape(g)}, whose moments cannot have the shape "
-                f"{moment.shape} with density {masks.density} and row_blocks "
-                f"{masks.row_blocks}."
+                f"{start} must have the shape of its parameter, got {jnp.shape(g)}, "
+                f"whose moments cannot have the shape {moment.shape} with density "
+                f"{masks.density} and row_blocks {masks.row_blocks}."
             )
 
     jax.tree_util.tree_map_with_path(check, updates, mu, is_leaf=lambda x: x is None)

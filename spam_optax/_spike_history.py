@@ -1,14 +1,14 @@
-r"""When a value is a spike among the recent ones of its series.
+r"""Decides whether a value of a series is a spike among its recent values.
 
-A window holds the last `window` accepted values, a ring in float32. With their median
+A window is a ring buffer of the last `window` accepted values. With their median
 :math:`m` and median absolute deviation :math:`d`, a value :math:`x` is a spike if
 
 .. math::
   x - m > \max(\sigma \cdot 1.4826 d, \; s |m|)
 
-for `sigma` :math:`\sigma` and `share` :math:`s`. The factor 1.4826 makes the deviation
-of normal values their standard deviation. The share is needed because real gradient
-norms have heavy tails. One outlier in the window does not change the rule.
+for `sigma` :math:`\sigma` and `share` :math:`s`. For normally distributed values
+:math:`1.4826 d` is the standard deviation. The share is needed because the gradient
+norms of real runs have heavy tails. One outlier in the window changes the limit little.
 
 In the published form, which SkipStep of OLMo uses, a value is a spike if
 :math:`x > \mathrm{mean} + \sigma \cdot \mathrm{std}`, and every finite value enters the
@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from spam_optax import _validate
 
 _NORMAL = 1.4826  # Standard deviation of normal values over their median deviation.
+_LARGEST_COUNT = 2**30
 
 
 class SkipReason(enum.IntFlag):
-    """Why a step was skipped: the sum of what held, 0 for a step that was taken."""
+    """Why a step was skipped: the sum of all reasons, and 0 if it was taken."""
 
     LOSS_SPIKE = 1
     NORM_SPIKE = 2
@@ -39,9 +40,9 @@ class StepHistory(NamedTuple):
     """The accepted losses and gradient norms of the recent steps.
 
     Attributes:
-      skip_losses: The last accepted losses, a ring.
+      skip_losses: The last accepted losses: a ring buffer.
       skip_loss_count: Number of losses that have entered it.
-      skip_norms: The last accepted gradient norms, a ring.
+      skip_norms: The last accepted gradient norms: a ring buffer.
       skip_norm_count: Number of norms that have entered it.
       skipped_in_a_row: Number of steps skipped since the last one that was taken.
     """
@@ -111,7 +112,10 @@ class SkipRule(NamedTuple):
 
 
 def init(window: int) -> StepHistory:
-    """Returns a history without steps, whose arrays can all be donated."""
+    """Returns a history without steps.
+
+    Its arrays are different buffers, so the history can be donated.
+    """
     return StepHistory(
         jnp.zeros([window], jnp.float32),
         jnp.zeros([], jnp.int32),
@@ -132,22 +136,25 @@ def judge(
     Args:
       history: The history before the step.
       loss: The step's loss, a float32 scalar. None: it is not watched.
-      norm: The step's global gradient norm, likewise.
+      norm: The step's global gradient norm, a float32 scalar. None: it is not watched.
       rule: The rule.
 
     Returns:
       The :class:`SkipReason` as an int32 scalar, and the history after the step.
     """
+    losses = history.skip_losses, history.skip_loss_count
+    norms = history.skip_norms, history.skip_norm_count
+    r = SkipReason
     series = (
-        (history[0:2], loss, rule.loss, 1, 4),
-        (history[2:4], norm, rule.norm, 2, 8),
+        (losses, loss, rule.loss, r.LOSS_SPIKE, r.LOSS_NONFINITE),
+        (norms, norm, rule.norm, r.NORM_SPIKE, r.NORM_NONFINITE),
     )
     reason = jnp.zeros([], jnp.int32)
     for (values, count), value, test, spike, nonfinite in series:
         if value is not None:
-            code = jnp.where(value > limit(values, count, test), spike, 0)
-            reason |= jnp.where(jnp.isfinite(value), code, nonfinite)
-    is_finite = reason < 4
+            code = jnp.where(value > limit(values, count, test), int(spike), 0)
+            reason |= jnp.where(jnp.isfinite(value), code, int(nonfinite))
+    is_finite = reason & int(r.LOSS_NONFINITE | r.NORM_NONFINITE) == 0
     in_a_row = history.skipped_in_a_row
     has_new_level = is_finite & (reason > 0) & (in_a_row >= rule.max_consecutive)
     reason = jnp.where(has_new_level, 0, reason)
@@ -159,16 +166,18 @@ def judge(
             count = jnp.where(has_new_level, 0, count)
             values, count = push(values, count, value, enters)
         windows += [values, count]
-    in_a_row = jnp.where(reason == 0, 0, jnp.minimum(in_a_row, 2**30) + 1)
+    in_a_row = jnp.where(reason == 0, 0, jnp.minimum(in_a_row, _LARGEST_COUNT) + 1)
     return reason, StepHistory._make([*windows, in_a_row])
 
 
 def limit(values: jax.Array, count: jax.Array, test: SpikeTest) -> jax.Array:
-    """Returns the largest value that is no spike; infinite with too short a history.
+    """Returns the largest value that is not a spike.
+
+    It is infinite if the history is too short.
 
     Args:
       values: The window, of shape ``(window,)`` and dtype float32.
-      count: How many values have entered it.
+      count: Number of values that have entered it.
       test: The arguments of the rule.
     """
     number = jnp.minimum(count, len(values))
@@ -190,22 +199,22 @@ def limit(values: jax.Array, count: jax.Array, test: SpikeTest) -> jax.Array:
 def push(
     values: jax.Array, count: jax.Array, value: jax.Array, enters: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the window and its count, with `value` in it where it `enters`."""
+    """Adds `value` to the window if it `enters`. Returns the window and its count."""
     is_here = jnp.arange(len(values)) == count % len(values)
     values = jnp.where(is_here & enters, value, values)
-    # The count stays below 2**30 and in its place of the ring.
+    # A count that would overflow is lowered. Its place in the ring stays the same.
     count = count + enters.astype(jnp.int32)
-    wrapped = len(values) + count % len(values)
-    return values, jnp.where(count >= 2**30, wrapped, count)
+    lowered = len(values) + count % len(values)
+    return values, jnp.where(count >= _LARGEST_COUNT, lowered, count)
 
 
 def _median(values: jax.Array, is_filled: jax.Array, number: jax.Array) -> jax.Array:
-    """Returns the median of the first values, those that are filled."""
+    """Returns the median of the filled values, which are the first `number`."""
     ordered = jnp.sort(jnp.where(is_filled, values, jnp.inf))
     last = jnp.maximum(number - 1, 0)
     low, high = (
         jnp.sum(jnp.where(jnp.arange(len(values)) == i, ordered, 0))
         for i in (last // 2, (last + 1) // 2)
     )
-    # Halves first: the sum of two large values overflows.
+    # Halved before the sum, because the sum of two large values could overflow.
     return low / 2 + high / 2

@@ -84,8 +84,8 @@ def measure(
 ) -> tuple[jax.Array, ...]:
     """Applies `statistics` to each tensor. Returns a vector for each of its results.
 
-    Those of a missing gradient are `missing`. Its whole numbers give int32 vectors, and
-    its floats give float32 vectors.
+    The results of a missing gradient are `missing`. An int in `missing` gives an int32
+    vector, and a float gives a float32 vector.
     """
 
     def of_tensor(g: Gradient, *rest: Any) -> tuple[Any, ...]:
@@ -110,7 +110,10 @@ def norms(gradients: optax.Updates) -> jax.Array:
 
 
 def global_norm(updates: optax.Updates) -> jax.Array:
-    """Returns the norm of all updates, float32; not finite if its square is not."""
+    """Returns the norm of all updates as float32.
+
+    It is not finite if its square is not.
+    """
     squares = [jnp.sum(_arithmetic.abs_sq(u)) for u in jax.tree.leaves(updates)]
     total = sum(squares, jnp.zeros([]))
     return _arithmetic.root(total).astype(jnp.float32)

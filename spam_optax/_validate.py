@@ -1,12 +1,12 @@
 """Checks arguments.
 
-Error messages are one line with the function, the argument and what is allowed. Only
-Python and NumPy numbers are checked. Arrays and tracers are accepted, because
-`optax.inject_hyperparams` passes them, and the values of tracers are unknown.
+Error messages are one line with the function, the argument, its value and what is
+allowed. The values of Python and NumPy numbers are checked. Those of arrays are not:
+`optax.inject_hyperparams` passes tracers, whose values are unknown.
 """
 
 import math
-import operator
+import re
 import sys
 import types
 from collections.abc import Collection
@@ -45,6 +45,18 @@ def _is_public(module: str, name: str) -> bool:
     return not name.startswith("_")
 
 
+def shown(value: Any) -> str:
+    """Returns `value` for a message, on one line."""
+    if isinstance(value, (jax.Array, np.ndarray)) and value.ndim:
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    return re.sub(r"\s*\n\s*", " ", repr(value))
+
+
+def place(path: tuple[Any, ...]) -> str:
+    """Returns the path of a leaf for a message."""
+    return jax.tree_util.keystr(path) or "the root"
+
+
 def check_number(
     name: str,
     value: Any,
@@ -76,31 +88,30 @@ def check_number(
     """
     if _is_array(value):
         return value
-    bounds = [
-        (sign, bound, holds)
-        for sign, bound, holds in (
-            (">", above, operator.gt),
-            (">=", at_least, operator.ge),
-            ("<", below, operator.lt),
-            ("<=", at_most, operator.le),
-        )
-        if bound is not None
-    ]
-    kind = "a whole number" if whole else "a finite number"
-    limits = " and ".join(f"{sign} {bound}" for sign, bound, _ in bounds)
-    message = f"{caller()}: {name} must be {kind} {limits}".rstrip()
-    message = f"{message}, got {value!r}."
-    value = to_python(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(message)
-    fits = all(holds(value, bound) for _, bound, holds in bounds)
-    if not fits or not math.isfinite(_as_float32(value)):
-        raise ValueError(message)
-    if above is not None and _as_float32(value) <= above:
-        raise ValueError(f"{message[:-1]}, which is {above} in float32.")
-    if whole and value != int(value):
-        raise ValueError(message)
-    return value if whole else float(value)  # An int may exceed JAX's.
+
+    def message(note: str = "") -> str:
+        kind = "a whole number" if whole else "a finite number"
+        bounds = {">": above, ">=": at_least, "<": below, "<=": at_most}
+        limits = (f"{sign} {x}" for sign, x in bounds.items() if x is not None)
+        allowed = f"{kind} {' and '.join(limits)}".rstrip()
+        return f"{caller()}: {name} must be {allowed}, got {shown(value)}{note}."
+
+    number = to_python(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(message())
+    fits = (
+        (above is None or number > above)
+        and (at_least is None or number >= at_least)
+        and (below is None or number < below)
+        and (at_most is None or number <= at_most)
+    )
+    if not fits or not math.isfinite(_as_float32(number)):
+        raise ValueError(message())
+    if above is not None and _as_float32(number) <= above:
+        raise ValueError(message(f", which is {above} in float32"))
+    if whole and number != int(number):
+        raise ValueError(message())
+    return number if whole else float(number)  # An int may exceed JAX's.
 
 
 def to_python(value: Any) -> Any:
@@ -136,7 +147,9 @@ def check_flags(**flags: Any) -> None:
     """Raises unless every flag is a boolean."""
     for name, value in flags.items():
         if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{caller()}: {name} must be True or False, got {value!r}.")
+            raise TypeError(
+                f"{caller()}: {name} must be True or False, got {shown(value)}."
+            )
 
 
 def check_transformation(value: Any, name: str = "inner") -> None:
@@ -146,7 +159,7 @@ def check_transformation(value: Any, name: str = "inner") -> None:
     """
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(
-            f"{caller()}: {name} must be a gradient transformation, got {value!r}."
+            f"{caller()}: {name} must be a gradient transformation, got {shown(value)}."
         )
 
 
@@ -163,9 +176,9 @@ def check_steps(name: str, value: Any, *, low: int) -> Any:
 def instead_of_optax(value: Any) -> str:
     """Returns advice for an error message, or an empty string.
 
-    The advice is for a `value` that may come from `optax.inject_hyperparams`, which
-    turns numbers into arrays and calls functions with the step, an array. A function
-    from a tree of arrays to a tree of tuples then returns ().
+    The advice is for a `value` that may come from `optax.inject_hyperparams`. It turns
+    numbers into arrays. It also calls functions with the step number, and a partition
+    of :func:`spam_optax.adam_mini` then returns ().
     """
     if not isinstance(value, (jax.Array, np.ndarray, tuple)):
         return ""
@@ -176,8 +189,8 @@ def check_static(name: str, value: Any) -> None:
     """Raises if `value`, which decides shapes, is an array or a tracer."""
     if isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(
-            f"{caller()}: {name} must be a Python number, for it decides shapes"
-            f"{instead_of_optax(value)}, got {value!r}."
+            f"{caller()}: {name} must be a Python number, because it decides shapes"
+            f"{instead_of_optax(value)}, got {shown(value)}."
         )
 
 
@@ -188,17 +201,18 @@ def check_decay(name: str, value: Any) -> Any:
 
 def check_key(key: Any) -> None:
     """Raises unless `key` is a PRNG key, typed or raw, or a number to make one from."""
-    if _is_key(key):
-        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if key.ndim != (0 if is_typed else 1) or not (
-            is_typed or key.dtype == np.uint32
-        ):
-            raise TypeError(
-                f"{caller()}: key must be one PRNG key or a whole number, got an array "
-                f"of shape {key.shape} and dtype {key.dtype}."
-            )
-        return
-    check_whole("key", key, low=0, high=2**32 - 1)
+    if not _is_key(key):
+        check_whole("key", key, low=0, high=2**32 - 1)
+        is_valid = not _is_array(key) or jnp.issubdtype(key.dtype, jnp.integer)
+    elif jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        is_valid = key.ndim == 0
+    else:
+        is_valid = key.ndim == 1 and key.dtype == np.uint32
+    if not is_valid:
+        raise TypeError(
+            f"{caller()}: key must be one PRNG key or a whole number, got an array "
+            f"of shape {key.shape} and dtype {key.dtype}."
+        )
 
 
 def make_key(key: Any) -> jax.Array:
@@ -223,7 +237,9 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         allowed = ", ".join(map(repr, choices))
-        raise ValueError(f"{caller()}: {name} must be one of {allowed}, got {value!r}.")
+        raise ValueError(
+            f"{caller()}: {name} must be one of {allowed}, got {shown(value)}."
+        )
 
 
 def check_names(
@@ -241,7 +257,7 @@ def check_names(
     ):
         raise TypeError(
             f"{caller()}: {name} must be {others}a collection of names of {kind}, "
-            f"got {value!r}."
+            f"got {shown(value)}."
         )
 
 
@@ -283,7 +299,7 @@ def check_moment_dtype(name: str, dtype: Any) -> np.dtype[Any] | None:
     if canonical is None or not jnp.issubdtype(canonical, jnp.floating):
         raise ValueError(
             f"{caller()}: {name} must be None or a floating dtype"
-            f"{instead_of_optax(dtype)}, got {dtype!r}."
+            f"{instead_of_optax(dtype)}, got {shown(dtype)}."
         )
     info = jnp.finfo(canonical)
     if info.bits < 16 or (name == "nu_dtype" and info.maxexp < 128):
@@ -303,49 +319,56 @@ def check_inexact(
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     except TypeError as error:
         raise TypeError(
-            f"{caller()}: the {what} at {jax.tree_util.keystr(path) or 'the root'} "
-            f"must be an array, got {leaf!r}."
+            f"{caller()}: the {what} at {place(path)} must be an array, got "
+            f"{shown(leaf)}."
         ) from error
     if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 16:
         raise TypeError(
-            f"{caller()}: the {what} at {jax.tree_util.keystr(path) or 'the root'} "
-            "must have a floating or complex dtype of 16 bits or more, "
-            f"got {dtype}."
+            f"{caller()}: the {what} at {place(path)} must have a floating or complex "
+            f"dtype of 16 bits or more, got {dtype}."
         )
     # A float64 NumPy array is float32 in JAX without x64.
     return _arithmetic.promote_types(jax.dtypes.canonicalize_dtype(dtype), jnp.float32)
 
 
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
 def check_not_complex(updates: Any, mu: Any) -> None:
     """Raises if an update is complex and its parameter is real."""
-    is_none = lambda x: x is None  # noqa: E731
-    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
-    for (path, g), m in zip(leaves, jax.tree.leaves(mu, is_leaf=is_none), strict=True):
+    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=_is_none)
+    others = jax.tree.leaves(mu, is_leaf=_is_none)
+    for (path, g), m in zip(leaves, others, strict=True):
         if g is not None and jnp.iscomplexobj(g) and not jnp.iscomplexobj(m):
             raise TypeError(
-                f"{caller()}: the update at {jax.tree_util.keystr(path) or 'the root'} "
-                f"must have a floating dtype like its parameter, got {g.dtype}."
+                f"{caller()}: the update at {place(path)} must have a floating dtype "
+                f"like its parameter, got {g.dtype}."
             )
 
 
-def check_same_structure(updates: Any, moments: Any) -> None:
+def check_same_structure(updates: Any, moments: Any) -> list[tuple[Any, Any, Any]]:
     """Raises unless `updates` has the tree structure of `moments` and floating leaves.
 
     A leaf of `updates` may be None, for a parameter without a gradient. Floating
     includes complex.
+
+    Returns:
+      The path, the update and the moment of each leaf that is not None.
     """
-    is_none = lambda x: x is None  # noqa: E731
     flatten = jax.tree_util.tree_flatten_with_path
-    got, got_structure = flatten(updates, is_leaf=is_none)
-    want, want_structure = flatten(moments, is_leaf=is_none)
+    got, got_structure = flatten(updates, is_leaf=_is_none)
+    want, want_structure = flatten(moments, is_leaf=_is_none)
     got_paths, want_paths = dict(got), dict(want)
     for path in [*want_paths, *got_paths]:
-        if (path in got_paths) != (path in want_paths):
-            where = jax.tree_util.keystr(path) or "the root"
-            missing = "has no leaf" if path in want_paths else "has a leaf"
-            other = "has one" if path in want_paths else "has none"
+        has_update, has_moment = path in got_paths, path in want_paths
+        if got_paths.get(path) is not None and want_paths.get(path) is None:
+            has_moment = False  # The parameter is None.
+        if has_update != has_moment:
+            missing = "has no leaf" if has_moment else "has a leaf"
+            other = "has one" if has_moment else "has none"
             raise ValueError(
-                f"{caller()}: the tree of updates {missing} at {where} where the "
+                f"{caller()}: the tree of updates {missing} at {place(path)} where the "
                 f"optimizer state {other}; pass gradients shaped like the parameters."
             )
     if got_structure != want_structure:
@@ -353,26 +376,41 @@ def check_same_structure(updates: Any, moments: Any) -> None:
             f"{caller()}: the tree of updates must have the containers of init's "
             f"parameters {want_structure}, got {got_structure}."
         )
-    for path, leaf in got_paths.items():
-        if leaf is not None and want_paths[path] is not None:
-            check_inexact(path, leaf, "update")
+    leaves = [(x, g, want_paths[x]) for x, g in got_paths.items() if g is not None]
+    for path, update, _ in leaves:
+        check_inexact(path, update, "update")
+    return leaves
 
 
 def check_same_tree(updates: Any, moments: Any) -> None:
     """Raises unless `updates` has the tree structure and the shapes of `moments`."""
-    check_same_structure(updates, moments)
-    is_none = lambda x: x is None  # noqa: E731
-    leaves = jax.tree_util.tree_leaves_with_path(updates, is_leaf=is_none)
-    wanted = jax.tree.leaves(moments, is_leaf=is_none)
-    for (path, got_leaf), want_leaf in zip(leaves, wanted, strict=True):
-        if got_leaf is None or want_leaf is None:
-            continue
-        if jnp.shape(got_leaf) != jnp.shape(want_leaf):
+    for path, update, moment in check_same_structure(updates, moments):
+        if jnp.shape(update) != jnp.shape(moment):
             raise ValueError(
-                f"{caller()}: the update at {jax.tree_util.keystr(path) or 'the root'} "
-                f"must have the shape {jnp.shape(want_leaf)} of its parameter, "
-                f"got {jnp.shape(got_leaf)}."
+                f"{caller()}: the update at {place(path)} must have the shape "
+                f"{jnp.shape(moment)} of its parameter, got {jnp.shape(update)}."
             )
+
+
+def check_params(params: Any, updates: Any) -> None:
+    """Raises unless `params` is None or has a floating leaf for every update.
+
+    Floating includes complex.
+    """
+    if params is None:
+        return
+    flatten = jax.tree_util.tree_flatten_with_path
+    leaves, structure = flatten(updates, is_leaf=_is_none)
+    try:
+        parameters = structure.flatten_up_to(params)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{caller()}: params must be a tree like the updates {structure}, got "
+            f"{jax.tree.structure(params)}."
+        ) from None
+    for (path, update), p in zip(leaves, parameters, strict=True):
+        if update is not None:
+            check_inexact(path, p)
 
 
 def check_tensors(updates: Any, number: int) -> None:

@@ -3,9 +3,11 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spam_optax import _spike_history
 from spam_optax._spike_history import SkipRule, StepHistory
+from spam_optax.functional._arrays import read
 
 
 def spike_steps(
@@ -20,27 +22,27 @@ def spike_steps(
     max_consecutive: jax.typing.ArrayLike = 8,
     robust: bool = True,
 ) -> jax.Array:
-    """Returns which steps of a recorded run :func:`spam_optax.skip_spikes` would skip.
+    """Finds the steps of a recorded run that :func:`spam_optax.skip_spikes` would skip.
 
-    This is the very rule of the guard, applied to a log. The log is that of a run
-    without the guard: after a spike that was not skipped the recorded values may be
-    higher than they would have been.
+    It applies the rule of the guard to a log. If the run had no guard, a spike was not
+    skipped, and the values recorded after it may be higher than with the guard.
 
     Args:
       losses: The loss of every step, shape (steps,). None: losses are not watched.
       norms: The global gradient norm of every step, shape (steps,). None: norms are
         not watched.
-      window: See :func:`spam_optax.skip_spikes`, as for the arguments below.
-      sigma: Number of deviations.
-      loss_share: Share of the median loss.
-      norm_share: Share of the median norm.
-      min_history: Number of accepted steps before any step is a spike.
-      max_consecutive: Number of steps in a row that spikes can skip.
-      robust: Whether the rule is that of the median.
+      window: As in :func:`spam_optax.skip_spikes`, like all arguments below.
+      sigma: Number of deviations by which a spike exceeds the median.
+      loss_share: Share of the median loss by which a spike must also exceed it.
+      norm_share: Share of the median norm by which a spike must also exceed it.
+      min_history: Number of accepted steps before a step can be a spike.
+      max_consecutive: Largest number of steps in a row that are skipped as spikes.
+      robust: Whether the rule uses medians. If False, it uses the mean and the standard
+        deviation.
 
     Returns:
-      A :class:`spam_optax.SkipReason` for every step, shape (steps,), int32; 0 for a
-      step that is taken.
+      A :class:`spam_optax.SkipReason` for every step, shape (steps,), int32. It is 0
+      for a step that is taken.
 
     Raises:
       ValueError: If neither losses nor norms are given, or an argument is out of range.
@@ -58,12 +60,20 @@ def spike_steps(
     rule = SkipRule.checked(
         window, sigma, loss_share, norm_share, min_history, max_consecutive, robust
     )
-    series = [x for x in (losses, norms) if x is not None]
+    given = {"losses": losses, "norms": norms}
+    series = [
+        read(name, x, np.generic).astype(jnp.float32)
+        for name, x in given.items()
+        if x is not None
+    ]
     if not series:
         raise ValueError("spike_steps: losses or norms must be given, got neither.")
-    series = [jnp.asarray(x, jnp.float32) for x in series]
-    chex.assert_rank(series, 1)
-    chex.assert_equal_shape(series)
+    chex.assert_rank(
+        series, 1, custom_message="spike_steps: losses and norms must be vectors"
+    )
+    chex.assert_equal_shape(
+        series, custom_message="spike_steps: losses and norms must have one length"
+    )
 
     def step(
         history: StepHistory, values: list[jax.Array]

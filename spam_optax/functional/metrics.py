@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spam_optax import _arithmetic, _paths, _validate
-from spam_optax.functional.spikes import check_inexact
+from spam_optax.functional._arrays import read
 
 
 def spike_score(
@@ -55,9 +55,8 @@ def spike_score(
     References:
       Wang et al., `AdaGC <https://arxiv.org/abs/2502.11034>`_, 2025.
     """
-    values = jnp.asarray(values)
-    chex.assert_rank(values, 1)
-    chex.assert_type(values, float)
+    values = read("values", values, jnp.floating)
+    chex.assert_rank(values, 1, custom_message="spike_score: values must be a vector")
     window = _validate.check_whole("window", window, low=2)
     try:
         window = operator.index(window)
@@ -135,23 +134,26 @@ def layer_gradient_norms(
     """
     _validate.check_names("stacked", stacked)
     names = _paths.names(gradients)
-    tensors = dict(
-        zip(names, map(jnp.asarray, jax.tree.leaves(gradients)), strict=True)
-    )
+    leaves = zip(names, jax.tree.leaves(gradients), strict=True)
+    tensors = {name: read(f"the gradient {name}", x) for name, x in leaves}
     parts = {part for name in tensors for part in name.split("/")}
     for name in stacked:
         if name not in parts:
             raise ValueError(
-                f"{_validate.caller()}: "
-                "stacked must have names of parts of the tensors' paths, "
-                f"got {name!r}, which is in none."
+                f"{_validate.caller()}: stacked must have names of parts of the "
+                f"tensors' paths, got {name!r}, which is in none."
             )
 
     def norms(name: str, gradient: jax.Array) -> jax.Array:
-        check_inexact(gradient)
         if set(name.split("/")).isdisjoint(stacked):
             return _arithmetic.norm(gradient)
-        chex.assert_axis_dimension_gt(gradient, layer_axis, 0)
+        chex.assert_axis_dimension_gt(
+            gradient,
+            layer_axis,
+            0,
+            custom_message=f"layer_gradient_norms: the gradient {name} must have "
+            "a layer along layer_axis",
+        )
         return jax.vmap(_arithmetic.norm, in_axes=layer_axis)(gradient)
 
     return {name: norms(name, gradient) for name, gradient in tensors.items()}
@@ -193,10 +195,18 @@ def token_embedding_variability(embedding: jax.typing.ArrayLike) -> jax.Array:
       Chung et al., `Stable Language Model Pre-training by Reducing Embedding
       Variability <https://arxiv.org/abs/2409.07787>`_, EMNLP 2024.
     """
-    embedding = jnp.asarray(embedding)
-    chex.assert_rank(embedding, 2)
-    chex.assert_type(embedding, float)
-    chex.assert_axis_dimension_gt(embedding, 1, 0)
+    embedding = read("embedding", embedding, jnp.floating)
+    chex.assert_rank(
+        embedding,
+        2,
+        custom_message="token_embedding_variability: embedding must be a matrix",
+    )
+    chex.assert_axis_dimension_gt(
+        embedding,
+        1,
+        0,
+        custom_message="token_embedding_variability: embedding must have columns",
+    )
     return _arithmetic.root(jnp.var(_arithmetic.widen(embedding), axis=1))
 
 

@@ -2,12 +2,12 @@
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from spam_optax import _validate
+from spam_optax.functional._arrays import read
 
 
 def reset_position(
@@ -40,9 +40,7 @@ def reset_position(
     References:
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, algorithm 1.
     """
-    step = jnp.asarray(step)
-    chex.assert_type(step, int)
-    step = step.astype(jnp.int32)
+    step = read("step", step, jnp.integer).astype(jnp.int32)
     if interval is None:
         return step
     interval = _validate.check_steps("interval", interval, low=1)
@@ -127,4 +125,4 @@ def bias_correction(
     else:
         # Computed in float64, because rounding 0.999 to float32 first loses digits.
         log_decay = math.log(checked) if checked > 0 else -math.inf
-    return -jnp.expm1(jnp.asarray(step).astype(float) * log_decay)
+    return -jnp.expm1(read("step", step, np.generic).astype(float) * log_decay)

@@ -1,22 +1,35 @@
 """Which coordinates of a gradient are spikes or not finite, and clipping them."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from spam_optax import _arithmetic, _spikes, _validate
+from spam_optax.functional._arrays import read
 
 
-def check_inexact(x: jax.Array) -> None:
-    """Raises unless an array is floating or complex."""
-    if not jnp.iscomplexobj(x):
-        chex.assert_type(x, float)
+def _read_pair(gradient: Any, nu: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the gradient and its second moment as arrays of one shape."""
+    gradient, nu = read("gradient", gradient), read("nu", nu, jnp.floating)
+    chex.assert_equal_shape(
+        (gradient, nu), custom_message="nu must have the shape of gradient"
+    )
+    return gradient, nu
 
 
-def _check_gradient_and_nu(gradient: jax.Array, nu: jax.Array) -> None:
-    check_inexact(gradient)
-    chex.assert_type(nu, float)
-    chex.assert_equal_shape((gradient, nu))
+def _check_active(active: Any) -> None:
+    """Raises unless `active` can be combined with booleans."""
+    try:
+        dtype = jnp.result_type(active)
+    except TypeError:
+        dtype = jnp.dtype(object)
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer)):
+        raise TypeError(
+            f"{_validate.caller()}: active must be booleans, got "
+            f"{_validate.shown(active)}."
+        )
 
 
 def gradient_spike_score(
@@ -56,9 +69,13 @@ def gradient_spike_score(
       Huang et al., `SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training
       <https://arxiv.org/abs/2501.06842>`_, 2025, section 2.
     """
-    gradients = jnp.asarray(gradients)
-    check_inexact(gradients)
-    chex.assert_axis_dimension_gt(gradients, axis, 0)
+    gradients = read("gradients", gradients)
+    chex.assert_axis_dimension_gt(
+        gradients,
+        axis,
+        0,
+        custom_message="gradient_spike_score: gradients must have a step along axis",
+    )
     size = jnp.abs(_arithmetic.widen(gradients))
     finite = jnp.isfinite(size)
     # Divided before the sum, because the sum of the largest spikes could overflow.
@@ -100,8 +117,7 @@ def online_spike_score(
     References:
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
-    gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
-    _check_gradient_and_nu(gradient, nu)
+    gradient, nu = _read_pair(gradient, nu)
     square = _arithmetic.abs_sq(gradient)
     nu = nu.astype(square.dtype)
     score = jnp.where(nu > 0, square / jnp.where(nu > 0, nu, 1), 0)
@@ -124,9 +140,7 @@ def nonfinite_mask(gradient: jax.typing.ArrayLike) -> jax.Array:
       >>> print(functional.nonfinite_mask(jnp.array([1.0, jnp.nan, -jnp.inf, 1e30])))
       [False  True  True  True]
     """
-    gradient = jnp.asarray(gradient)
-    check_inexact(gradient)
-    return _arithmetic.is_nonfinite(gradient)
+    return _arithmetic.is_nonfinite(read("gradient", gradient))
 
 
 def zero_nonfinite(gradient: jax.typing.ArrayLike) -> jax.Array:
@@ -144,8 +158,9 @@ def zero_nonfinite(gradient: jax.typing.ArrayLike) -> jax.Array:
       >>> print(functional.zero_nonfinite(jnp.array([1.0, jnp.nan, -jnp.inf])))
       [1. 0. 0.]
     """
-    gradient = jnp.asarray(gradient)
-    return jnp.where(nonfinite_mask(gradient), jnp.zeros_like(gradient), gradient)
+    gradient = read("gradient", gradient)
+    is_bad = _arithmetic.is_nonfinite(gradient)
+    return jnp.where(is_bad, jnp.zeros_like(gradient), gradient)
 
 
 def spike_mask(
@@ -191,8 +206,8 @@ def spike_mask(
     References:
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
-    gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
-    _check_gradient_and_nu(gradient, nu)
+    gradient, nu = _read_pair(gradient, nu)
+    _check_active(active)
     threshold = _validate.check_number("threshold", threshold, above=0)
     rule = _spikes.SpikeRule(threshold, active, clip_unseen)
     return _spikes.is_spike(gradient, nu, rule)
@@ -243,8 +258,8 @@ def clip_spikes(
     References:
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, section 3.
     """
-    gradient, nu = jnp.asarray(gradient), jnp.asarray(nu)
-    _check_gradient_and_nu(gradient, nu)
+    gradient, nu = _read_pair(gradient, nu)
+    _check_active(active)
     threshold = _validate.check_number("threshold", threshold, above=0)
     rule = _spikes.SpikeRule(threshold, active, clip_unseen)
     return _spikes.clip(gradient, nu, rule)

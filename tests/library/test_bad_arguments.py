@@ -351,6 +351,26 @@ def other_cases():
                 Case(update(tx, updates, PARAMS), "update", where, allowed),
             )
         yield (
+            f"{name}-a gradient of a parameter that is None",
+            Case(
+                update(tx, {"a": VECTOR}, start={"a": None}),
+                "update",
+                "has a leaf at ['a']",
+                "where the optimizer state has none",
+            ),
+        )
+        if function is not spam_optax.spam_clip:
+            integers = PARAMS | {"a": VECTOR.astype("int32")}
+            for params, argument, value, allowed, error in (
+                ({"z": VECTOR}, "params", "{'z': *}", "like the updates", ValueError),
+                ("params", "params", "(*)", "a tree like the updates", ValueError),
+                (integers, "parameter at ['a']", "int32", "a floating", TypeError),
+            ):
+                yield (
+                    f"{name}-an update with the parameters {value}",
+                    Case(update(tx, PARAMS, params), argument, value, allowed, error),
+                )
+        yield (
             f"{name}-integer gradients",
             Case(
                 update(tx, PARAMS | {"a": jnp.ones(3, jnp.int32)}, PARAMS),
@@ -394,6 +414,50 @@ def other_cases():
                 "requires the current value of parameters",
             ),
         )
+    sgd = optax.sgd(0.1)
+    for function, tx in (
+        (spam_optax.track_spikes, spam_optax.track_spikes(sgd)),
+        (spam_optax.skip_spikes, spam_optax.skip_spikes(sgd)),
+        (spam_optax.clip_update_norm, spam_optax.clip_update_norm()),
+    ):
+        yield (
+            f"{function.__name__}-integer updates",
+            Case(
+                update(tx, PARAMS | {"a": jnp.ones(3, jnp.int32)}),
+                "update at ['a']",
+                "int32",
+                "a floating or complex dtype",
+                TypeError,
+            ),
+        )
+    skip = spam_optax.skip_spikes(sgd)
+    for name in ("value", "loss", "grad_norm"):
+        for value in ("high", [1.0], 1j, jnp.ones(2)):
+            given = {name: value}
+            yield (
+                f"skip_spikes-{name}-{value!r}",
+                Case(
+                    functools.partial(skip.update, PARAMS, skip.init(PARAMS), **given),
+                    name,
+                    "shape (2,)" if isinstance(value, jax.Array) else repr(value),
+                    "a real scalar",
+                    TypeError,
+                ),
+            )
+    reset_adam = spam_optax.reset_moments(optax.adam(0.1), 3)
+    for updates, params, value in (
+        ({"z": VECTOR}, None, "{'z': *}"),
+        (PARAMS, {"z": VECTOR}, "{'z': *}"),
+    ):
+        yield (
+            f"reset_moments-trees {value}",
+            Case(
+                update(reset_adam, updates, params),
+                "params",
+                value,
+                "trees like init's parameters",
+            ),
+        )
     yield (
         "track_spikes-a leaf missing",
         Case(
@@ -419,14 +483,15 @@ def other_cases():
                 ),
             )
     reset = functools.partial(spam_optax.reset_moments, optax.trace(0.9), 3)
-    for value, error in (("mu", TypeError), ((), ValueError), (5, TypeError)):
+    bad = (("mu", TypeError), ((), ValueError), (5, TypeError), (["mu", 1], TypeError))
+    for value, error in bad:
         yield (
             f"reset_moments-fields-{value!r}",
             Case(
                 functools.partial(reset, fields=value),
                 "fields",
                 repr(value),
-                "a sequence of names of state fields",
+                "a collection of names of state fields",
                 error,
             ),
         )
@@ -467,6 +532,50 @@ def other_cases():
                 error,
             ),
         )
+    for function in (functional.spike_mask, functional.clip_spikes):
+        for value in ("high", None, 0.5, [True]):
+            yield (
+                f"{function.__name__}-active-{value!r}",
+                Case(
+                    functools.partial(function, *SPIKES, active=value),
+                    "active",
+                    repr(value),
+                    "booleans",
+                    TypeError,
+                ),
+            )
+    for function, argument, others in (
+        (functional.nonfinite_mask, "gradient", ()),
+        (functional.online_spike_score, "gradient", (VECTOR,)),
+        (functional.gradient_spike_score, "gradients", ()),
+        (functional.reset_position, "step", (3,)),
+        (functional.spike_steps, "losses", ()),
+        (functional.token_embedding_variability, "embedding", ()),
+    ):
+        name = function.__name__
+        for value in ("high", {"a": 1.0}):
+            yield (
+                f"{name}-{argument}-{value!r}",
+                Case(
+                    functools.partial(function, value, *others),
+                    f"{name}: {argument}",
+                    repr(value),
+                    "must be an array",
+                    TypeError,
+                ),
+            )
+        if function is not functional.spike_steps:
+            wrong = np.ones(3, bool)
+            yield (
+                f"{name}-{argument}-booleans",
+                Case(
+                    functools.partial(function, wrong, *others),
+                    f"{name}: {argument}",
+                    "the dtype bool",
+                    "numbers",
+                    AssertionError,
+                ),
+            )
     yield (
         "spike_score-window 3.0",
         Case(
@@ -563,7 +672,9 @@ def sparse_cases():
                     "got Array(",
                 ),
             ):
-                needed = f"{argument} must be a Python number, for it decides shapes"
+                needed = (
+                    f"{argument} must be a Python number, because it decides shapes"
+                )
                 remedy = "use spam_optax.inject_hyperparams"
                 yield (
                     f"{name}-{argument}-{key}",
@@ -679,7 +790,7 @@ def sparse_cases():
         ),
     ):
         yield f"sparse_spam-{key}", Case(call, argument, value, allowed)
-    for key in (jnp.zeros(3), jax.random.split(jax.random.key(0))):
+    for key in (jnp.zeros(3), jnp.zeros(()), jax.random.split(jax.random.key(0))):
         yield (
             f"sparse_spam-key-{key.dtype}{key.shape}",
             Case(

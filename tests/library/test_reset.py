@@ -368,6 +368,6 @@ def test_errors_of_the_inner_init_are_passed_on():
 
     inner = optax.GradientTransformation(init, lambda g, state, params: (g, state))
     tx = spam_optax.reset_moments(inner, 5)
-    with pytest.raises(ValueError, match="got another structure") as error:
+    with pytest.raises(ValueError, match="trees like init.s parameters") as error:
         tx.update(2.0, tx.init(1.0), 2.0)
     assert str(error.value.__cause__) == "one is wanted"
