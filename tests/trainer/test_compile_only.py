@@ -83,7 +83,7 @@ def large_results(compiled, tensors):
 @needs_libtpu
 def test_optimizer_adds_only_scalar_collectives(monkeypatch):
     """On a mesh with all three axes: SPAM's step sends what plain SGD's does."""
-    sgd = optimizers.Entry(lambda _, rate: optax.sgd(rate), momentum_decay=None)
+    sgd = optimizers.Entry(lambda _, rate: optax.sgd(rate))
     monkeypatch.setitem(optimizers.TABLE, "sgd", sgd)
     settings = config.RunConfig.from_settings(preset="9m", batch_size=16, remat="none")
     devices = compile_only.find_devices("tpu:v5e:2x4")

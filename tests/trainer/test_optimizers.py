@@ -100,7 +100,7 @@ def test_one_entry_adds_an_optimizer(tmp_path, monkeypatch, capsys):
     def make_sgd(config, learning_rate):
         return optax.sgd(learning_rate)
 
-    entry = optimizers.Entry(make_sgd, "#123456", ":", momentum_decay=None)
+    entry = optimizers.Entry(make_sgd)
     monkeypatch.setitem(optimizers.TABLE, "sgd", entry)
     folder = tmp_path / "run"
     flags = ["--optimizer=sgd", "--steps=3", f"--output={folder}"]
