@@ -40,6 +40,17 @@ def test_every_optimizer_trains(task, name):
         assert len(values) == tensors
 
 
+def test_the_gradient_behind_the_first_moment_is_recorded_for_all_but_three(task):
+    """The other three have no `mu`, or several; their norm is the gradient's."""
+    others = set()
+    for name in optimizers.TABLE:
+        transform = optimizers.make(name, task.config).transform
+        state = jax.eval_shape(transform.init, task.shapes)
+        if len(optax.tree.get_all_with_path(state, "mu")) != 1:
+            others.add(name)
+    assert others == {"adafactor", "galore", "muon"}
+
+
 def test_sparse_momentum_is_for_attention_and_feed_forward_matrices(task):
     transform = optimizers.make("sparse_spam", task.config).transform
     params = task.shapes
