@@ -112,6 +112,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--checkpoints",
+        type=cli.folder_or_bucket,
         metavar="PATH",
         help="folder or bucket (gs://...) for the checkpoints, which every host can"
         " write to (default: checkpoints in --output)",

@@ -118,7 +118,7 @@ class Checkpoints:
           like: Shapes, dtypes and shardings; the mesh may differ from the one saved on.
           recorded: Steps that metrics.jsonl has; newer checkpoints are passed over.
           warn: Called with a message about those and about damaged ones, which are
-        renamed.
+            renamed.
 
         Returns:
           The state and this host's place in the data; None if there is no checkpoint.
@@ -168,9 +168,8 @@ class Checkpoints:
             places, expected = rest["data"], rest["digest"]
         except Exception as error:  # Orbax raises many kinds for a damaged file
             problem = reason(error)
-        problem = hosts.first_nonempty(
-            problem
-        )  # the digest takes the arrays of all hosts
+        problem = hosts.first_nonempty(problem)
+        # The digest needs the arrays of all hosts.
         if not problem and digest(state, places) != expected:
             problem = "it is not what was saved"
         return state, places, problem
@@ -204,7 +203,7 @@ class Checkpoints:
 
 
 def digest(state: TrainState, places: list[str]) -> str:
-    """Changes with any bit of the state, and of the places in the data."""
+    """Returns a digest of the state and of the places in the data."""
     content = json.dumps([int(fingerprint(state)), places])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -222,7 +221,7 @@ def fingerprint(state: TrainState) -> jax.Array:
 
 
 def place_of_host(places: list[str]) -> str:
-    """This host's place in the data.
+    """Returns this host's place in the data.
 
     Text files have one place for all hosts, whose number may change. In a stream each
     host has read other documents.

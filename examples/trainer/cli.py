@@ -66,11 +66,16 @@ def real(low: float = 0.0, high: float = math.inf, *, exclude_low: bool = False)
     return parses(Real(low, high, exclude_low))
 
 
-def folder(text: str) -> pathlib.Path:
-    """Parses the name of a folder."""
+def folder_or_bucket(text: str) -> str:
+    """Parses the name of a folder or of a bucket."""
     if not text:
         raise argparse.ArgumentTypeError("must be the name of a folder, not ''")
-    return pathlib.Path(text)
+    return text
+
+
+def folder(text: str) -> pathlib.Path:
+    """Parses the name of a folder."""
+    return pathlib.Path(folder_or_bucket(text))
 
 
 class SettingFlags:

@@ -107,7 +107,8 @@ def find_devices(target: str | None) -> list[jax.Device]:
     kind, _, place = (target or "").partition(":")
     makers = {"tpu": tpu_devices, "gpu": gpu_devices}
     if kind not in makers or not place:
-        raise UsageError(f"--compile-only needs --target, {TARGETS}; got {target!r}")
+        got = f"; got {target!r}" if target else ""
+        raise UsageError(f"--compile-only needs --target, {TARGETS}{got}")
     try:
         return makers[kind](place)
     except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
@@ -152,10 +153,16 @@ def gpu_devices(place: str) -> list[jax.Device]:
 
 
 def measure(name: str, config: RunConfig, mesh: Mesh) -> Measurement:
-    """Compiles the training step of one optimizer."""
+    """Compiles the training step of one optimizer, and measures it."""
     began = time.perf_counter()
     compiled = compile_step(name, config, mesh)
-    seconds = time.perf_counter() - began
+    return measure_compiled(name, compiled, time.perf_counter() - began)
+
+
+def measure_compiled(
+    name: str, compiled: jax.stages.Compiled, seconds: float
+) -> Measurement:
+    """Returns the compiler's numbers for a step that took `seconds` to compile."""
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
     arguments = memory.argument_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -86,7 +86,7 @@ class RunConfig:
           TypeError: If there is no setting of a given name.
         """
         preset = given.pop("preset", cls.model.preset)
-        if preset not in PRESETS:
+        if preset not in list(PRESETS):  # from a damaged file, it may be unhashable
             raise UsageError(
                 f"preset must be one of {', '.join(PRESETS)}, not {preset!r}"
             )

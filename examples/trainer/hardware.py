@@ -1,4 +1,4 @@
-"""Peak and memory of devices, and the environment of the TPU compiler."""
+"""Peak FLOPs and memory of devices, and the environment of the TPU compiler."""
 
 import importlib.util
 import os

@@ -94,17 +94,22 @@ def gradient_behind_mu(
     plain Adam the norm agrees with that of the raw gradient to about 1e-4. For a tensor
     with sparse momentum it is the part of the gradient that has momentum.
 
-    An optimizer without a first moment of the gradient returns `gradient`.
+    The function returns `gradient` if the optimizer has no `mu`, or several, as muon
+    and galore do: each of theirs belongs to a part of the parameters.
     """
-    if optimizer.momentum_decay is None:
+    old_mu, mu = (
+        [moment for _, moment in optax.tree.get_all_with_path(opt_state, "mu")]
+        for opt_state in (old_state, state)
+    )
+    if len(mu) != 1:
         return gradient
     b1 = optimizer.momentum_decay
     position = spam_optax.functional.reset_position(step, optimizer.reset_interval)
     decay = jnp.where(position == 0, 0.0, b1)
     return jax.tree.map(
         lambda old, new: (new - decay * old) / (1.0 - b1),
-        optax.tree.get(old_state, "mu"),
-        optax.tree.get(state, "mu"),
+        *old_mu,
+        *mu,
     )
 
 

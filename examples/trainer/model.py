@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import spam_optax
 import spam_optax.nnx
 from spam_optax import initializers
 from trainer import sharding
@@ -79,12 +80,20 @@ class ModelConfig:
                 " --initialization standard, or another --norm"
             )
 
-    @property
+    @functools.cached_property
     def matrix_parameters(self) -> int:
-        """Parameters that a token is multiplied with: all but norms and the lookup."""
-        attention = (4 + self.gated_attention) * self.width**2
-        block = attention + 3 * self.width * self.ffn_width
-        return self.layers * block + self.vocabulary * self.width
+        """Parameters that a token is multiplied with: all kernels and the head.
+
+        A tied head is the transposed embedding.
+        """
+        _, params = abstract(self)
+        names, leaves = spam_optax.tensor_names(params), jax.tree.leaves(params)
+        head = "head/kernel" if self.untied_head else "embed/embedding"
+        return sum(
+            leaf.size
+            for name, leaf in zip(names, leaves, strict=True)
+            if name == head or name.endswith("/kernel")
+        )
 
     def flops_per_token(self, tokens: int) -> int:
         """Returns the FLOPs per token of a step on sequences of `tokens` tokens.

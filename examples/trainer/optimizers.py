@@ -22,7 +22,7 @@ class Optimizer(NamedTuple):
     name: str
     transform: optax.GradientTransformation  # inside spam_optax.track_spikes
     schedule: optax.Schedule
-    momentum_decay: float | None  # of `mu` in its state; None: there is none
+    momentum_decay: float  # of `mu` in its state, if there is one
     reset_interval: int | None  # steps after which the moments are zeroed; None: never
 
 
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     make: Callable[[RunConfig, optax.Schedule], optax.GradientTransformation]
     color: str = "#999999"  # in the figure
     line: str = "-"  # its style in the figure
-    momentum_decay: float | None = B1  # of `mu` in the state; None: there is none
+    momentum_decay: float = B1  # of `mu` in the state, if there is one
     resets: bool = False  # whether its moments are reset every `reset_interval` steps
 
 
@@ -259,7 +259,7 @@ TABLE = {
     "adam_clip": Entry(clipped(adam), "#0072B2", "--"),
     "adamw": Entry(adamw, "#E69F00", "-"),
     "adamw_clip": Entry(clipped(adamw), "#E69F00", "--"),
-    "adafactor": Entry(adafactor, "#56B4E9", "-", momentum_decay=None),
+    "adafactor": Entry(adafactor, "#56B4E9", "-"),
     "lion": Entry(lion, "#56B4E9", ":", momentum_decay=LION_B2),
     "spam": Entry(spam, "#009E73", "-", resets=True),
     "clip_spam": Entry(clipped(spam), "#000000", "--", resets=True),
@@ -271,10 +271,8 @@ TABLE = {
     "stable_adamw": Entry(stable_adamw, "#E69F00", ":"),
     "zclip_adam": Entry(zclip_adam, "#0072B2", "-."),
     "adagc_adam": Entry(adagc_adam, "#0072B2", ":"),
-    # The momentum of galore is that of projected gradients. Muon has two, its own and
-    # Adam's.
-    "galore": Entry(galore, "#000000", "-.", momentum_decay=None),
-    "muon": Entry(muon, "#000000", "-", momentum_decay=None),
+    "galore": Entry(galore, "#000000", "-."),
+    "muon": Entry(muon, "#000000", "-"),
 }
 
 

@@ -28,12 +28,20 @@ class Run(NamedTuple):
         """Makes a run of what `to_json` returned.
 
         Raises:
-          UsageError, KeyError, TypeError: If it is not complete or has a wrong value.
+          UsageError, KeyError: If it is not complete or has a wrong value.
         """
+        if not isinstance(content, dict):
+            raise UsageError(f"must be a JSON object, not {content!r}")
         given = dict(content)
-        rest = given.pop("checkpoints"), given.pop("data_digest")
-        given["optimizers"] = tuple(given["optimizers"])
-        return cls(RunConfig.from_settings(**given), *rest)
+        checkpoints, digest = given.pop("checkpoints"), given.pop("data_digest")
+        for name, value in {"checkpoints": checkpoints, "data_digest": digest}.items():
+            if not isinstance(value, str | None):
+                raise UsageError(f"{name} must be a text, not {value!r}")
+        if unknown := sorted(given.keys() - RunConfig().settings().keys()):
+            raise UsageError(f"there is no setting {unknown[0]!r}")
+        if isinstance(given["optimizers"], list):  # JSON has no tuples
+            given["optimizers"] = tuple(given["optimizers"])
+        return cls(RunConfig.from_settings(**given), checkpoints, digest)
 
 
 class RunFolder:
@@ -85,8 +93,8 @@ class RunFolder:
         """Returns the run that was begun in this folder."""
         try:
             run = Run.from_json(json.loads(self.config.read_text(encoding="utf-8")))
-            if not isinstance(run.data_digest, str):
-                raise ValueError(f"data_digest cannot be {run.data_digest!r}")
+            if run.data_digest is None:
+                raise UsageError("data_digest must be a text, not None")
             return run
         except OSError as error:
             raise UsageError(
@@ -97,7 +105,7 @@ class RunFolder:
                 f"{self.config} is damaged, or of another version of this program: it"
                 f" has no {error}"
             ) from error
-        except (AttributeError, TypeError, UsageError, ValueError) as error:
+        except (UsageError, ValueError) as error:  # the latter from JSON and UTF-8
             raise UsageError(f"{self.config} is damaged: {error}") from error
 
     def write_tensor_names(self, names: tuple[str, ...]) -> None:

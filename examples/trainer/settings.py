@@ -97,12 +97,14 @@ class OneOf:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Accepts any text."""
+    """Accepts any text that could be a file's name or a flag."""
 
     def check(self, value: Any) -> str:
         """Returns `value`; raises ValueError if it is not accepted."""
         if not isinstance(value, str):
             raise ValueError(f"must be a text, not {value!r}")
+        if "\0" in value:
+            raise ValueError(f"must be a text without zero bytes, not {value!r}")
         return value
 
 

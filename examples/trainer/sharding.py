@@ -25,7 +25,8 @@ ROWS = ("data", "fsdp")  # the axes that split a batch
 BATCH = P(None, ROWS)  # of (accumulate, rows, tokens)
 
 # The first pattern that ends a tensor's name decides. An optimizer's state has the
-# names of the parameters at the end of its own, and so follows them.
+# names of the parameters at the end of its own, and so follows them. A tensor that no
+# pattern fits is whole on every device: give the matrices of a new layer a pattern.
 RULES = (
     (r"embed/embedding", ("tensor", "fsdp")),
     (r"head/kernel", ("fsdp", "tensor")),

@@ -23,6 +23,7 @@ from trainer_process import without_timing
         (["--data=hf:"], ["hf: must name a data set"]),
         ([f"--data={'x' * 300}"], ["data file xxx", "name too long"]),
         ([f"--tokenizer={'x' * 300}"], ["cannot load the tokenizer xxx"]),
+        (["--checkpoints="], ["--checkpoints", "name of a folder"]),
         (["--output=\udcff"], ["udcff", "must be UTF-8"]),
         (["--data=empty.txt"], ["empty.txt", "is empty"]),
         (["--data=short.txt"], ["train", "90 bytes", "101"]),
@@ -144,6 +145,11 @@ def damage(path, how):
     damaged = {
         "a line of garbage": [*lines[:3], b"\xff{\n", *lines[4:]],
         "a row without a step": [*lines[:3], b'{"loss": 1.0}\n', *lines[4:]],
+        "a step in words": [
+            *lines[:3],
+            b'{"optimizer": "adam", "step": "four"}\n',
+            *lines[4:],
+        ],
         "the last evaluation cut": [*lines[:-1], lines[-1][:-20]],
         "a step missing": [*lines[:4], *lines[5:]],
         "no file": None,
@@ -158,6 +164,7 @@ def damage(path, how):
     [
         ("a line of garbage", ["metrics.jsonl, line 4, is damaged"]),
         ("a row without a step", ["metrics.jsonl, line 4, is damaged"]),
+        ("a step in words", ["metrics.jsonl, line 4, is damaged"]),
         ("a step missing", ["4 steps", "of adam", "another folder"]),
         ("no file", ["0 steps", "of adam", "another folder"]),
     ],
@@ -208,8 +215,13 @@ def test_resume_goes_back_to_the_records_it_has(finished_run, tmp_path, capsys):
         ("learning_rate", float("nan")),
         ("density", 7.0),
         ("data", 5),
+        ("data", "a\0b"),
+        ("preset", []),
         ("optimizers", []),
+        ("optimizers", "adam"),
+        ("checkpoints", 3),
         ("data_digest", None),
+        ("momentum", 0.9),
     ],
 )
 def test_resume_refuses_a_damaged_configuration(

@@ -40,6 +40,17 @@ def test_every_optimizer_trains(task, name):
         assert len(values) == tensors
 
 
+def test_the_gradient_behind_the_first_moment_is_recorded_for_all_but_three(task):
+    """The other three have no `mu`, or several; their norm is the gradient's."""
+    others = set()
+    for name in optimizers.TABLE:
+        transform = optimizers.make(name, task.config).transform
+        state = jax.eval_shape(transform.init, task.shapes)
+        if len(optax.tree.get_all_with_path(state, "mu")) != 1:
+            others.add(name)
+    assert others == {"adafactor", "galore", "muon"}
+
+
 def test_sparse_momentum_is_for_attention_and_feed_forward_matrices(task):
     transform = optimizers.make("sparse_spam", task.config).transform
     params = task.shapes
@@ -100,7 +111,7 @@ def test_one_entry_adds_an_optimizer(tmp_path, monkeypatch, capsys):
     def make_sgd(config, learning_rate):
         return optax.sgd(learning_rate)
 
-    entry = optimizers.Entry(make_sgd, "#123456", ":", momentum_decay=None)
+    entry = optimizers.Entry(make_sgd)
     monkeypatch.setitem(optimizers.TABLE, "sgd", entry)
     folder = tmp_path / "run"
     flags = ["--optimizer=sgd", "--steps=3", f"--output={folder}"]

@@ -39,13 +39,14 @@ class Data(NamedTuple):
 def load(config: RunConfig, host: Host = ONE_HOST, *, skip_bad_data: int = 0) -> Data:
     """Loads what `config.data` names.
 
-    None is the embedded Shakespeare. Otherwise it is a text file, a folder, of which
-    all .txt files in it and below are taken in alphabetical order, or a pattern like
-    ``books/*.txt``: the last tenth is for validation. "hf:NAME:CONFIGURATION", or
-    "hf:NAME", is a data set of the Hugging Face hub, or a local folder like one: its
-    split "train", and for validation "validation" or else "test", of which the first
-    documents are taken. Up to `skip_bad_data` of its shards may be broken: what cannot
-    be read of them is left out.
+    - None: the embedded Shakespeare.
+    - A text file, a pattern like ``books/*.txt``, or a folder, whose .txt files, also
+      those in folders below, are read in alphabetical order. The last tenth of the text
+      is for validation.
+    - "hf:NAME" or "hf:NAME:CONFIGURATION": a data set of the Hugging Face hub, or a
+      local folder like one. Training takes the split "train". Validation takes the
+      first documents of "validation", or else of "test". Up to `skip_bad_data` of its
+      shards may be broken: what cannot be read of them is left out.
     """
     rows = rows_per_host(config, host)
     if config.data is not None and config.data.startswith(hf_stream.PREFIX):
@@ -54,7 +55,7 @@ def load(config: RunConfig, host: Host = ONE_HOST, *, skip_bad_data: int = 0) ->
 
 
 def rows_per_host(config: RunConfig, host: Host) -> int:
-    """Sequences in a host's part of a micro-batch."""
+    """Returns the number of sequences in a host's part of a micro-batch."""
     rows, left = divmod(config.batch_size, config.accumulate * host.count)
     if left:
         several = f" on each of {host.count} hosts" if host.count > 1 else ""

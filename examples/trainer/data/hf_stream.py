@@ -44,7 +44,7 @@ class Source(NamedTuple):
 
     train: Any  # datasets.IterableDataset
     validation: Any
-    identity: str  # changes when the text does, as far as that is seen
+    identity: str  # of the text: see `digest`
     shards: Shards  # reads both splits
     files: str  # their number and size, for people
 
@@ -180,7 +180,7 @@ def data_files(builder: Any) -> dict[str, list]:
 
 
 def describe(builder: Any, name: str) -> str:
-    """Describes number and size of a data set's files, and how many are not read."""
+    """Describes the number and size of the files, and how many are left out."""
     files = data_files(builder)
     counts = [f"files in {split}: {len(paths):,}" for split, paths in files.items()]
     text = ", ".join(counts) or "files: not known"
@@ -203,10 +203,10 @@ def paths_of(builder: Any) -> Iterator[list[str]]:
 
 
 def digest(source: Source, tokenizer: Tokenizer) -> str:
-    """Changes when the tokenizer does, or the text as far as that is seen.
+    """Returns a digest of the tokenizer, and of what identifies the data set.
 
-    Seen are the revision of a data set on the hub, the names and sizes of local files,
-    and the first document of each split.
+    A data set is identified by its revision on the hub, the names and sizes of local
+    files, and the first document of each split.
     """
     return hashlib.sha256((tokenizer.digest + source.identity).encode()).hexdigest()
 
@@ -328,9 +328,9 @@ class PackedWindows(grain.IterDataset):
 class PackedWindowsIterator(grain.DatasetIterator):
     """Cuts windows from the tokens of a few documents at a time.
 
-    Its state is where these documents begin, the fewer than ``length + 1`` tokens that
-    were left over before them, and the position of the next window in all that. So it
-    stays small however long a document is.
+    Its state has three parts: where these documents begin, the tokens that were left
+    over before them, and the position of the next window in both together. Fewer than
+    ``length + 1`` tokens are left over, so the state is small however long a document.
     """
 
     def __init__(self, source: PackedWindows):

@@ -46,8 +46,9 @@ class Shards:
     def _checked_cast(self, cast: Callable[..., Any]) -> Callable[..., Any]:
         """Wraps `cast`, the library's to common types; refuses text mixed with others.
 
-        If JSON lines have text in some rows and numbers in others, `cast` makes JSON
-        text of both, with quotation marks; and it makes text of files of numbers.
+        `cast` turns files of numbers into text. If JSON lines have text in some rows
+        and numbers in others, it turns both into JSON, and the text gets quotation
+        marks.
         """
 
         def checked_cast(table: Any, **options) -> Any:

@@ -49,8 +49,8 @@ class Corpus(NamedTuple):
 def split(text: bytes | np.ndarray, validation_fraction: float = 0.1) -> Corpus:
     """Keeps the end of `text`, bytes or an array of tokens, for validation.
 
-    Contiguous stretches, not random windows: neighboring windows of one page would
-    let a model that memorizes look like one that generalizes.
+    Both parts are contiguous. If windows were chosen at random, neighboring windows of
+    one page would be in both parts, and memorizing would look like generalizing.
     """
     tokens = np.frombuffer(text, np.uint8) if isinstance(text, bytes) else text
     end = training_length(len(tokens), validation_fraction)
@@ -417,7 +417,7 @@ def write_header(file: BinaryIO, count: int, dtype: np.dtype) -> None:
 
 
 def digest(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
-    """Changes when the text or the tokenizer does."""
+    """Returns a digest of the text and of the tokenizer."""
     result = hashlib.sha256(tokenizer.digest.encode())
     for span in spans:
         with reading(span.path), span.path.open("rb") as file:
@@ -426,15 +426,15 @@ def digest(spans: Sequence[Span], tokenizer: Tokenizer) -> str:
 
 
 def text_digest(data: str | None) -> str:
-    """Changes when the text that `data` names does."""
+    """Returns a digest of the text that `data` names."""
     return digest(whole(find(data)), BYTES)
 
 
 def cache_folder(path: pathlib.Path) -> pathlib.Path:
     """Returns the folder that keeps what is computed from the text at `path`.
 
-    Beside it if possible, out of sight of patterns like data/*; else, as for the
-    embedded text, in the user's cache.
+    The folder is beside the text if it can be written, and hidden from patterns like
+    data/*. Otherwise, and for the embedded text, it is in the user's cache.
     """
     beside = [] if path == SHAKESPEARE else [path.parent / ".tokens"]
     for folder in (*beside, user_cache()):
@@ -462,9 +462,9 @@ def load(
 
     The token `separator`, or else the tokenizer's own, stands between two files.
 
-    Bytes of one file are read as they are: mapped, they would change with the file, and
-    end the program if it became shorter. All else is encoded once, and mapped from the
-    cache from then on.
+    The bytes of a single file are read into memory. A mapped file would change under
+    the run, and would end the program if it became shorter. Everything else is encoded
+    once, and from then on mapped from the cache.
     """
     spans = whole(find(data))
     if name == BYTES.name and len(spans) == 1 and separator is None:

@@ -124,7 +124,7 @@ def print_moments(task: Task) -> None:
         try:
             kept = moments(spam_optax.describe_tensors(state, params))
         except ValueError:
-            kept = "moments of other shapes than the parameters"
+            kept = "no moments of the parameters' shapes"
         names.setdefault(kept, []).append(name)
     for kept, alike in names.items():
         print(f"{', '.join(alike)}: {kept}", flush=True)

@@ -219,7 +219,9 @@ def read(path: pathlib.Path) -> list[Row]:
             break
         try:
             row = json.loads(line)
-            row["optimizer"], row["step"]
+            row["optimizer"]
+            if not isinstance(row["step"], int):
+                raise ValueError(f"its step is {row['step']!r}")
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path}, line {number}, is damaged: {error}") from error
         rows.append(row)
