@@ -264,6 +264,11 @@ def add_optimizer_flags(flags: SettingFlags) -> None:
         "SPAM: steps between momentum resets (default: a quarter of the steps)",
     )
     flags.add(
+        "guard",
+        "skip the steps whose loss or gradient norm is a spike or not finite: put"
+        " skip_spikes around the optimizer (the default of 9m to 1b)",
+    )
+    flags.add(
         "density",
         "sparse_spam: fraction of each matrix of attention and feed-forward layers"
         " that has momentum",

@@ -8,6 +8,7 @@ from trainer.model import PRESETS, ModelConfig
 from trainer.settings import (
     OneOf,
     Real,
+    Switch,
     Text,
     Texts,
     Whole,
@@ -58,6 +59,9 @@ class RunConfig:
     density: float = setting(0.25, Real(0, 1, exclude_low=True))  # sparse_spam's
     # Of sparse_spam: the number of devices that may share a matrix's rows.
     row_blocks: int = setting(1, Whole(1))
+
+    # Whether steps with a spike in loss or gradient norm are skipped.
+    guard: bool = setting(False, Switch())
 
     bursts: int = setting(4, Whole(0))  # faults, each BURST_LENGTH steps long
     # Fraction of the gradient's coordinates that a burst hits.
@@ -180,6 +184,7 @@ COMMON = {
     "warmup_steps": 1000,
     "reset_interval": 500,
     "row_blocks": 16,
+    "guard": True,
     "untied_head": True,
     "compute_dtype": "bfloat16",
     "remat": "full",

@@ -14,7 +14,7 @@ from trainer.config import RunConfig
 from trainer.data import shards
 from trainer.errors import DataError, UsageError
 from trainer.optimizers import Optimizer
-from trainer.output.sinks import Row
+from trainer.output.sinks import Row, is_halt
 from trainer.train_step import Task, TrainState
 
 BATCHES_AT_ONCE = 4  # that a host takes, if there are several hosts
@@ -63,6 +63,7 @@ class StepRecorder:
         step, measured = self._pending
         self._pending = None
         measured = jax.tree.map(np.ndarray.tolist, jax.device_get(measured))
+        measured["skipped"] = metrics.reason_text(measured["skipped"])
         speed = self._tokens_per_second()
         row = {
             "optimizer": self._optimizer.name,
@@ -73,7 +74,7 @@ class StepRecorder:
             "flops_utilization": speed and self._flops_utilization(speed),
         }
         self._record(row)
-        if not all(map(math.isfinite, (row["loss"], row["update_norm"]))):
+        if is_halt(row):
             self.halted = row
 
     def _tokens_per_second(self) -> float | None:

@@ -16,6 +16,8 @@ from trainer import metrics, model, sharding
 from trainer.config import RunConfig
 from trainer.optimizers import Optimizer
 
+MOST_SKIPPED = 8  # steps in a row; as many as skip_spikes skips for a spike
+
 
 class TrainState(NamedTuple):
     """Everything on the devices that changes from step to step.
@@ -159,6 +161,26 @@ def gradient_of_batch(
     return jax.tree.map(lambda x: x / len(batch), sums)
 
 
+def apply_gradient(
+    loss: jax.Array,
+    gradient: optax.Updates,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    fault_state: optax.OptState,
+    transform: optax.GradientTransformation,
+    faults: optax.GradientTransformation,
+) -> tuple[optax.Updates, optax.Params, optax.OptState, optax.OptState]:
+    """Gives the optimizer a gradient, which a fault may have corrupted, and the loss.
+
+    Returns that gradient, the parameters, and the states of optimizer and faults.
+    """
+    gradient, fault_state = faults.update(gradient, fault_state, params)
+    update, opt_state = optax.with_extra_args_support(transform).update(
+        gradient, opt_state, params, value=loss
+    )
+    return gradient, optax.apply_updates(params, update), opt_state, fault_state
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("graphdef", "faults", "optimizer", "z_loss"),
@@ -175,15 +197,19 @@ def train_step(
 ) -> tuple[TrainState, metrics.Metrics]:
     """Trains on one batch; returns the next state and the metrics to record.
 
-    If the loss or the update is not finite, the state does not change and is marked as
-    halted. Later steps then leave it as it is.
+    If the loss or the update is not finite, and no guard skips the step, the state does
+    not change and is marked as halted. Later steps then leave it as it is.
     """
     loss, gradient = gradient_of_batch(state.params, batch, graphdef, z_loss)
-    gradient, fault_state = faults.update(gradient, state.fault_state, state.params)
-    update, opt_state = optimizer.transform.update(
-        gradient, state.opt_state, state.params
+    gradient, params, opt_state, fault_state = apply_gradient(
+        loss,
+        gradient,
+        state.params,
+        state.opt_state,
+        state.fault_state,
+        optimizer.transform,
+        faults,
     )
-    params = optax.apply_updates(state.params, update)
     measured = {
         "loss": loss,
         **metrics.of_step(
@@ -191,7 +217,12 @@ def train_step(
         ),
     }
     finite = jnp.isfinite(loss) & jnp.isfinite(measured["update_norm"])
-    going = finite & ~state.halted
+    # A guard skips steps that are not finite, but not for ever.
+    in_a_row = optax.tree.get(opt_state, "skipped_in_a_row", jnp.int32(0))
+    gives_up = in_a_row > MOST_SKIPPED
+    going = (finite | (in_a_row > 0)) & ~gives_up & ~state.halted
+    measured["skipped"] = jnp.where(gives_up, 0, measured["skipped"])
+    measured["update_norm"] = jnp.where(gives_up, jnp.nan, measured["update_norm"])
     new = TrainState(state.step + 1, state.halted, params, opt_state, fault_state)
     kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), new, state)
     return sharding.constrain(kept._replace(halted=~going)), measured

@@ -38,6 +38,8 @@ def step_row(name, step, loss=2.0, scores=(1.0, 1.0, 1.0), spikes=(0, 0, 0), **o
         "update_norm": 0.1,
         "param_norm": 20.0,
         "spikes_clipped": 0,
+        "skipped": None,
+        "skipped_steps": 0,
         "tensors": {"spike_score": list(scores), "spike_steps": list(spikes)},
         "fault": False,
         "tokens_per_second": 1000.0,
@@ -217,9 +219,10 @@ def test_columns_are_those_that_say_something():
     assert set(summary.COLUMNS) - set(summary.columns(summary_of(), plain)) == {
         "final_eval_perplexity",
         "flops_utilization",
+        "skipped_steps",
     }
     assert set(summary.COLUMNS) - set(
-        summary.columns(summary_of(flops_utilization=0.4), tokens)
+        summary.columns(summary_of(flops_utilization=0.4, skipped_steps=3), tokens)
     ) == {"worst_loss_jump", "worst_burst"}
 
 
@@ -247,6 +250,7 @@ def test_widest_table_is_not_cut(capsys):
         "worst_burst": 1234.5,
         "spikes_seen": 99_999,
         "spikes_clipped": 1_234_567_890,
+        "skipped_steps": 99_999,
         "tokens_per_second": 1_234_567.0,
         "flops_utilization": 0.415,
     }

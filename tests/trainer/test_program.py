@@ -24,6 +24,8 @@ STEP_KEYS = {
     "param_norm",
     "tensors",
     "spikes_clipped",
+    "skipped",
+    "skipped_steps",
     "fault",
     "tokens_per_second",
     "flops_utilization",
@@ -38,6 +40,7 @@ SUMMARY_KEYS = {
     "worst_burst",
     "spikes_seen",
     "spikes_clipped",
+    "skipped_steps",
     "tokens_per_second",
 }
 

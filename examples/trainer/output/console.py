@@ -172,7 +172,7 @@ def faults(config: RunConfig) -> str:
 def table(summaries: dict[str, dict], config: RunConfig) -> rich.table.Table:
     """Returns the summary as a table, with a dash where no number is finite."""
     shown = summary.columns(summaries, config)
-    result = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    result = rich.table.Table(box=rich.box.SIMPLE_HEAD, collapse_padding=True)
     result.add_column("\noptimizer", no_wrap=True)
     for column in shown.values():
         result.add_column(column.heading, justify="right")

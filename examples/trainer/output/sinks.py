@@ -9,6 +9,9 @@ metrics.jsonl has one JSON object per line. It is a step,
     clipped_grad_norm          of what entered the first moment, after all clipping
     update_norm, param_norm    of the update, and of the parameters after it
     spikes_clipped             coordinates clipped by SPAM in this step
+    skipped                    why the guard skipped this step, such as "loss spike";
+                               null if it was taken
+    skipped_steps              number of steps skipped so far
     tensors                    the same norms of every tensor, its spike score (norm
                                over running mean) and the steps so far in which it
                                exceeded 10; tensors.json has the names
@@ -60,7 +63,7 @@ def finite(value: Any) -> Any:
 def scalars(row: Row, tensor_names: Iterable[str]) -> dict[str, float]:
     """Returns the numbers of a row by name, those of tensors only every few steps."""
     row = finite(row)
-    others = ("optimizer", "step", "fault", "tensors")
+    others = ("optimizer", "step", "fault", "skipped", "tensors")
     numbers = {name: value for name, value in row.items() if name not in others}
     if "tensors" in row and row["step"] % TENSORS_EVERY == 0:
         for kind, values in row["tensors"].items():
@@ -224,6 +227,13 @@ def read(path: pathlib.Path) -> list[Row]:
             raise UsageError(f"{path}, line {number}, is damaged: {error}") from error
         rows.append(row)
     return rows
+
+
+def is_halt(row: Row) -> bool:
+    """Returns whether a step was not finite, and not skipped by a guard."""
+    values = row["loss"], row["update_norm"]
+    is_finite = all(x is not None and math.isfinite(x) for x in values)
+    return not is_finite and row["skipped"] is None
 
 
 def recorded(path: pathlib.Path, optimizer: str, config: RunConfig) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.config import RunConfig
-from trainer.output.sinks import Row, evaluations_of, finite, steps_of
+from trainer.output.sinks import Row, evaluations_of, finite, is_halt, steps_of
 
 SPIKE_FACTOR = 10.0  # times the running median of the gradient norm
 SPIKE_SCORE = 10.0  # the same for one tensor, over its running mean: track_spikes'
@@ -71,8 +71,7 @@ def worst_burst(steps: list[Row]) -> float | None:
 
 def halted_at(steps: list[Row]) -> int | None:
     """Returns the step whose loss or update was not finite, or None."""
-    last = [column(steps[-1:], name) for name in ("loss", "update_norm")]
-    return None if np.all(np.isfinite(last)) else steps[-1]["step"]
+    return next((row["step"] for row in steps[-1:] if is_halt(row)), None)
 
 
 def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
@@ -80,7 +79,7 @@ def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
 
     Each has `halted_at`, the step that was not finite, `final_eval_loss`,
     `final_eval_perplexity`, `worst_loss_jump`, `worst_burst`, `spikes_seen`,
-    `spikes_clipped`, and of the median step `tokens_per_second` and
+    `spikes_clipped`, `skipped_steps`, and of the median step `tokens_per_second` and
     `flops_utilization`. A value that is not finite, not known, or that the run does not
     have, is None.
     """
@@ -101,6 +100,7 @@ def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
             "worst_burst": worst_burst(steps),
             "spikes_seen": int(find_spikes(column(steps, "grad_norm")).sum()),
             "spikes_clipped": sum(row["spikes_clipped"] for row in steps),
+            "skipped_steps": steps[-1]["skipped_steps"],
             "tokens_per_second": median(column(steps, "tokens_per_second")),
             "flops_utilization": median(column(steps, "flops_utilization")),
         }
@@ -217,6 +217,7 @@ COLUMNS = {
         f" of {MEDIAN_WINDOW} steps",
     ),
     "spikes_clipped": Column("coordinates\nclipped", ","),
+    "skipped_steps": Column("steps\nskipped", ",", "by the guard"),
     "tokens_per_second": Column("\ntokens/s", ",.0f"),
     "flops_utilization": Column(
         "\nMFU",
@@ -238,6 +239,8 @@ def columns(summaries: dict[str, dict], config: RunConfig) -> dict[str, Column]:
         left_out.add("final_eval_perplexity")
     if not config.burst_starts:
         left_out.update(["worst_loss_jump", "worst_burst"])
+    if not any(values["skipped_steps"] for values in summaries.values()):
+        left_out.add("skipped_steps")
     if all(values["flops_utilization"] is None for values in summaries.values()):
         left_out.add("flops_utilization")
     return {key: column for key, column in COLUMNS.items() if key not in left_out}
