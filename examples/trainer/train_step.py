@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
     params: optax.Params
     opt_state: optax.OptState
     fault_state: optax.OptState
+    watch_state: optax.OptState = ()  # the history of the loss, for --rewind
 
 
 class Task(NamedTuple):
@@ -42,6 +43,7 @@ class Task(NamedTuple):
     graphdef: nnx.GraphDef
     shapes: optax.Params  # shapes and dtypes of the parameters
     faults: optax.GradientTransformation
+    watch: optax.GradientTransformation
     mesh: Mesh
     train: grain.IterDataset | None  # this host's (accumulate, rows, length + 1)
     validation: jax.Array | None  # (batches, rows, sequence length + 1)
@@ -69,6 +71,7 @@ def make_task(
         graphdef=graphdef,
         shapes=shapes,
         faults=make_faults(config),
+        watch=make_watch(config),
         mesh=mesh,
         train=train,
         validation=validation,
@@ -85,6 +88,18 @@ def make_faults(config: RunConfig) -> optax.GradientTransformation:
         config.spike_factor,
         kind=config.spike_kind,
         steps=config.fault_steps,
+    )
+
+
+def make_watch(config: RunConfig) -> optax.GradientTransformation:
+    """Counts the steps in a row whose loss is above its band, by the guard's rule.
+
+    It watches the loss alone, and changes no update.
+    """
+    if not config.rewind:
+        return optax.identity()
+    return spam_optax.skip_spikes(
+        optax.identity(), max_consecutive=config.rewind_after, needs_loss=True
     )
 
 
@@ -108,6 +123,7 @@ def initial_state(task: Task, optimizer: Optimizer) -> TrainState:
             params=params,
             opt_state=sharding.constrain(optimizer.transform.init(params)),
             fault_state=task.faults.init(params),
+            watch_state=task.watch.init({}),
         )
 
     return with_params(initial_params(task.model, task.config.seed))
@@ -183,7 +199,7 @@ def apply_gradient(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "faults", "optimizer", "z_loss"),
+    static_argnames=("graphdef", "faults", "watch", "optimizer", "z_loss"),
     donate_argnames="state",
 )
 def train_step(
@@ -192,6 +208,7 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     faults: optax.GradientTransformation,
+    watch: optax.GradientTransformation,
     optimizer: Optimizer,
     z_loss: float = 0.0,
 ) -> tuple[TrainState, metrics.Metrics]:
@@ -210,8 +227,12 @@ def train_step(
         optimizer.transform,
         faults,
     )
+    _, watch_state = optax.with_extra_args_support(watch).update(
+        {}, state.watch_state, value=loss, grad_norm=0.0
+    )
     measured = {
         "loss": loss,
+        "steps_above_band": optax.tree.get(watch_state, "skipped_in_a_row", 0),
         **metrics.of_step(
             state.step + 1, gradient, params, state.opt_state, opt_state, optimizer
         ),
@@ -223,7 +244,9 @@ def train_step(
     going = (finite | (in_a_row > 0)) & ~gives_up & ~state.halted
     measured["skipped"] = jnp.where(gives_up, 0, measured["skipped"])
     measured["update_norm"] = jnp.where(gives_up, jnp.nan, measured["update_norm"])
-    new = TrainState(state.step + 1, state.halted, params, opt_state, fault_state)
+    new = TrainState(
+        state.step + 1, state.halted, params, opt_state, fault_state, watch_state
+    )
     kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), new, state)
     return sharding.constrain(kept._replace(halted=~going)), measured
 
@@ -247,6 +270,7 @@ def lower_step(task: Task, optimizer: Optimizer, dtype: np.dtype) -> jax.stages.
         batch,
         graphdef=task.graphdef,
         faults=task.faults,
+        watch=task.watch,
         optimizer=optimizer,
         z_loss=config.z_loss,
     )

@@ -163,10 +163,17 @@ def work(config: RunConfig) -> str:
 
 
 def faults(config: RunConfig) -> str:
-    bursts = ", ".join(
-        f"{start}-{start + BURST_LENGTH - 1}" for start in config.burst_starts
-    )
-    return f"Faults in steps {bursts}" if bursts else "No faults"
+    kinds = {
+        "corrupted gradients in steps": config.burst_starts,
+        "random tokens in batches": config.bad_batch_starts,
+    }
+    texts = [f"{kind} {ranges(starts)}" for kind, starts in kinds.items() if starts]
+    return f"Faults: {'; '.join(texts)}" if texts else "No faults"
+
+
+def ranges(starts: tuple[int, ...]) -> str:
+    """Lists the steps of bursts."""
+    return ", ".join(f"{start}-{start + BURST_LENGTH - 1}" for start in starts)
 
 
 def table(summaries: dict[str, dict], config: RunConfig) -> rich.table.Table:
