@@ -43,6 +43,7 @@ def measure(batch: np.ndarray, steps: int) -> dict[str, list[float] | int]:
                 on_device,
                 graphdef=task.graphdef,
                 faults=task.faults,
+                watch=task.watch,
                 optimizer=optimizer,
             )
             losses.append(float(metrics["loss"]))  # waits for the step
@@ -81,6 +82,7 @@ def measure_on_device(preset, name, batch, remat, steps, hardware):
             on_device,
             graphdef=task.graphdef,
             faults=task.faults,
+            watch=task.watch,
             optimizer=optimizer,
         ).compile()
         compile_seconds = time.perf_counter() - began

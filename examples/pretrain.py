@@ -65,7 +65,7 @@ from trainer import (
     sharding,
     train_step,
 )
-from trainer.checkpoints import Checkpoints
+from trainer.checkpoints import Checkpoints, place_of_host
 from trainer.config import RunConfig
 from trainer.errors import UsageError
 from trainer.output import console, figure, report, sinks, summary
@@ -302,12 +302,69 @@ def train_one(
     wandb_project: str | None,
 ) -> None:
     """Trains one optimizer to the end, or until it is stopped."""
-    name = optimizer.name
-    recorded = hosts.broadcast(
-        lambda: sinks.recorded(folder.metrics, name, task.config)
+    while True:
+        try:
+            return train_from_checkpoint(
+                task, optimizer, folder, checkpoints, progress, stop, wandb_project
+            )
+        except loop.Rewind as rewind:
+            record_rewind(rewind, task, optimizer, folder)
+
+
+def record_rewind(
+    rewind: loop.Rewind,
+    task: train_step.Task,
+    optimizer: optimizers.Optimizer,
+    folder: RunFolder,
+) -> None:
+    """Writes a rewind down; to go back is then to resume."""
+    last, places = rewind.row["step"], hosts.gather(json.dumps(rewind.place))
+    if not hosts.is_main():
+        return
+    earlier = sinks.rewinds_of(sinks.read(folder.metrics), optimizer.name)
+    above = rewind.row["steps_above_band"]
+    reason = (
+        f"the loss was above its band for {above} steps"
+        if above == task.config.rewind_after
+        else "it was not finite"
     )
-    state, batches = begin_or_resume(task, optimizer, checkpoints, recorded)
+    row = {
+        "optimizer": optimizer.name,
+        "step": rewind.step,
+        "rewind": len(earlier) + 1,
+        "rewound_from": last,
+        "reason": reason,
+        "batches_left_out": last - rewind.step,
+        "places": places,
+    }
+    sinks.rewind(folder.metrics, row)
+    console.log(
+        f"{optimizer.name}: back from step {last} to step {rewind.step}, because"
+        f" {reason}; the {last - rewind.step} batches since are left out (rewind"
+        f" {row['rewind']} of {task.config.rewind})"
+    )
+
+
+def train_from_checkpoint(
+    task: train_step.Task,
+    optimizer: optimizers.Optimizer,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    progress: console.Progress,
+    stop: hosts.StopRequest,
+    wandb_project: str | None,
+) -> None:
+    """Trains one optimizer on from its newest checkpoint, or from the beginning."""
+    name = optimizer.name
+    recorded, rewinds = hosts.broadcast(
+        lambda: [
+            sinks.recorded(folder.metrics, name, task.config),
+            sinks.rewinds_of(sinks.read(folder.metrics), name),
+        ]
+    )
+    state, batches = begin_or_resume(task, optimizer, checkpoints, recorded, rewinds)
     step = int(state.step)
+    rewinds = [row for row in rewinds if row["step"] <= step]
     if hosts.is_main():
         sinks.cut(folder.metrics, name, step)
     if step == task.config.steps:
@@ -320,6 +377,10 @@ def train_one(
             writers.sync()
             checkpoints.save(state, place)
 
+        def rewind_to(step):
+            left = len(rewinds) < task.config.rewind
+            return checkpoints.newest_before(step) if left else None
+
         loop.train(
             state,
             task,
@@ -328,6 +389,8 @@ def train_one(
             record=writers.write,
             save=save,
             stop=stop.seen,
+            rewind_to=rewind_to,
+            left_out=sum(row["batches_left_out"] for row in rewinds),
         )
 
 
@@ -336,8 +399,12 @@ def begin_or_resume(
     optimizer: optimizers.Optimizer,
     checkpoints: Checkpoints,
     recorded: int,
+    rewinds: Sequence[sinks.Row],
 ) -> tuple[train_step.TrainState, grain.DatasetIterator]:
-    """Returns the state to train from, and the batches that come after it."""
+    """Returns the state to train from, and the batches that come after it.
+
+    If a rewind went back to the checkpoint, the batches are those after the rewind.
+    """
     batches = iter(task.train)
     make = functools.partial(train_step.initial_state, task, optimizer)
     like = sharding.abstract(jax.eval_shape(make), task.mesh)
@@ -355,9 +422,14 @@ def begin_or_resume(
                 f"{optimizer.name}: {recorded} steps are recorded, but there is no"
                 f" checkpoint in {checkpoints.folder} yet: beginning again"
             )
-        return make(), batches
-    state, place = restored
-    hosts.on_all_hosts(lambda: batches.set_state(place))
+        state, place = make(), None
+    else:
+        state, place = restored
+    for row in rewinds:
+        if row["step"] == int(state.step):
+            place = json.loads(place_of_host(row["places"]))
+    if place is not None:
+        hosts.on_all_hosts(lambda: batches.set_state(place))
     # A halted step is tried again, because the batch or the mesh may have caused it.
     return state._replace(halted=jax.numpy.zeros_like(state.halted)), batches
 

@@ -69,7 +69,9 @@ def track_spikes(
       decay: Decay of the running mean, in [0, 1).
 
     Returns:
-      The wrapped transformation. It passes extra arguments on to `inner`.
+      The wrapped transformation. It passes extra arguments on to `inner`, with the
+      global norm of the gradient as ``grad_norm``, so that :func:`skip_spikes` inside
+      need not measure it again. A ``grad_norm`` that ``update`` gets is kept.
 
     Raises:
       ValueError: If an argument is out of range; by ``update``, if the number of
@@ -111,15 +113,18 @@ def track_spikes(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackSpikesState]:
         gradients, _ = _tensor_statistics.flatten(updates, state.tensor_steps)
-        new_updates, inner_state = inner.update(
-            updates, state.inner_state, params, **extra_args
-        )
         norm, nonfinite = _tensor_statistics.measure(
             _measure, gradients, missing=(0.0, 0)
         )
-        mean = state.tensor_mean_norm
         # The norm of float64 gradients may overflow float32.
         valid = (nonfinite == 0) & jnp.isfinite(norm)
+        if extra_args.get("grad_norm") is None:
+            squares = jnp.where(valid, norm**2, jnp.inf)
+            extra_args["grad_norm"] = jnp.sqrt(jnp.sum(squares))
+        new_updates, inner_state = inner.update(
+            updates, state.inner_state, params, **extra_args
+        )
+        mean = state.tensor_mean_norm
         score = jnp.where(mean > 0, norm / jnp.where(mean > 0, mean, 1), 0)
         score = jnp.where(valid, score, jnp.inf)
         steps = state.tensor_steps + valid.astype(jnp.int32)

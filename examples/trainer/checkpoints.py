@@ -92,6 +92,16 @@ class Checkpoints:
         """Returns the step of the newest checkpoint, good or not, or 0."""
         return self._manager.latest_step() or 0
 
+    def newest_before(self, step: int) -> int | None:
+        """Returns the step of the newest checkpoint before `step`.
+
+        It is 0, the beginning, if there is no checkpoint, and None if all are later.
+        """
+        with self._failing_clearly():
+            self._manager.wait_until_finished()
+        steps = self._manager.all_steps() or [0]
+        return max((saved for saved in steps if saved < step), default=None)
+
     def save(self, state: TrainState, place: DataPosition) -> None:
         """Begins to write a checkpoint; waits for the one before to be complete.
 

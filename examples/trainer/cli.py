@@ -133,7 +133,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_model_flags(SettingFlags(parser, "model"))
     add_data_flags(SettingFlags(parser, "data"))
     add_optimizer_flags(SettingFlags(parser, "optimizer"))
-    text = "bursts of three corrupted gradients"
+    text = "bursts of three corrupted gradients, or of three batches of random tokens"
     add_fault_flags(SettingFlags(parser, "faults", text))
 
 
@@ -270,6 +270,24 @@ def add_optimizer_flags(flags: SettingFlags) -> None:
         "SPAM: steps between momentum resets (default: a quarter of the steps)",
     )
     flags.add(
+        "guard",
+        "skip the steps whose loss or gradient norm is a spike or not finite: put"
+        " skip_spikes around the optimizer (the default of 9m to 1b)",
+    )
+    flags.add(
+        "rewind",
+        "go back to the last good checkpoint, and leave out the batches since, when the"
+        " loss stays far above its recent median or a step is not finite; at most N"
+        " times for each optimizer",
+        metavar="N",
+    )
+    flags.add(
+        "rewind_after",
+        "steps in a row with a loss above its band after which --rewind goes back; the"
+        " band is that of skip_spikes",
+        metavar="STEPS",
+    )
+    flags.add(
         "density",
         "sparse_spam: fraction of each matrix of attention and feed-forward layers"
         " that has momentum",
@@ -287,7 +305,12 @@ def add_fault_flags(flags: SettingFlags) -> None:
         "--no-spikes",
         "bursts",
         0,
-        "do not corrupt the gradients: the same as --bursts 0",
+        "corrupt nothing: the same as --bursts 0",
+    )
+    flags.add(
+        "bad_batches",
+        "number of times that three batches are random tokens (default: half of"
+        " --bursts)",
     )
     flags.add(
         "spike_rate", "fraction of the gradient's coordinates that a burst hits, 0 to 1"

@@ -8,6 +8,7 @@ from trainer.model import PRESETS, ModelConfig
 from trainer.settings import (
     OneOf,
     Real,
+    Switch,
     Text,
     Texts,
     Whole,
@@ -16,7 +17,7 @@ from trainer.settings import (
     setting,
 )
 
-DEMONSTRATION = ("adam", "adam_clip", "spam", "clip_spam")
+DEMONSTRATION = ("adam", "adam_clip", "spam", "clip_spam", "guard_clip_spam")
 KINDS = ("noise", "scale", "nan", "inf")
 BURST_LENGTH = 3  # consecutive steps
 
@@ -59,7 +60,16 @@ class RunConfig:
     # Of sparse_spam: the number of devices that may share a matrix's rows.
     row_blocks: int = setting(1, Whole(1))
 
+    # Whether steps with a spike in loss or gradient norm are skipped.
+    guard: bool = setting(False, Switch())
+
+    # Times that the run goes back to a checkpoint and leaves out the batches since.
+    rewind: int = setting(0, Whole(0))
+    rewind_after: int = setting(20, Whole(1))  # steps with a loss above its band
+
     bursts: int = setting(4, Whole(0))  # faults, each BURST_LENGTH steps long
+    # Of random tokens, each BURST_LENGTH long; None is half as many as bursts.
+    bad_batches: int | None = setting(None, Whole(0))
     # Fraction of the gradient's coordinates that a burst hits.
     spike_rate: float = setting(1.0, Real(0, 1))
     # Noise as a multiple of the tensor's RMS, or a factor.
@@ -74,6 +84,11 @@ class RunConfig:
 
     def __post_init__(self):
         check_settings(self)
+        if self.rewind and self.keep_checkpoints < 2:
+            raise UsageError(
+                "keep_checkpoints must be >= 2 with rewind: the newest checkpoint may"
+                " be from after the loss began to rise"
+            )
 
     @classmethod
     def from_settings(cls, **given: Any) -> "RunConfig":
@@ -114,19 +129,33 @@ class RunConfig:
     @property
     def burst_starts(self) -> tuple[int, ...]:
         """The first step of each burst, counted from 1, evenly spaced in the run."""
-        starts = (
-            round(self.steps * n / (self.bursts + 1)) for n in range(1, self.bursts + 1)
-        )
+        return self._evenly(self.bursts)
+
+    @property
+    def bad_batch_starts(self) -> tuple[int, ...]:
+        """The first batch of random tokens of each fault, likewise."""
+        count = self.bursts // 2 if self.bad_batches is None else self.bad_batches
+        return self._evenly(count)
+
+    def _evenly(self, count: int) -> tuple[int, ...]:
+        starts = (round(self.steps * n / (count + 1)) for n in range(1, count + 1))
         return tuple(max(1, start) for start in starts)
 
     @property
     def fault_steps(self) -> tuple[int, ...]:
         """All steps whose gradient is corrupted, counted from 1."""
-        steps = {
-            start + offset
-            for start in self.burst_starts
-            for offset in range(BURST_LENGTH)
-        }
+        return self._bursts(self.burst_starts)
+
+    @property
+    def bad_batch_numbers(self) -> tuple[int, ...]:
+        """All batches that are random tokens, counted from 1.
+
+        They are the steps with these numbers, unless batches were left out before.
+        """
+        return self._bursts(self.bad_batch_starts)
+
+    def _bursts(self, starts: tuple[int, ...]) -> tuple[int, ...]:
+        steps = {start + offset for start in starts for offset in range(BURST_LENGTH)}
         return tuple(sorted(step for step in steps if step <= self.steps))
 
     @property
@@ -180,6 +209,7 @@ COMMON = {
     "warmup_steps": 1000,
     "reset_interval": 500,
     "row_blocks": 16,
+    "guard": True,
     "untied_head": True,
     "compute_dtype": "bfloat16",
     "remat": "full",

@@ -8,13 +8,13 @@ import grain
 import jax
 import numpy as np
 
-from trainer import hosts, metrics, sharding, train_step
+from trainer import data, hosts, metrics, sharding, train_step
 from trainer.checkpoints import DataPosition
 from trainer.config import RunConfig
 from trainer.data import shards
 from trainer.errors import DataError, UsageError
 from trainer.optimizers import Optimizer
-from trainer.output.sinks import Row
+from trainer.output.sinks import Row, is_halt
 from trainer.train_step import Task, TrainState
 
 BATCHES_AT_ONCE = 4  # that a host takes, if there are several hosts
@@ -28,6 +28,16 @@ class DataLost(DataError):
     """Reports that no batch could be read for a step; the state before is saved."""
 
 
+class Rewind(Exception):
+    """Reports that the run goes back to a checkpoint, from the step of a row."""
+
+    def __init__(self, step: int, row: Row, place: DataPosition):
+        super().__init__()
+        self.step = step  # of the checkpoint
+        self.row = row
+        self.place = place  # in the data, after that row
+
+
 class StepRecorder:
     """Turns device metrics into rows, one step behind the device.
 
@@ -35,9 +45,15 @@ class StepRecorder:
     the device need not wait for the host.
     """
 
-    def __init__(self, task: Task, optimizer: Optimizer, record: Callable[[Row], None]):
+    def __init__(
+        self,
+        task: Task,
+        optimizer: Optimizer,
+        record: Callable[[Row], None],
+        left_out: int,
+    ):
         self._config = task.config
-        self._fault_steps = frozenset(task.config.fault_steps)
+        self._left_out = left_out
         self._optimizer = optimizer
         self._record = record
         self._flops_utilization = metrics.flops_utilization(
@@ -46,6 +62,7 @@ class StepRecorder:
         self._pending = None
         self._last_time = None  # None: the time of the next step includes other work
         self.halted: Row | None = None  # the row of a step that was not finite
+        self.last: Row = {"steps_above_band": 0}
 
     def push(self, step: int, measured: metrics.Metrics) -> None:
         """Takes the metrics of `step` and records those of the step before."""
@@ -63,23 +80,33 @@ class StepRecorder:
         step, measured = self._pending
         self._pending = None
         measured = jax.tree.map(np.ndarray.tolist, jax.device_get(measured))
+        measured["skipped"] = metrics.reason_text(measured["skipped"])
         speed = self._tokens_per_second()
-        row = {
+        number = step + self._left_out
+        self.last = row = {
             "optimizer": self._optimizer.name,
             "step": step,
+            "batch": number,
             **measured,
-            "fault": step in self._fault_steps,
+            "fault": fault(self._config, step, number),
             "tokens_per_second": speed,
             "flops_utilization": speed and self._flops_utilization(speed),
         }
         self._record(row)
-        if not all(map(math.isfinite, (row["loss"], row["update_norm"]))):
+        if is_halt(row):
             self.halted = row
 
     def _tokens_per_second(self) -> float | None:
         now = time.perf_counter()
         before, self._last_time = self._last_time, now
         return None if before is None else self._config.tokens_per_step / (now - before)
+
+
+def fault(config: RunConfig, step: int, number: int) -> str | None:
+    """Returns what a fault corrupts in a step with the batch `number`."""
+    if step in config.fault_steps:
+        return "gradient"
+    return "batch" if number in config.bad_batch_numbers else None
 
 
 def fetched(
@@ -119,6 +146,8 @@ def train(
     record: Callable[[Row], None],
     save: Callable[[TrainState, DataPosition], None],
     stop: Callable[[int], bool],
+    rewind_to: Callable[[int], int | None] = lambda step: None,
+    left_out: int = 0,
 ) -> TrainState:
     """Trains from `state` to the last step of the run, or until `stop`.
 
@@ -132,6 +161,9 @@ def train(
         every checkpoint, at the last step, when stopped or halted; all rows up to that
         step have been recorded by then.
       stop: Called after every step with its number; returns whether to stop.
+      rewind_to: Called with the first step that went wrong; returns the step of a
+        checkpoint before it to go back to, or None to go on.
+      left_out: Number of batches that were left out before.
 
     Returns:
       The last state.
@@ -139,9 +171,20 @@ def train(
     Raises:
       Halted: If a loss or an update was not finite.
       DataLost: If a host could not read its part of a batch.
+      Rewind: If the loss was above its band for too long, or a step was not finite,
+        and there is a checkpoint to go back to.
     """
     config = task.config
-    recorder = StepRecorder(task, optimizer, record)
+    recorder = StepRecorder(task, optimizer, record, left_out)
+    host = data.Host(jax.process_index(), jax.process_count())
+
+    def rewind_if_needed():
+        row = recorder.last
+        if recorder.halted or row["steps_above_band"] == config.rewind_after:
+            first_bad = row["step"] + 1 - max(1, row["steps_above_band"])
+            if (target := rewind_to(first_bad)) is not None:
+                raise Rewind(target, row, places[row["step"]])
+
     first = int(state.step) + 1
     places = {first - 1: batches.get_state()}
     fetching = fetched(batches)
@@ -157,12 +200,17 @@ def train(
             raise DataLost(
                 f"{optimizer.name}: no batch for step {step}, {kept}: {error}"
             ) from error
+        number = step + left_out
+        if number in config.bad_batch_numbers:
+            tokens = data.random_batch(config, task.model.vocabulary, number, host)
+            batch = tokens.astype(batch.dtype)
         batch = sharding.put_batch(batch, task.mesh)
         state, measured = train_step.train_step(
             state,
             batch,
             graphdef=task.graphdef,
             faults=task.faults,
+            watch=task.watch,
             optimizer=optimizer,
             z_loss=config.z_loss,
         )
@@ -176,12 +224,15 @@ def train(
         }
         if any(due.values()):
             recorder.flush()
+        rewind_if_needed()
         if recorder.halted:
             save(state, places[int(state.step)])
             raise Halted(halt_message(recorder.halted, task, optimizer))
         if due["evaluation"]:
             record(evaluation(state, step, task, optimizer))
-        if due["checkpoint"]:
+        # A checkpoint with a loss above its band is not one to go back to.
+        is_good = recorder.last["steps_above_band"] == 0
+        if due["checkpoint"] and (is_good or last or stopped):
             save(state, places[step])
         if stopped:
             break
@@ -223,6 +274,8 @@ def halt_message(row: Row, task: Task, optimizer: Optimizer) -> str:
 def suggested_flags(config: RunConfig, optimizer: Optimizer) -> Iterator[str]:
     """Yields flags that may help and are not in use."""
     yield "a lower --learning-rate"
+    if not config.guard and optimizer.name != "guard_clip_spam":
+        yield "--guard"
     if optimizer.name != "clip_spam":
         yield "--optimizer clip_spam"
     if config.model.initialization == "standard" and config.model.norm != "scaled":

@@ -36,23 +36,30 @@ def of_step(
 
     The lists of the tensors are in the order of `spam_optax.tensor_names`.
     """
+    skip_reason = optax.tree.get(state, "skip_reason", jnp.int32(0))
+    skipped_steps = optax.tree.get(state, "skipped_total", jnp.int32(0))
+    is_taken = skip_reason == 0
     statistics = {
         name: optax.tree.get(state, f"tensor_{name}")
         for name in ("grad_norm", "update_norm", "spike_score", "spike_steps")
     }
     nonfinite = optax.tree.get(state, "tensor_nonfinite") > 0
-    clipped = gradient_behind_mu(step, gradient, old_state, state, optimizer)
+    # The optimizer inside a guard counts only the steps that were taken.
+    taken_step = jnp.maximum(step - skipped_steps, 1)
+    clipped = gradient_behind_mu(taken_step, gradient, old_state, state, optimizer)
     norms = {
         "grad_norm": jnp.where(nonfinite, jnp.nan, statistics["grad_norm"]),
-        "clipped_grad_norm": tensor_norms(clipped),
+        "clipped_grad_norm": jnp.where(is_taken, tensor_norms(clipped), 0),
         "update_norm": statistics["update_norm"],
         "param_norm": tensor_norms(params),
     }
     totals = {name: jnp.sqrt(jnp.sum(norm**2)) for name, norm in norms.items()}
     scores = {name: statistics[name] for name in ("spike_score", "spike_steps")}
     return {
-        "learning_rate": optimizer.schedule(step - 1),
-        "spikes_clipped": clipped_in_step(state),
+        "learning_rate": optimizer.schedule(taken_step - 1),
+        "spikes_clipped": jnp.where(is_taken, clipped_in_step(state), 0),
+        "skipped": skip_reason,
+        "skipped_steps": skipped_steps,
         **totals,
         "tensors": {**norms, **scores},
     }
@@ -72,6 +79,12 @@ def _clipped(opt_state: optax.OptState, which: str) -> jax.typing.ArrayLike:
     names = f"clipped_{which}", f"spam_clip_clipped_{which}"
     counters = [optax.tree.get(opt_state, name) for name in names]
     return next((counter for counter in counters if counter is not None), 0)
+
+
+def reason_text(code: int) -> str | None:
+    """Describes why a step was skipped; None for a step that was taken."""
+    names = [reason.name for reason in spam_optax.SkipReason if code & reason]
+    return ", ".join(names).lower().replace("_", " ") or None
 
 
 def tensor_norms(tree: Any) -> jax.Array:

@@ -34,6 +34,7 @@ class Entry(NamedTuple):
     line: str = "-"  # its style in the figure
     momentum_decay: float = B1  # of `mu` in the state, if there is one
     resets: bool = False  # whether its moments are reset every `reset_interval` steps
+    guarded: bool = False  # whether it is inside spam_optax.skip_spikes in any case
 
 
 def schedule(config: RunConfig) -> optax.Schedule:
@@ -263,7 +264,8 @@ TABLE = {
     "lion": Entry(lion, "#56B4E9", ":", momentum_decay=LION_B2),
     "spam": Entry(spam, "#009E73", "-", resets=True),
     "clip_spam": Entry(clipped(spam), "#000000", "--", resets=True),
-    "spam_chain": Entry(spam_chain, "#CC79A7", "-", resets=True),
+    "guard_clip_spam": Entry(clipped(spam), "#CC79A7", "-", resets=True, guarded=True),
+    "spam_chain": Entry(spam_chain, "#CC79A7", "--", resets=True),
     "sparse_spam": Entry(sparse_spam, "#CC79A7", "-.", resets=True),
     "stable_spam": Entry(stable_spam, "#009E73", "--", resets=True),
     "stabilizer_adam": Entry(stabilizer_adam, "#009E73", ":"),
@@ -288,6 +290,8 @@ def make(name: str, config: RunConfig) -> Optimizer:
     learning_rate = schedule(config)
     try:
         transform = entry.make(config, learning_rate)
+        if config.guard or entry.guarded:
+            transform = spam_optax.skip_spikes(transform, needs_loss=True)
     except ValueError as error:
         raise UsageError(f"optimizer {name}: {error}") from error
     return Optimizer(

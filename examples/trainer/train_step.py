@@ -16,6 +16,8 @@ from trainer import metrics, model, sharding
 from trainer.config import RunConfig
 from trainer.optimizers import Optimizer
 
+MOST_SKIPPED = 8  # steps in a row; as many as skip_spikes skips for a spike
+
 
 class TrainState(NamedTuple):
     """Everything on the devices that changes from step to step.
@@ -30,6 +32,7 @@ class TrainState(NamedTuple):
     params: optax.Params
     opt_state: optax.OptState
     fault_state: optax.OptState
+    watch_state: optax.OptState = ()  # the history of the loss, for --rewind
 
 
 class Task(NamedTuple):
@@ -40,6 +43,7 @@ class Task(NamedTuple):
     graphdef: nnx.GraphDef
     shapes: optax.Params  # shapes and dtypes of the parameters
     faults: optax.GradientTransformation
+    watch: optax.GradientTransformation
     mesh: Mesh
     train: grain.IterDataset | None  # this host's (accumulate, rows, length + 1)
     validation: jax.Array | None  # (batches, rows, sequence length + 1)
@@ -67,6 +71,7 @@ def make_task(
         graphdef=graphdef,
         shapes=shapes,
         faults=make_faults(config),
+        watch=make_watch(config),
         mesh=mesh,
         train=train,
         validation=validation,
@@ -83,6 +88,18 @@ def make_faults(config: RunConfig) -> optax.GradientTransformation:
         config.spike_factor,
         kind=config.spike_kind,
         steps=config.fault_steps,
+    )
+
+
+def make_watch(config: RunConfig) -> optax.GradientTransformation:
+    """Counts the steps in a row whose loss is above its band, by the guard's rule.
+
+    It watches the loss alone, and changes no update.
+    """
+    if not config.rewind:
+        return optax.identity()
+    return spam_optax.skip_spikes(
+        optax.identity(), max_consecutive=config.rewind_after, needs_loss=True
     )
 
 
@@ -106,6 +123,7 @@ def initial_state(task: Task, optimizer: Optimizer) -> TrainState:
             params=params,
             opt_state=sharding.constrain(optimizer.transform.init(params)),
             fault_state=task.faults.init(params),
+            watch_state=task.watch.init({}),
         )
 
     return with_params(initial_params(task.model, task.config.seed))
@@ -159,9 +177,29 @@ def gradient_of_batch(
     return jax.tree.map(lambda x: x / len(batch), sums)
 
 
+def apply_gradient(
+    loss: jax.Array,
+    gradient: optax.Updates,
+    params: optax.Params,
+    opt_state: optax.OptState,
+    fault_state: optax.OptState,
+    transform: optax.GradientTransformation,
+    faults: optax.GradientTransformation,
+) -> tuple[optax.Updates, optax.Params, optax.OptState, optax.OptState]:
+    """Gives the optimizer a gradient, which a fault may have corrupted, and the loss.
+
+    Returns that gradient, the parameters, and the states of optimizer and faults.
+    """
+    gradient, fault_state = faults.update(gradient, fault_state, params)
+    update, opt_state = optax.with_extra_args_support(transform).update(
+        gradient, opt_state, params, value=loss
+    )
+    return gradient, optax.apply_updates(params, update), opt_state, fault_state
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "faults", "optimizer", "z_loss"),
+    static_argnames=("graphdef", "faults", "watch", "optimizer", "z_loss"),
     donate_argnames="state",
 )
 def train_step(
@@ -170,29 +208,45 @@ def train_step(
     *,
     graphdef: nnx.GraphDef,
     faults: optax.GradientTransformation,
+    watch: optax.GradientTransformation,
     optimizer: Optimizer,
     z_loss: float = 0.0,
 ) -> tuple[TrainState, metrics.Metrics]:
     """Trains on one batch; returns the next state and the metrics to record.
 
-    If the loss or the update is not finite, the state does not change and is marked as
-    halted. Later steps then leave it as it is.
+    If the loss or the update is not finite, and no guard skips the step, the state does
+    not change and is marked as halted. Later steps then leave it as it is.
     """
     loss, gradient = gradient_of_batch(state.params, batch, graphdef, z_loss)
-    gradient, fault_state = faults.update(gradient, state.fault_state, state.params)
-    update, opt_state = optimizer.transform.update(
-        gradient, state.opt_state, state.params
+    gradient, params, opt_state, fault_state = apply_gradient(
+        loss,
+        gradient,
+        state.params,
+        state.opt_state,
+        state.fault_state,
+        optimizer.transform,
+        faults,
     )
-    params = optax.apply_updates(state.params, update)
+    _, watch_state = optax.with_extra_args_support(watch).update(
+        {}, state.watch_state, value=loss, grad_norm=0.0
+    )
     measured = {
         "loss": loss,
+        "steps_above_band": optax.tree.get(watch_state, "skipped_in_a_row", 0),
         **metrics.of_step(
             state.step + 1, gradient, params, state.opt_state, opt_state, optimizer
         ),
     }
     finite = jnp.isfinite(loss) & jnp.isfinite(measured["update_norm"])
-    going = finite & ~state.halted
-    new = TrainState(state.step + 1, state.halted, params, opt_state, fault_state)
+    # A guard skips steps that are not finite, but not for ever.
+    in_a_row = optax.tree.get(opt_state, "skipped_in_a_row", jnp.int32(0))
+    gives_up = in_a_row > MOST_SKIPPED
+    going = (finite | (in_a_row > 0)) & ~gives_up & ~state.halted
+    measured["skipped"] = jnp.where(gives_up, 0, measured["skipped"])
+    measured["update_norm"] = jnp.where(gives_up, jnp.nan, measured["update_norm"])
+    new = TrainState(
+        state.step + 1, state.halted, params, opt_state, fault_state, watch_state
+    )
     kept = jax.tree.map(lambda new, old: jnp.where(going, new, old), new, state)
     return sharding.constrain(kept._replace(halted=~going)), measured
 
@@ -216,6 +270,7 @@ def lower_step(task: Task, optimizer: Optimizer, dtype: np.dtype) -> jax.stages.
         batch,
         graphdef=task.graphdef,
         faults=task.faults,
+        watch=task.watch,
         optimizer=optimizer,
         z_loss=config.z_loss,
     )

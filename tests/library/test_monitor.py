@@ -392,3 +392,23 @@ def test_a_tree_without_tensors():
     tx = spam_optax.track_spikes(optax.sgd(0.1))
     _, state = tx.update({}, tx.init({}))
     assert all(value.shape == (0,) for value in statistics(state).values())
+
+
+@pytest.mark.parametrize("given", [None, 7.0])
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_transformation_inside_gets_the_global_norm(given, broken):
+    """Without it a guard inside would read the gradient once more."""
+    seen = []
+
+    def update(updates, state, params=None, **extra_args):
+        seen.append(extra_args["grad_norm"])
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    tx = spam_optax.track_spikes(inner)
+    gradients = {"a": jnp.full(4, 3.0), "b": jnp.full(16, 2.0)}
+    gradients["b"] = gradients["b"].at[3].set(jnp.nan if broken else 2.0)
+    extra = {} if given is None else {"grad_norm": given}
+    tx.update(gradients, tx.init(gradients), gradients, **extra)
+    expected = given or (math.inf if broken else 10.0)
+    assert float(seen[0]) == expected

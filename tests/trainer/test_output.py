@@ -38,6 +38,10 @@ def step_row(name, step, loss=2.0, scores=(1.0, 1.0, 1.0), spikes=(0, 0, 0), **o
         "update_norm": 0.1,
         "param_norm": 20.0,
         "spikes_clipped": 0,
+        "skipped": None,
+        "skipped_steps": 0,
+        "batch": step,
+        "steps_above_band": 0,
         "tensors": {"spike_score": list(scores), "spike_steps": list(spikes)},
         "fault": False,
         "tokens_per_second": 1000.0,
@@ -217,9 +221,10 @@ def test_columns_without_information_are_left_out():
     assert set(summary.COLUMNS) - set(summary.columns(summary_of(), plain)) == {
         "final_eval_perplexity",
         "flops_utilization",
+        "skipped_steps",
     }
     assert set(summary.COLUMNS) - set(
-        summary.columns(summary_of(flops_utilization=0.4), tokens)
+        summary.columns(summary_of(flops_utilization=0.4, skipped_steps=3), tokens)
     ) == {"worst_loss_jump", "worst_burst"}
 
 
@@ -247,6 +252,7 @@ def test_widest_table_is_not_cut(capsys):
         "worst_burst": 1234.5,
         "spikes_seen": 99_999,
         "spikes_clipped": 1_234_567_890,
+        "skipped_steps": 99_999,
         "tokens_per_second": 1_234_567.0,
         "flops_utilization": 0.415,
     }
@@ -329,7 +335,7 @@ def test_announcement_names_a_mesh_of_several_devices(capsys, shape, words):
     out = capsys.readouterr().out
     assert out.startswith("tiny model, 1,234 parameters, on ")
     assert words in out
-    assert "Faults in steps 80-82, 160-162, 240-242, 320-322\n" in out
+    assert "gradients in steps 80-82, 160-162, 240-242, 320-322; random" in out
 
 
 def test_moments_of_an_optimizer_are_described_in_one_line():
@@ -394,9 +400,10 @@ def test_the_demonstration_keeps_its_picture():
         ("#0072B2", "--"),
         ("#009E73", "-"),
         ("#000000", "--"),
+        ("#CC79A7", "-"),
     ]
     assert loss.get_ylabel() == "loss (nats per byte)"
-    assert "Yellow: faults" in loss.get_title("left")
+    assert "Yellow: corrupted gradients" in loss.get_title("left")
     assert "Dotted: its momentum resets" in spikes.get_title("left")
 
 
@@ -406,11 +413,11 @@ def test_all_optimizers_of_which_two_halted():
     assert rendered(drawn).startswith(b"\x89PNG")
     loss, *norms, _ = drawn.axes
     rows = [round(panel.get_position().y0, 6) for panel in norms]
-    full, rest = divmod(len(OPTIMIZERS), 4)
+    full, rest = divmod(len(OPTIMIZERS), 5)
     lengths = [len(list(row)) for _, row in itertools.groupby(rows)]
-    assert lengths == [4] * full + [rest] * (rest > 0)
+    assert lengths == [5] * full + [rest] * (rest > 0)
     labeled = [bool(panel.get_ylabel()) for panel in norms]
-    assert labeled == [i % 4 == 0 for i in range(len(OPTIMIZERS))]
+    assert labeled == [i % 5 == 0 for i in range(len(OPTIMIZERS))]
     for panels in ([loss], norms):
         crosses = [
             (line.get_color(), *line.get_xdata())

@@ -24,6 +24,10 @@ STEP_KEYS = {
     "param_norm",
     "tensors",
     "spikes_clipped",
+    "skipped",
+    "skipped_steps",
+    "batch",
+    "steps_above_band",
     "fault",
     "tokens_per_second",
     "flops_utilization",
@@ -38,6 +42,8 @@ SUMMARY_KEYS = {
     "worst_burst",
     "spikes_seen",
     "spikes_clipped",
+    "skipped_steps",
+    "rewinds",
     "tokens_per_second",
 }
 
@@ -74,7 +80,10 @@ def test_metrics_have_a_line_a_step_and_an_evaluation(finished_run):
         evaluations = [row for row in own if "eval_loss" in row]
         assert [row["step"] for row in steps] == list(range(1, 61))
         assert all(set(row) == STEP_KEYS for row in steps)
-        assert {row["step"] for row in steps if row["fault"]} == fault_steps
+        faults = {row["step"]: row["fault"] for row in steps if row["fault"]}
+        assert {step for step, x in faults.items() if x == "gradient"} == fault_steps
+        bad = {20, 21, 22, 40, 41, 42}
+        assert {step for step, x in faults.items() if x == "batch"} == bad
         assert [row["step"] for row in evaluations] == [20, 40, 60]
     assert [row["optimizer"] for row in rows] == ["adam"] * 63 + ["spam"] * 63
 
@@ -96,10 +105,14 @@ def test_summary_follows_from_the_metrics(finished_run):
             for row in rows
             if row["optimizer"] == name and row["step"] == 60 and "eval_loss" in row
         ]
+        losses = {}  # a batch of random tokens has the loss before it
+        for step, row in steps.items():
+            is_random = row["fault"] == "batch"
+            losses[step] = losses[step - 1] if is_random else row["loss"]
         jumps = []
-        for fault in (12, 24, 36, 48):
-            before = [steps[s]["loss"] for s in steps if fault - 20 <= s < fault]
-            after = [steps[s]["loss"] for s in steps if fault < s <= fault + 40]
+        for fault in (12, 20, 24, 36, 40, 48):
+            before = [losses[s] for s in steps if fault - 20 <= s < fault]
+            after = [losses[s] for s in steps if fault < s <= fault + 40]
             jumps.append(max(after) - statistics.fmean(before))
         norms = {step: row["grad_norm"] for step, row in steps.items()}
         usual = {

@@ -522,8 +522,8 @@ def test_halts_before_an_update_that_is_not_finite(tmp_path, capsys):
     assert re.fullmatch(
         r"pretrain.py: adam: the update of step 6 is not finite; worst gradient:"
         r" \S+ \(not finite\). The state of step 5 is kept. Try a lower"
-        r" --learning-rate, or --optimizer clip_spam, or --initialization stable"
-        r" --embedding scaled\n",
+        r" --learning-rate, or --guard, or --optimizer clip_spam, or --initialization"
+        r" stable --embedding scaled\n",
         line,
     )
     assert checkpoint_steps(folder, "adam") == [5]

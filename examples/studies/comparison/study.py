@@ -166,14 +166,13 @@ class Program:
         tx = self._transform(seed, rate)
 
         def step(carry, batch):
-            params, opt_state, fault_state = carry
             loss, gradient = train_step.gradient_of_batch(
-                params, batch[None], self._graphdef, self._config.z_loss
+                carry[0], batch[None], self._graphdef, self._config.z_loss
             )
-            gradient, fault_state = faults.update(gradient, fault_state, params)
-            update, opt_state = tx.update(gradient, opt_state, params)
-            params = optax.apply_updates(params, update)
-            return (params, opt_state, fault_state), {
+            gradient, *carry = train_step.apply_gradient(
+                loss, gradient, *carry, tx, faults
+            )
+            return tuple(carry), {
                 "losses": loss,
                 "gradient_norms": optax.tree.norm(gradient),
             }

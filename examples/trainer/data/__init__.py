@@ -1,5 +1,6 @@
 """The data of a run: training batches that can be saved and resumed, and validation."""
 
+import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from trainer.errors import UsageError
 THREADS = 2  # that make batches of text files
 READY = 4  # batches made ahead of their use
 ONE_HOST = Host()
+NEXT = "next_index"  # in the state of a Grain iterator over elements with numbers
 
 
 class Data(NamedTuple):
@@ -34,6 +36,28 @@ class Data(NamedTuple):
     digest: str  # changes when the text or the tokenizer does
     files: str  # their number and size, for people
     left_out: Mapping[str, str] = MappingProxyType({})  # see shards.Shards
+
+    def batch(self, number: int) -> np.ndarray:
+        """Returns an element of `train` by its number, from 1.
+
+        A streamed data set is read from its beginning.
+        """
+        batches = iter(self.train)
+        place = batches.get_state()
+        if NEXT in place:  # the whole state for text files
+            batches.set_state(place | {NEXT: number - 1})
+            return next(batches)
+        return next(itertools.islice(batches, number - 1, None))
+
+
+def random_batch(config: RunConfig, vocabulary: int, number: int, host: Host):
+    """Returns this host's part of a batch of random tokens, which `number` decides."""
+    rows = config.batch_size // config.accumulate
+    shape = config.accumulate, rows, config.sequence_length + 1
+    rng = np.random.default_rng([config.seed, number])
+    tokens = rng.integers(vocabulary, size=shape)
+    mine = rows // host.count
+    return tokens[:, host.index * mine :][:, :mine]
 
 
 def load(config: RunConfig, host: Host = ONE_HOST, *, skip_bad_data: int = 0) -> Data:

@@ -34,6 +34,7 @@ class Tokenizer(NamedTuple):
     vocabulary: int  # number of token ids
     end: int | None  # put between documents; None for bytes
     encode: Callable[[str], np.ndarray]  # smallest unsigned dtype for the vocabulary
+    decode: Callable[[np.ndarray], str]  # for people; not always the inverse
     digest: str = ""  # of what it does, which may change under the same name
 
     @property
@@ -60,7 +61,11 @@ def encode_bytes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
 
 
-BYTES = Tokenizer("bytes", 256, None, encode_bytes, "bytes")
+def decode_bytes(tokens: np.ndarray) -> str:
+    return tokens.astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+
+BYTES = Tokenizer("bytes", 256, None, encode_bytes, decode_bytes, "bytes")
 
 
 def load(
@@ -163,7 +168,11 @@ def read(name: str, path: pathlib.Path, separator: str | None = None) -> Tokeniz
 
     rules = json.dumps([RULES, end, tokenizer.to_str()])
     digest = hashlib.sha256(rules.encode()).hexdigest()
-    return Tokenizer(name, vocabulary, end, encode, digest)
+
+    def decode(tokens: np.ndarray) -> str:
+        return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+
+    return Tokenizer(name, vocabulary, end, encode, decode, digest)
 
 
 def end_token(

@@ -163,16 +163,23 @@ def work(config: RunConfig) -> str:
 
 
 def faults(config: RunConfig) -> str:
-    bursts = ", ".join(
-        f"{start}-{start + BURST_LENGTH - 1}" for start in config.burst_starts
-    )
-    return f"Faults in steps {bursts}" if bursts else "No faults"
+    kinds = {
+        "corrupted gradients in steps": config.burst_starts,
+        "random tokens in batches": config.bad_batch_starts,
+    }
+    texts = [f"{kind} {ranges(starts)}" for kind, starts in kinds.items() if starts]
+    return f"Faults: {'; '.join(texts)}" if texts else "No faults"
+
+
+def ranges(starts: tuple[int, ...]) -> str:
+    """Lists the steps of bursts."""
+    return ", ".join(f"{start}-{start + BURST_LENGTH - 1}" for start in starts)
 
 
 def table(summaries: dict[str, dict], config: RunConfig) -> rich.table.Table:
     """Returns the summary as a table, with a dash where no number is finite."""
     shown = summary.columns(summaries, config)
-    result = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    result = rich.table.Table(box=rich.box.SIMPLE_HEAD, collapse_padding=True)
     result.add_column("\noptimizer", no_wrap=True)
     for column in shown.values():
         result.add_column(column.heading, justify="right")

@@ -10,15 +10,16 @@ import numpy as np
 
 from trainer.config import BURST_LENGTH, RunConfig
 from trainer.optimizers import TABLE
-from trainer.output import summary
+from trainer.output import sinks, summary
 from trainer.output.sinks import Row, evaluations_of, steps_of
 from trainer.output.summary import column
 
 MARKERS = {"o": "circles", "v": "triangles", "s": "squares", "D": "diamonds"}
 FAULT = "#F0E442"
+BAD_BATCH = "#A9C8EC"
 BEFORE = "#999999"
 SMOOTHING = 10  # points of a curve
-PANELS_IN_A_ROW = 4
+PANELS_IN_A_ROW = 5
 MOST_RESETS = 40  # that can be told apart
 NARROWEST_FAULT = 1 / 400  # of a panel's width: in a long run three steps are nothing
 
@@ -32,10 +33,17 @@ class Curves(NamedTuple):
     evaluations: list[Row]
     halted_at: int | None
     bucket: int  # steps that share a point
+    rewinds: list[Row]
+    taken_back: list[Row]  # the steps that rewinds took back
 
     def thin(self, name: str, reduce: Callable) -> tuple[np.ndarray, np.ndarray]:
         """Returns step numbers and values of a column, thinned."""
-        numbers, values = column(self.steps, "step"), column(self.steps, name)
+        values = (
+            summary.losses_of(self.steps)
+            if name == "loss"
+            else column(self.steps, name)
+        )
+        numbers = column(self.steps, "step")
         return summary.thin(numbers, values, reduce, self.bucket)
 
 
@@ -58,6 +66,8 @@ def make_figure(
             evaluations_of(rows, name),
             values["halted_at"],
             bucket,
+            sinks.rewinds_of(rows, name),
+            sinks.taken_back(rows, name),
         )
         for name, values in summaries.items()
     }
@@ -95,9 +105,11 @@ def make_panels(names: list[str]) -> dict[str, matplotlib.axes.Axes]:
 def finish(panel: matplotlib.axes.Axes, config: RunConfig) -> None:
     """Marks the faults and leaves out what carries no information."""
     width = max(BURST_LENGTH, NARROWEST_FAULT * config.steps)
-    for start in config.burst_starts:
-        left = start - 0.5
-        panel.axvspan(left, left + width, color=FAULT, alpha=0.7, linewidth=0)
+    marks = (config.burst_starts, FAULT), (config.bad_batch_starts, BAD_BATCH)
+    for starts, color in marks:
+        for start in starts:
+            left = start - 0.5
+            panel.axvspan(left, left + width, color=color, alpha=0.7, linewidth=0)
     panel.set_xlim(0, config.steps)
     panel.xaxis.get_major_locator().set_params(integer=True)
     if config.steps >= 10_000:
@@ -119,10 +131,16 @@ def draw_losses(
     panel.set_ylim(low, high)
     panel.set_ylabel(f"loss ({summary.loss_unit(config)})")
     smoothing = SMOOTHING * summary.bucket_size(config.steps)
+    marks = {
+        "Yellow: corrupted gradients.": config.burst_starts,
+        "Blue: batches of random tokens.": config.bad_batch_starts,
+        "x: skipped by the guard.": any_skipped(curves),
+        "Dotted: taken back.": any(curve.rewinds for curve in curves.values()),
+    }
     panel.set_title(
-        f"Training loss (thick: mean of {smoothing:,} steps)."
-        f"{' Yellow: faults.' if config.burst_starts else ''}"
-        " Dots, and at the right: validation loss.",
+        f"Training loss (thick: mean of {smoothing:,} steps). Dots, and at the right:"
+        " validation loss.\n"
+        + " ".join(text for text, shown in marks.items() if shown),
         loc="left",
     )
     ends = {}
@@ -135,8 +153,28 @@ def draw_losses(
         end = last_finite(smooth, (low + high) / 2)
         ends[name] = float(np.clip(end, low, high))
         draw_evaluations(panel, curve)
+        draw_interventions(panel, curve, low + 0.03 * (high - low))
         mark_halt(panel, curve, ends[name])
     label_ends(panel, ends, curves, summaries)
+
+
+def any_skipped(curves: dict[str, Curves]) -> bool:
+    return any(row["skipped"] for curve in curves.values() for row in curve.steps)
+
+
+def draw_interventions(panel, curve: Curves, height: float) -> None:
+    """Marks skipped steps below the curves, and draws what rewinds took back."""
+    skipped = [row["step"] for row in curve.steps if row["skipped"]]
+    panel.plot(skipped, [height] * len(skipped), "x", color=curve.color, markersize=5)
+    for row in curve.rewinds:
+        panel.axvline(row["step"], color=curve.color, linestyle=":", linewidth=1)
+        attempt = [r for r in curve.taken_back if r["rewound"] == row["rewind"]]
+        panel.plot(
+            column(attempt, "step"),
+            trailing_mean(summary.losses_of(attempt)),
+            color=curve.color,
+            linestyle=":",
+        )
 
 
 def loss_limits(curves: dict[str, Curves], config: RunConfig) -> tuple[float, float]:
@@ -251,7 +289,12 @@ def draw_norms(panel, name: str, curve: Curves) -> None:
     numbers, before = curve.thin("grad_norm", summary.largest)
     _, after = curve.thin("clipped_grad_norm", summary.largest)
     panel.semilogy(numbers, before, color=BEFORE, linewidth=2.2)
+    after = np.where(after > 0, after, np.nan)  # of a skipped step nothing enters
     panel.semilogy(numbers, after, color=curve.color, linewidth=1.0)
+    skipped = [row for row in curve.steps if row["skipped"]]
+    if skipped:
+        where = column(skipped, "step"), column(skipped, "grad_norm")
+        panel.plot(*where, "x", color=curve.color, markersize=5)
     mark_halt(panel, curve, last_finite(before, 1.0))
     panel.set_title(name, loc="left", color=curve.color)
     labels = ("before clipping", "#666666"), ("after", curve.color)

@@ -6,12 +6,13 @@ import numpy as np
 
 from trainer import files, run_folder
 from trainer.config import RunConfig
-from trainer.output import console, summary
+from trainer.output import console, sinks, summary
 from trainer.output.sinks import Row, evaluations_of, steps_of
 from trainer.output.summary import SPIKE_SCORE, TensorSpikes
 from trainer.run_folder import RunFolder
 
 TENSORS = 10  # rows of a table of tensors
+SKIPPED = 30  # steps that are listed
 EVALUATIONS = 20  # rows of the table of evaluations
 
 
@@ -111,8 +112,31 @@ def spike_sections(
             what = "loss" if steps[-1]["loss"] is None else "update"
             step = f"{values['halted_at']:,}"
             sections.append(f"**Halted at step {step}: its {what} was not finite.**")
+        sections += interventions(rows, name)
         sections.append(spike_table(summary.tensor_spikes(steps, tensor_names)))
     return sections
+
+
+def interventions(rows: list[Row], name: str) -> list[str]:
+    """Describes the steps that the guard skipped, and the rewinds."""
+    texts = [
+        f"**Went back from step {row['rewound_from']:,} to step {row['step']:,}:"
+        f" {row['reason']}; {row['batches_left_out']:,} batches were left out.**"
+        for row in sinks.rewinds_of(rows, name)
+    ]
+    skipped = [row for row in steps_of(rows, name) if row["skipped"]]
+    if skipped:
+        first = ", ".join(
+            f"{row['step']} ({row['skipped']}"
+            + (f", batch {row['batch']})" if row["batch"] != row["step"] else ")")
+            for row in skipped[:SKIPPED]
+        )
+        more = f", and {len(skipped) - SKIPPED} more" if len(skipped) > SKIPPED else ""
+        texts.append(
+            f"The guard skipped steps {first}{more}. `pretrain.py --show-batch STEP"
+            " --output FOLDER` prints the text of a step's batch."
+        )
+    return texts
 
 
 def spike_table(found: list[TensorSpikes]) -> str:

@@ -3,22 +3,34 @@
 metrics.jsonl has one JSON object per line. It is a step,
 
     optimizer, step            from 1
+    batch                      number of its batch in the data, from 1; the step, unless
+                               batches were left out
     loss                       of this step's batch, before its update; nats per token
     learning_rate
     grad_norm                  global norm of the gradient, fault included
     clipped_grad_norm          of what entered the first moment, after all clipping
     update_norm, param_norm    of the update, and of the parameters after it
     spikes_clipped             coordinates clipped by SPAM in this step
+    skipped                    why the guard skipped this step, such as "loss spike";
+                               null if it was taken
+    steps_above_band           steps in a row whose loss was above its band; with
+                               --rewind, else 0
+    skipped_steps              number of steps skipped so far
     tensors                    the same norms of every tensor, its spike score (norm
                                over running mean) and the steps so far in which it
                                exceeded 10; tensors.json has the names
-    fault                      whether this step's gradient was corrupted
+    fault                      "gradient" or "batch" if it was corrupted, else null
     tokens_per_second          null where compilation or other work came between
     flops_utilization          of the devices' bfloat16 peak, by the model; null for a
                                device that is not in trainer.hardware
 
 or an evaluation: `optimizer`, `step`, `eval_loss` and `eval_perplexity`. A number that
 is not finite is null, because JSON has no NaN or infinity.
+
+When a run goes back to a checkpoint, its rows since then get the number of that rewind
+as `rewound`. The row of the rewind has `step`, that of the checkpoint, `rewind`,
+`rewound_from`, `reason`, `batches_left_out` and `places`, where the hosts go on in the
+data.
 """
 
 import contextlib
@@ -60,7 +72,7 @@ def finite(value: Any) -> Any:
 def scalars(row: Row, tensor_names: Iterable[str]) -> dict[str, float]:
     """Returns the numbers of a row by name, those of tensors only every few steps."""
     row = finite(row)
-    others = ("optimizer", "step", "fault", "tensors")
+    others = ("optimizer", "step", "batch", "fault", "skipped", "tensors")
     numbers = {name: value for name, value in row.items() if name not in others}
     if "tensors" in row and row["step"] % TENSORS_EVERY == 0:
         for kind, values in row["tensors"].items():
@@ -228,6 +240,13 @@ def read(path: pathlib.Path) -> list[Row]:
     return rows
 
 
+def is_halt(row: Row) -> bool:
+    """Returns whether a step was not finite, and not skipped by a guard."""
+    values = row["loss"], row["update_norm"]
+    is_finite = all(x is not None and math.isfinite(x) for x in values)
+    return not is_finite and row["skipped"] is None
+
+
 def recorded(path: pathlib.Path, optimizer: str, config: RunConfig) -> int:
     """Returns the last step up to which no row of an optimizer is missing."""
     rows = read(path)
@@ -242,12 +261,33 @@ def recorded(path: pathlib.Path, optimizer: str, config: RunConfig) -> int:
 
 
 def cut(path: pathlib.Path, optimizer: str, step: int) -> None:
-    """Removes an optimizer's rows after the step of its checkpoint."""
-    rows = (
+    """Removes an optimizer's rows after the step of its checkpoint.
+
+    Rows that a rewind before that step took back stay.
+    """
+    rows = read(path)
+    rewinds = {r["rewind"] for r in rewinds_of(rows, optimizer) if r["step"] <= step}
+    kept = (
         row
-        for row in read(path)
-        if row["optimizer"] != optimizer or row["step"] <= step
+        for row in rows
+        if row["optimizer"] != optimizer
+        or (row["rewound"] in rewinds if "rewound" in row else row["step"] <= step)
     )
+    write(path, kept)
+
+
+def rewind(path: pathlib.Path, row: Row) -> None:
+    """Adds the row of a rewind, and marks the optimizer's rows after its step."""
+    rows = read(path)
+    for other in rows:
+        is_taken_back = other["step"] > row["step"] and "rewound" not in other
+        if other["optimizer"] == row["optimizer"] and is_taken_back:
+            other["rewound"] = row["rewind"]
+    write(path, [*rows, row])
+
+
+def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
+    """Replaces the rows of a metrics.jsonl."""
     files.replace(
         path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     )
@@ -255,9 +295,28 @@ def cut(path: pathlib.Path, optimizer: str, step: int) -> None:
 
 def steps_of(rows: Iterable[Row], optimizer: str) -> list[Row]:
     """Returns the training steps of one optimizer, in order."""
-    return [row for row in rows if row["optimizer"] == optimizer and "loss" in row]
+    return [row for row in kept_of(rows, optimizer) if "loss" in row]
 
 
 def evaluations_of(rows: Iterable[Row], optimizer: str) -> list[Row]:
     """Returns the evaluations of one optimizer, in order."""
-    return [row for row in rows if row["optimizer"] == optimizer and "eval_loss" in row]
+    return [row for row in kept_of(rows, optimizer) if "eval_loss" in row]
+
+
+def kept_of(rows: Iterable[Row], optimizer: str) -> list[Row]:
+    """Returns the rows of one optimizer that no rewind took back."""
+    return [r for r in rows if r["optimizer"] == optimizer and "rewound" not in r]
+
+
+def taken_back(rows: Iterable[Row], optimizer: str) -> list[Row]:
+    """Returns the training steps of one optimizer that rewinds took back."""
+    return [
+        row
+        for row in rows
+        if row["optimizer"] == optimizer and "rewound" in row and "loss" in row
+    ]
+
+
+def rewinds_of(rows: Iterable[Row], optimizer: str) -> list[Row]:
+    """Returns the rewinds of one optimizer, in order."""
+    return [row for row in kept_of(rows, optimizer) if "rewind" in row]

@@ -6,7 +6,14 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.config import RunConfig
-from trainer.output.sinks import Row, evaluations_of, finite, steps_of
+from trainer.output.sinks import (
+    Row,
+    evaluations_of,
+    finite,
+    is_halt,
+    rewinds_of,
+    steps_of,
+)
 
 SPIKE_FACTOR = 10.0  # times the running median of the gradient norm
 SPIKE_SCORE = 10.0  # the same for one tensor, over its running mean: track_spikes'
@@ -19,6 +26,18 @@ POINTS = 2000  # of a curve at most: more than a picture has pixels in a row
 def column(rows: list[Row], name: str) -> np.ndarray:
     """Returns a column as float64, with NaN for values that were not finite."""
     return np.array([row[name] for row in rows], np.float64)
+
+
+def losses_of(steps: list[Row]) -> np.ndarray:
+    """Returns the training losses; a batch of random tokens has that of the one before.
+
+    Its own is high for any model.
+    """
+    losses = column(steps, "loss")
+    for i in range(1, len(losses)):
+        if steps[i]["fault"] == "batch":
+            losses[i] = losses[i - 1]
+    return losses
 
 
 def running_median(values: np.ndarray, window: int = MEDIAN_WINDOW) -> np.ndarray:
@@ -65,14 +84,13 @@ def worst_burst(steps: list[Row]) -> float | None:
     """Returns the largest fault after clipping, in units of the usual gradient norm."""
     usual = running_median(column(steps, "grad_norm"))
     ratio = column(steps, "clipped_grad_norm") / usual
-    ratio = ratio[[row["fault"] for row in steps]]
+    ratio = ratio[[bool(row["fault"]) for row in steps]]
     return float(np.max(ratio)) if len(ratio) else None
 
 
 def halted_at(steps: list[Row]) -> int | None:
     """Returns the step whose loss or update was not finite, or None."""
-    last = [column(steps[-1:], name) for name in ("loss", "update_norm")]
-    return None if np.all(np.isfinite(last)) else steps[-1]["step"]
+    return next((row["step"] for row in steps[-1:] if is_halt(row)), None)
 
 
 def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
@@ -80,7 +98,8 @@ def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
 
     Each has `halted_at`, the step that was not finite, `final_eval_loss`,
     `final_eval_perplexity`, `worst_loss_jump`, `worst_burst`, `spikes_seen`,
-    `spikes_clipped`, and of the median step `tokens_per_second` and
+    `spikes_clipped`, `skipped_steps`, `rewinds`, and of the median step
+    `tokens_per_second` and
     `flops_utilization`. A value that is not finite, not known, or that the run does not
     have, is None.
     """
@@ -96,11 +115,13 @@ def summarize(rows: list[Row], config: RunConfig) -> dict[str, dict]:
             "final_eval_loss": final and final["eval_loss"],
             "final_eval_perplexity": final and final["eval_perplexity"],
             "worst_loss_jump": worst_loss_jump(
-                column(steps, "loss"), config.burst_starts
+                losses_of(steps), config.burst_starts + config.bad_batch_starts
             ),
             "worst_burst": worst_burst(steps),
             "spikes_seen": int(find_spikes(column(steps, "grad_norm")).sum()),
             "spikes_clipped": sum(row["spikes_clipped"] for row in steps),
+            "skipped_steps": steps[-1]["skipped_steps"],
+            "rewinds": len(rewinds_of(rows, name)),
             "tokens_per_second": median(column(steps, "tokens_per_second")),
             "flops_utilization": median(column(steps, "flops_utilization")),
         }
@@ -201,7 +222,7 @@ COLUMNS = {
     "worst_loss_jump": Column(
         "worst\nloss jump",
         "+.3f",
-        f"the largest training loss within {STEPS_AFTER_FAULT} steps after a burst"
+        f"the largest training loss within {STEPS_AFTER_FAULT} steps after a fault"
         f" began, minus the mean of the {STEPS_BEFORE_FAULT} steps before it",
     ),
     "worst_burst": Column(
@@ -217,6 +238,7 @@ COLUMNS = {
         f" of {MEDIAN_WINDOW} steps",
     ),
     "spikes_clipped": Column("coordinates\nclipped", ","),
+    "skipped_steps": Column("steps\nskipped", ",", "by the guard"),
     "tokens_per_second": Column("\ntokens/s", ",.0f"),
     "flops_utilization": Column(
         "\nMFU",
@@ -236,8 +258,10 @@ def columns(summaries: dict[str, dict], config: RunConfig) -> dict[str, Column]:
     left_out = set()
     if config.tokenizer == "bytes":
         left_out.add("final_eval_perplexity")
-    if not config.burst_starts:
+    if not config.burst_starts + config.bad_batch_starts:
         left_out.update(["worst_loss_jump", "worst_burst"])
+    if not any(values["skipped_steps"] for values in summaries.values()):
+        left_out.add("skipped_steps")
     if all(values["flops_utilization"] is None for values in summaries.values()):
         left_out.add("flops_utilization")
     return {key: column for key, column in COLUMNS.items() if key not in left_out}
