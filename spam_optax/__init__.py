@@ -33,6 +33,10 @@ from spam_optax._monitor import TrackSpikesState as TrackSpikesState
 from spam_optax._monitor import tensor_names as tensor_names
 from spam_optax._monitor import track_spikes as track_spikes
 from spam_optax._paths import matrices_only as matrices_only
+from spam_optax._qk_clip import HeadTensor as HeadTensor
+from spam_optax._qk_clip import QKClipState as QKClipState
+from spam_optax._qk_clip import qk_clip as qk_clip
+from spam_optax._qk_clip import query_key_tensors as query_key_tensors
 from spam_optax._reset import ResetMomentsState as ResetMomentsState
 from spam_optax._reset import reset_moments as reset_moments
 from spam_optax._serialization import (

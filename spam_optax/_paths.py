@@ -256,6 +256,11 @@ def role(path: tuple[Any, ...], ndim: int) -> str | None:
     return kind or _nearest(parts, _MATRICES)
 
 
+def part_role(part: str) -> str | None:
+    """Returns the role of a matrix that one part of its path suggests, or None."""
+    return _nearest([_words(part)], _MATRICES)
+
+
 def _has_name(parts: list[tuple[str, ...]], names: Collection[str]) -> bool:
     wanted = set(map(joined, names))
     near = wanted & set(map(joined, VECTORS + FACTORS))

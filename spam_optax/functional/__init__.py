@@ -11,7 +11,7 @@ exponential moving average of ``|g|**2``, not bias corrected), and steps are cou
 from 1.
 """
 
-from spam_optax.functional.guards import spike_steps
+from spam_optax.functional.guards import qk_clip_factors, scale_heads, spike_steps
 from spam_optax.functional.metrics import (
     attention_jacobian_bound,
     ffn_jacobian_bound,
@@ -42,8 +42,10 @@ __all__ = (
     "layer_gradient_norms",
     "nonfinite_mask",
     "online_spike_score",
+    "qk_clip_factors",
     "reset_position",
     "reset_ramp",
+    "scale_heads",
     "spike_mask",
     "spike_score",
     "spike_steps",

@@ -94,6 +94,7 @@ SORTS = {
     "history": Sort(
         "a whole number >= 2 and <= 128", outside(0, 1, 2.5, 129) + ODD + WRONG_SCALARS
     ),
+    "axis": Sort("a whole number >= 0", outside(-1, 2.5) + ODD + WRONG_SCALARS + NONE),
     "heads": Sort("a whole number >= 1", outside(0, -1, 2.5) + ODD + WRONG_SCALARS),
     "mu dtype": Sort(
         "None or a floating dtype",
@@ -186,6 +187,8 @@ FUNCTIONS = (
         | {"max_consecutive": "interval", "needs_loss": "flag"},
     ),
     (spam_optax.clip_update_norm, (), GUARD | {"share": "not negative"}),
+    (spam_optax.qk_clip, (), {"threshold": "positive or None", "balance": "share"}),
+    (spam_optax.query_key_tensors, (), {"layer_axis": "axis"}),
     (spam_optax.adaclip, (), {"gamma3": "decay"} | COUNT),
     (spam_optax.adagn, (), ADAGN),
     (spam_optax.gradient_stabilizer, (), NORM),

@@ -118,6 +118,34 @@ def test_bytes_accessed_are_at_the_floor(devices, name):
     assert compiled.memory_analysis().temp_size_in_bytes < 0.01 * np.prod(SHAPE)
 
 
+def test_clipping_queries_and_keys_moves_no_byte_more(devices):
+    """The kernels are scaled in the pass that updates them."""
+    mesh = Mesh(devices[:1], ("x",))
+
+    def accessed(tx):
+        def step(params, state, gradients, logits):
+            updates, state = tx.update(
+                gradients, state, params, attention_logits=logits
+            )
+            return optax.apply_updates(params, updates), state
+
+        def shaped(x):
+            return jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(mesh, P())
+            )
+
+        params = {k: jax.ShapeDtypeStruct(SHAPE, jnp.float32) for k in ("query", "key")}
+        params, state = jax.tree.map(shaped, (params, jax.eval_shape(tx.init, params)))
+        logits = shaped(jax.ShapeDtypeStruct((64,), jnp.float32))
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        compiled = jitted.lower(params, state, params, logits).compile()
+        return compiled.cost_analysis()["bytes accessed"] / np.prod(SHAPE) / 2
+
+    adam = optax.with_extra_args_support(optax.adam(1e-3))
+    clipped = accessed(optax.chain(adam, spam_optax.qk_clip()))
+    assert accessed(adam) <= clipped < accessed(adam) + 0.05
+
+
 def sparse(**kwargs):
     return spam_optax.sparse_spam(1e-3, sparse_params=True, **kwargs)
 

@@ -70,6 +70,8 @@ FACTORIES = {
 OTHERS = {
     spam_optax.matrices_only: {},
     spam_optax.adam_mini_partition: {"num_heads": 2},
+    spam_optax.qk_clip: {},
+    spam_optax.query_key_tensors: {},
     initializers.stable: {"width": 8, "num_layers": 2},
     initializers.stable_kernel: {"width": 8},
     initializers.stable_residual: {"width": 8, "num_layers": 2},

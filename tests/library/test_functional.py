@@ -683,6 +683,14 @@ CALLS = {
         lambda x: functional.spike_steps(x, window=8, min_history=4),
         [GRADIENT.reshape(4, 18)],
     ),
+    "qk_clip_factors": (
+        lambda x: jnp.concatenate(functional.qk_clip_factors(x, 5, 1.0), -1),
+        [STEPS],
+    ),
+    "scale_heads": (
+        lambda x, f: functional.scale_heads(x, f, 1, 0),
+        [NU, jnp.asarray(NU)[:, :, 0, None]],
+    ),
     "reset_position": (lambda t: functional.reset_position(t, 7), [STEPS]),
     "reset_ramp": (lambda t: functional.reset_ramp(t, 20, 9), [STEPS]),
     "bias_correction": (lambda t: functional.bias_correction(0.9, t), [STEPS]),
