@@ -193,6 +193,23 @@ def add_model_flags(flags: SettingFlags) -> None:
         "gated_attention",
         "multiply the outputs of the heads by a sigmoid gate, which has its own matrix",
     )
+    flags.add("qk_norm", "normalize the queries and keys of each head by an RMSNorm")
+    flags.add(
+        "attention_softcap",
+        "limit on the size of attention's logits: cap * tanh(x / cap); Gemma 2: 50",
+        metavar="CAP",
+    )
+    flags.add(
+        "logit_softcap",
+        "the same for the logits of the next token; Gemma 2: 30",
+        metavar="CAP",
+    )
+    flags.add(
+        "qk_clip",
+        "scale the queries and keys of heads whose largest attention logit exceeds"
+        " this, after each step; Kimi K2: 100",
+        metavar="THRESHOLD",
+    )
     flags.add(
         "untied_head",
         "give the head its own matrix instead of the transposed embedding (the default"

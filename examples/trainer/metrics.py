@@ -58,11 +58,22 @@ def of_step(
     return {
         "learning_rate": optimizer.schedule(taken_step - 1),
         "spikes_clipped": jnp.where(is_taken, clipped_in_step(state), 0),
+        **attention_of(state),
         "skipped": skip_reason,
         "skipped_steps": skipped_steps,
         **totals,
         "tensors": {**norms, **scores},
     }
+
+
+def attention_of(state: optax.OptState) -> Metrics:
+    """Returns QK-clip's largest attention logit and number of clipped heads."""
+    names = {
+        "max_attention_logit": "max_attention_logit",
+        "heads_clipped": "qk_clip_clipped_count",
+    }
+    found = {name: optax.tree.get(state, field) for name, field in names.items()}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def clipped_in_step(opt_state: optax.OptState) -> jax.typing.ArrayLike:

@@ -1,7 +1,9 @@
 """A LLaMA-style decoder: RMSNorm, SwiGLU, rotary positions, causal attention.
 
 Options against instability: the embeddings and initializers of Spike No More, WeSaR,
-LayerNorm Scaling (arXiv 2502.05795), Mix-LN (2412.13795), gated attention (2505.06708).
+LayerNorm Scaling (arXiv 2502.05795), Mix-LN (2412.13795), gated attention (2505.06708),
+normalized queries and keys (2302.05442), soft caps of logits (2408.00118), and QK-clip
+(2507.20534).
 
 Letters in shape comments: B sequences, T tokens, D width, H heads, K head width,
 V vocabulary.
@@ -13,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 import spam_optax
@@ -20,7 +23,7 @@ import spam_optax.nnx
 from spam_optax import initializers
 from trainer import sharding
 from trainer.errors import UsageError
-from trainer.settings import OneOf, Switch, check_settings, setting
+from trainer.settings import OneOf, Real, Switch, check_settings, setting
 
 EMBEDDINGS = {
     "plain": nnx.Embed,
@@ -64,6 +67,13 @@ class ModelConfig:
     norm: str = setting("pre", OneOf(NORMS))
     # A sigmoid gate on the outputs of the heads.
     gated_attention: bool = setting(False, Switch())
+    # An RMSNorm of each head's queries and keys.
+    qk_norm: bool = setting(False, Switch())
+    # The largest size of attention's logits and of the next token's logits.
+    attention_softcap: float | None = setting(None, Real(exclude_low=True))
+    logit_softcap: float | None = setting(None, Real(exclude_low=True))
+    # The largest attention logit, above which QK-clip scales a head's queries and keys.
+    qk_clip: float | None = setting(None, Real(exclude_low=True))
     # A head of its own instead of the transposed embedding.
     untied_head: bool = setting(False, Switch())
     # Of activations; parameters are float32.
@@ -79,6 +89,15 @@ class ModelConfig:
                 " sub-layers smaller with depth, and must not be combined: use"
                 " --initialization standard, or another --norm"
             )
+        if self.qk_clip is not None:
+            bounded = "qk_norm" if self.qk_norm else "attention_softcap"
+            if self.qk_norm or self.attention_softcap is not None:
+                raise UsageError(
+                    f"--qk-clip and --{bounded.replace('_', '-')} must not be combined:"
+                    " the second already bounds the attention logits"
+                )
+            if self.norm == "mixed":
+                raise UsageError("--qk-clip and --norm mixed must not be combined")
 
     @functools.cached_property
     def matrix_parameters(self) -> int:
@@ -215,6 +234,43 @@ def rotate(x_BTHK: jax.Array, base: float) -> jax.Array:
     return turned.astype(x_BTHK.dtype)
 
 
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Keeps `x` between minus `cap` and `cap`. None: there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attend(
+    query_BTHK: jax.Array,
+    key_BSHK: jax.Array,
+    value_BSHK: jax.Array,
+    cap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes causal attention and the largest logit of every head.
+
+    This is `jax.nn.dot_product_attention`, in XLA, with a soft cap of the logits. The
+    largest logit is measured before the cap.
+    """
+    logits_BHTS = jnp.einsum(
+        "bthk,bshk->bhts",
+        query_BTHK,
+        key_BSHK,
+        preferred_element_type=jnp.float32,
+    )
+    logits_BHTS *= query_BTHK.shape[-1] ** -0.5
+    is_seen_TS = jnp.tril(jnp.ones(logits_BHTS.shape[2:], bool))[None, None]
+    smallest = jnp.finfo(jnp.float32).min
+    seen_BHTS = jnp.where(is_seen_TS, logits_BHTS, smallest)
+    largest_H = jax.lax.stop_gradient(seen_BHTS).max((0, 2, 3))
+    if cap is not None:
+        seen_BHTS = jnp.where(is_seen_TS, softcap(logits_BHTS, cap), smallest)
+    weights_BHTS = jax.nn.softmax(seen_BHTS, axis=-1).astype(value_BSHK.dtype)
+    return jnp.einsum("bhts,bshk->bthk", weights_BHTS, value_BSHK), largest_H
+
+
+class AttentionLogits(nnx.Intermediate):
+    """The largest attention logit of every head of a batch."""
+
+
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions.
 
@@ -231,6 +287,12 @@ class Attention(nnx.Module):
         self.out = project(residual=True)
         if config.gated_attention:
             self.gate = project()
+        if config.qk_norm:
+            width = config.width // config.heads
+            self.query_norm, self.key_norm = (
+                nnx.RMSNorm(width, dtype=config.compute_dtype, rngs=rngs)
+                for _ in range(2)
+            )
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         B, T, D = x_BTD.shape
@@ -239,17 +301,25 @@ class Attention(nnx.Module):
             project(x_BTD).reshape(B, T, H, D // H)
             for project in (self.query, self.key, self.value)
         )
-        attended_BTHK = jax.nn.dot_product_attention(
-            rotate(query, self.config.rotary_base),
-            rotate(key, self.config.rotary_base),
-            value,
-            is_causal=True,
-            implementation=self.config.attention,
-        )
-        attended_BTD = attended_BTHK.reshape(B, T, D)
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = (rotate(x, self.config.rotary_base) for x in (query, key))
+        attended_BTD = self.attend(query, key, value).reshape(B, T, D)
         if self.config.gated_attention:
             attended_BTD = attended_BTD * nnx.sigmoid(self.gate(x_BTD))
         return self.out(attended_BTD)
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """Computes attention, and records its logits if QK-clip needs them."""
+        config = self.config
+        if config.qk_clip is None and config.attention_softcap is None:
+            return jax.nn.dot_product_attention(
+                query, key, value, is_causal=True, implementation=config.attention
+            )
+        attended_BTHK, largest_H = attend(query, key, value, config.attention_softcap)
+        if config.qk_clip is not None:
+            self.sow(AttentionLogits, "largest", largest_H, reduce_fn=lambda _, x: x)
+        return attended_BTHK
 
 
 class FeedForward(nnx.Module):
@@ -315,6 +385,10 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = sharding.constrain_batch(self.look_up(tokens_BT))
         x_BTD = self.norm(through_blocks(self.config, x_BTD, self.blocks))
+        return softcap(self.score(x_BTD), self.config.logit_softcap)
+
+    def score(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the float32 logits of the next token, without a cap."""
         if self.config.untied_head:
             return self.head(x_BTD).astype(jnp.float32)
         (embedding_VD,) = cast_table((self.embed.embedding[...],), dtype=x_BTD.dtype)
@@ -331,6 +405,21 @@ def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, dict[str, Any]]:
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(decoder)
     return graphdef, nnx.to_pure_dict(state)
+
+
+def forward(
+    graphdef: nnx.GraphDef, params: optax.Params, tokens_BT: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the next token's logits, and the largest attention logits.
+
+    These have the shape (layers, heads). They are None without QK-clip.
+    """
+    decoder = nnx.merge(graphdef, params)
+    if decoder.config.qk_clip is None:
+        return decoder(tokens_BT), None
+    logits, captured = nnx.capture(decoder, AttentionLogits)(tokens_BT)
+    (largest,) = jax.tree.leaves(captured)
+    return logits, largest
 
 
 def through_blocks(

@@ -290,6 +290,8 @@ def make(name: str, config: RunConfig) -> Optimizer:
     learning_rate = schedule(config)
     try:
         transform = entry.make(config, learning_rate)
+        if config.model.qk_clip is not None:
+            transform = optax.chain(transform, spam_optax.qk_clip(config.model.qk_clip))
         if config.guard or entry.guarded:
             transform = spam_optax.skip_spikes(transform, needs_loss=True)
     except ValueError as error:

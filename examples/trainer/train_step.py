@@ -131,16 +131,20 @@ def initial_state(task: Task, optimizer: Optimizer) -> TrainState:
 
 def token_losses(
     params: optax.Params, windows: jax.Array, graphdef: nnx.GraphDef
-) -> tuple[jax.Array, jax.Array]:
-    """Returns each next token's cross-entropy in nats, and the log-partition."""
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Returns each next token's cross-entropy in nats, and the log-partition.
+
+    The third result is the largest attention logit of every head, for QK-clip.
+    """
     tokens = windows.astype(jnp.int32)
-    logits = nnx.merge(graphdef, params)(tokens[:, :-1])
+    logits, attention_logits = model.forward(graphdef, params, tokens[:, :-1])
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # The target's logit is picked by a comparison, because the gradient of an indexed
     # read is a scatter into the logits, which is slow on TPUs and slow to compile.
     vocabulary = jnp.arange(logits.shape[-1])
     is_target = tokens[:, 1:, None] == vocabulary[None, None, :]
-    return log_z - jnp.sum(logits, axis=-1, where=is_target), log_z
+    losses = log_z - jnp.sum(logits, axis=-1, where=is_target)
+    return losses, log_z, attention_logits
 
 
 def loss_fn(
@@ -152,47 +156,56 @@ def loss_fn(
 
 def gradient_of_batch(
     params: optax.Params, batch: jax.Array, graphdef: nnx.GraphDef, z_loss: float
-) -> tuple[jax.Array, optax.Updates]:
+) -> tuple[jax.Array, optax.Updates, jax.Array | None]:
     """Computes loss and gradient of (parts, rows, tokens), one part after the other.
 
     The gradient includes the z-loss of PaLM, ``z_loss * log_z ** 2``, which keeps the
-    logits from drifting. The returned loss does not include it.
+    logits from drifting. The returned loss does not include it. The third result is the
+    largest attention logit of every head, for QK-clip.
     """
 
     def objective(params, windows):
-        losses, log_z = token_losses(params, windows, graphdef)
+        losses, log_z, attention_logits = token_losses(params, windows, graphdef)
         loss = losses.mean()
         total = loss + z_loss * jnp.mean(log_z**2) if z_loss else loss
-        return total, loss
+        return total, (loss, attention_logits)
+
+    def of_part(windows):
+        gradient, (loss, logits) = jax.grad(objective, has_aux=True)(params, windows)
+        return (loss, sharding.constrain(gradient)), logits
 
     def add_part(sums, windows):
-        gradient, loss = jax.grad(objective, has_aux=True)(params, windows)
-        return jax.tree.map(jnp.add, sums, (loss, sharding.constrain(gradient))), None
+        part, logits = of_part(windows)
+        return jax.tree.map(jnp.add, sums, part), logits
 
     if len(batch) == 1:
-        gradient, loss = jax.grad(objective, has_aux=True)(params, batch[0])
-        return loss, sharding.constrain(gradient)
+        means, logits = of_part(batch[0])
+        return *means, logits
     zeros = jnp.zeros([]), sharding.constrain(optax.tree.zeros_like(params))
-    sums, _ = jax.lax.scan(add_part, zeros, batch)
-    return jax.tree.map(lambda x: x / len(batch), sums)
+    sums, logits = jax.lax.scan(add_part, zeros, batch)
+    means = jax.tree.map(lambda x: x / len(batch), sums)
+    return *means, None if logits is None else logits.max(0)
 
 
 def apply_gradient(
-    loss: jax.Array,
     gradient: optax.Updates,
     params: optax.Params,
     opt_state: optax.OptState,
     fault_state: optax.OptState,
     transform: optax.GradientTransformation,
     faults: optax.GradientTransformation,
+    **measured: jax.Array | None,
 ) -> tuple[optax.Updates, optax.Params, optax.OptState, optax.OptState]:
-    """Gives the optimizer a gradient, which a fault may have corrupted, and the loss.
+    """Gives the optimizer a gradient, which a fault may have corrupted.
+
+    `measured` has what else the optimizer takes: the loss as `value`, and the
+    `attention_logits`.
 
     Returns that gradient, the parameters, and the states of optimizer and faults.
     """
     gradient, fault_state = faults.update(gradient, fault_state, params)
     update, opt_state = optax.with_extra_args_support(transform).update(
-        gradient, opt_state, params, value=loss
+        gradient, opt_state, params, **measured
     )
     return gradient, optax.apply_updates(params, update), opt_state, fault_state
 
@@ -217,15 +230,18 @@ def train_step(
     If the loss or the update is not finite, and no guard skips the step, the state does
     not change and is marked as halted. Later steps then leave it as it is.
     """
-    loss, gradient = gradient_of_batch(state.params, batch, graphdef, z_loss)
+    loss, gradient, attention_logits = gradient_of_batch(
+        state.params, batch, graphdef, z_loss
+    )
     gradient, params, opt_state, fault_state = apply_gradient(
-        loss,
         gradient,
         state.params,
         state.opt_state,
         state.fault_state,
         optimizer.transform,
         faults,
+        value=loss,
+        attention_logits=attention_logits,
     )
     _, watch_state = optax.with_extra_args_support(watch).update(
         {}, state.watch_state, value=loss, grad_norm=0.0

@@ -49,7 +49,7 @@ def draw(shape):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits_of(graphdef, params):
-    return nnx.merge(graphdef, params)(IDS)
+    return model.forward(graphdef, params, IDS)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -68,16 +68,25 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def attention(p, x):
+def attention_scores(p, x):
     heads = (*x.shape[:2], HEADS, WIDTH // HEADS)
-    query, key, value = (
-        (x @ p[name]["kernel"]).reshape(heads) for name in ("query", "key", "value")
-    )
+    query, key = ((x @ p[name]["kernel"]).reshape(heads) for name in ("query", "key"))
+    if "query_norm" in p:
+        query = normed(query, p["query_norm"]["scale"])
+        key = normed(key, p["key_norm"]["scale"])
     query, key = (
         np.float64(model.rotate(jnp.asarray(y), SHAPE.rotary_base))
         for y in (query, key)
     )
-    scores = np.einsum("bqhk,bthk->bhqt", query, key) / math.sqrt(WIDTH // HEADS)
+    return np.einsum("bqhk,bthk->bhqt", query, key) / math.sqrt(WIDTH // HEADS)
+
+
+def attention(p, x, cap=None):
+    heads = (*x.shape[:2], HEADS, WIDTH // HEADS)
+    value = (x @ p["value"]["kernel"]).reshape(heads)
+    scores = attention_scores(p, x)
+    if cap:
+        scores = cap * np.tanh(scores / cap)
     seen = np.exp(scores) * np.tri(TOKENS)
     seen /= seen.sum(axis=-1, keepdims=True)
     out = np.einsum("bhqt,bthk->bqhk", seen, value)
@@ -91,7 +100,7 @@ def feed_forward(p, x):
     return (gate * sigmoid(gate) * (x @ p["up"]["kernel"])) @ p["down"]["kernel"]
 
 
-def written_out(params, norm, post_layers):
+def written_out(params, norm, post_layers, attention=attention):
     """The whole forward pass, one layer after the other, in float64."""
     params = jax.tree.map(np.float64, params)
     table = params["embed"]["embedding"]
@@ -119,6 +128,94 @@ def test_forward_pass_is_the_one_written_out(norm, gated):
     got = logits_of(graphdef, params)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=2e-4)
     assert want.std() > 0.1
+
+
+def large_logits(**options):
+    """A model and parameters with attention logits of about 10, and scales of norms."""
+    graphdef, params = build(**options)
+    attention = dict(params["blocks"]["attention"])
+    for number, name in enumerate(("query", "key")):
+        attention[name] = {"kernel": 8 * attention[name]["kernel"]}
+        if options.get("qk_norm"):
+            noise = np.random.default_rng(number).normal(size=(LAYERS, WIDTH // HEADS))
+            attention[f"{name}_norm"] = {"scale": jnp.asarray(1 + 0.3 * noise)}
+    return graphdef, params | {"blocks": params["blocks"] | {"attention": attention}}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"qk_norm": True}, {"attention_softcap": 2.0}, {"qk_clip": 100.0}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_attention_are_those_written_out(options):
+    graphdef, params = large_logits(**options)
+    cap = options.get("attention_softcap")
+    written = functools.partial(attention, cap=cap)
+    want = written_out(params, "pre", 0, written)
+    got = logits_of(graphdef, params)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+    # The option matters, except QK-clip, which changes no forward pass.
+    without, plain = build()
+    blocks = params["blocks"]["attention"]
+    kept = {name: blocks[name] for name in plain["blocks"]["attention"]}
+    plain = params | {"blocks": params["blocks"] | {"attention": kept}}
+    difference = np.abs(logits_of(without, plain) - want).max()
+    assert (difference > 0.1) == ("qk_clip" not in options)
+
+
+def test_logits_of_the_next_token_stay_below_their_cap():
+    graphdef, params = build(logit_softcap=0.2)
+    plain, _ = build()
+    want = 0.2 * np.tanh(logits_of(plain, params) / 0.2)
+    np.testing.assert_allclose(logits_of(graphdef, params), want, rtol=1e-5, atol=1e-6)
+    assert np.abs(want).max() > 0.15
+
+
+def test_largest_attention_logits_are_those_of_every_layer_and_head():
+    graphdef, params = large_logits(qk_clip=100.0, remat="full")
+
+    def objective(params):
+        logits, largest = model.forward(graphdef, params, IDS)
+        return logits.sum(), largest
+
+    gradient, got = jax.jit(jax.grad(objective, has_aux=True))(params)
+    largest = []
+
+    def record(p, x):
+        scores = attention_scores(p, x)
+        seen = np.where(np.tri(TOKENS, dtype=bool), scores, -np.inf)
+        largest.append(seen.max((0, 2, 3)))
+        return attention(p, x)
+
+    written_out(params, "pre", 0, record)
+    np.testing.assert_allclose(got, largest, rtol=1e-3)
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+
+
+def test_measuring_attention_logits_takes_no_memory():
+    """At a length where attention's logits are most of the memory."""
+    tokens = jax.ShapeDtypeStruct((2, 513), jnp.int32)
+
+    def temporaries(**options):
+        graphdef, shapes = model.abstract(dataclasses.replace(SHAPE, **options))
+
+        def objective(params, tokens):
+            logits, largest = model.forward(graphdef, params, tokens)
+            return logits.sum(), largest
+
+        gradient = jax.jit(jax.grad(objective, has_aux=True))
+        compiled = gradient.lower(shapes, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(qk_clip=100.0) <= 1.01 * temporaries()
+
+
+@pytest.mark.parametrize(
+    "options", [{"qk_norm": True}, {"attention_softcap": 30.0}, {"norm": "mixed"}]
+)
+def test_options_that_qk_clip_does_not_go_with_are_refused(options):
+    with pytest.raises(UsageError, match="qk-clip and --.* must not be combined"):
+        RunConfig.from_settings(qk_clip=100.0, **options)
 
 
 @pytest.mark.parametrize(("layers", "post_layers"), [(2, 1), (7, 1)])

@@ -173,9 +173,12 @@ def test_nonfinite_step_halts_its_optimizer_alone(tmp_path, monkeypatch, capsys)
 
 def test_run_without_faults(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--optimizer=spam", "--steps=3", "--no-spikes"]
+    flags = ["--optimizer=spam", "--steps=3", "--no-spikes", "--qk-clip=1e-3"]
     assert pretrain.main([*SMALL_FLAGS, *flags]) == 0
     (folder,) = pathlib.Path("runs").iterdir()
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["max_attention_logit"] > 1e-3
+    assert row["heads_clipped"] >= 1
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["spam"]["worst_loss_jump"] is None
     assert summary["spam"]["worst_burst"] is None

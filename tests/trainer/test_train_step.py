@@ -1,5 +1,6 @@
 """The training step: recorded numbers, its gradient and its metrics."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -11,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from trainer import train_step
+from trainer import model, train_step
 from trainer.config import DEMONSTRATION, RunConfig
 from trainer.output import sinks, summary
 from trainer_in_process import make_task, train_rows
@@ -84,7 +85,7 @@ def faulty_gradient(task, params, step):
 
     @jax.jit
     def gradient(params, fault_state):
-        _, clean = train_step.gradient_of_batch(params, windows, task.graphdef, 0.0)
+        _, clean, _ = train_step.gradient_of_batch(params, windows, task.graphdef, 0.0)
         return task.faults.update(clean, fault_state, params)[0]
 
     return gradient(params, fault_state)
@@ -112,12 +113,15 @@ def test_global_norms_are_those_of_the_tensors(rows):
             assert row[name] == pytest.approx(total, rel=1e-5)
 
 
-def test_accumulation_does_not_change_the_gradient(task, params):
+def test_accumulation_changes_neither_gradient_nor_largest_logits(task, params):
     batch = next(iter(task.train))
-    whole = train_step.gradient_of_batch(params, batch, task.graphdef, 1e-3)
+    measuring = dataclasses.replace(task.model, qk_clip=100.0)
+    graphdef, _ = model.abstract(measuring)
+    whole = train_step.gradient_of_batch(params, batch, graphdef, 1e-3)
     parts = train_step.gradient_of_batch(
-        params, batch.reshape(2, 2, -1), task.graphdef, 1e-3
+        params, batch.reshape(2, 2, -1), graphdef, 1e-3
     )
+    assert whole[2].shape == (task.model.layers, task.model.heads)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         whole,
@@ -129,11 +133,11 @@ def test_z_loss_is_in_the_gradient_and_not_in_the_loss(task, params):
     batch = next(iter(task.train))
 
     def penalty(params):
-        _, log_z = train_step.token_losses(params, batch[0], task.graphdef)
+        _, log_z, _ = train_step.token_losses(params, batch[0], task.graphdef)
         return jnp.mean(log_z**2)
 
-    loss, plain = train_step.gradient_of_batch(params, batch, task.graphdef, 0.0)
-    same, gradient = train_step.gradient_of_batch(params, batch, task.graphdef, 0.1)
+    loss, plain, _ = train_step.gradient_of_batch(params, batch, task.graphdef, 0.0)
+    same, gradient, _ = train_step.gradient_of_batch(params, batch, task.graphdef, 0.1)
     assert loss == pytest.approx(float(same), rel=1e-6)
     jax.tree.map(
         lambda a, b, c: np.testing.assert_allclose(
@@ -150,7 +154,7 @@ def test_loss_is_the_cross_entropy_of_optax(task, params):
     tokens = windows.astype(jnp.int32)
     logits = nnx.merge(task.graphdef, params)(tokens[:, :-1])
     reference = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    losses, _ = train_step.token_losses(params, windows, task.graphdef)
+    losses, *_ = train_step.token_losses(params, windows, task.graphdef)
     np.testing.assert_allclose(losses, reference, rtol=1e-5, atol=1e-6)
 
 

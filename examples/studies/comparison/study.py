@@ -166,11 +166,11 @@ class Program:
         tx = self._transform(seed, rate)
 
         def step(carry, batch):
-            loss, gradient = train_step.gradient_of_batch(
+            loss, gradient, _ = train_step.gradient_of_batch(
                 carry[0], batch[None], self._graphdef, self._config.z_loss
             )
             gradient, *carry = train_step.apply_gradient(
-                loss, gradient, *carry, tx, faults
+                gradient, *carry, tx, faults, value=loss
             )
             return tuple(carry), {
                 "losses": loss,

@@ -11,6 +11,8 @@ metrics.jsonl has one JSON object per line. It is a step,
     clipped_grad_norm          of what entered the first moment, after all clipping
     update_norm, param_norm    of the update, and of the parameters after it
     spikes_clipped             coordinates clipped by SPAM in this step
+    max_attention_logit        the largest in this step, with --qk-clip
+    heads_clipped              heads whose queries and keys were scaled, with --qk-clip
     skipped                    why the guard skipped this step, such as "loss spike";
                                null if it was taken
     steps_above_band           steps in a row whose loss was above its band; with
