@@ -150,6 +150,7 @@ def scale_by_stable_spam(
         )
         (factors,) = _tensor_statistics.split(factor)
         position = functional.reset_position(step, reset_interval)
+        is_reset = position == 0
         since_reset = jnp.where(position < step, position + 1, step)
         rates = _moments.adam_rates(b1 * decay_scale, b2, eps, since_reset)
 
@@ -161,7 +162,7 @@ def scale_by_stable_spam(
             clip_factor: jax.Array,
             factor: jax.Array,
         ) -> tuple[Any, ...]:
-            mu, nu = _moments.zero_at_reset((mu, nu), position)
+            mu, nu = _moments.zero_at_reset((mu, nu), is_reset)
             if g is None:
                 return None, mu, nu, ()
             clipped, above = _adaclip.clip(finite(g), limit, clip_factor)
