@@ -29,7 +29,7 @@ class SpikeRule(NamedTuple):
 
 def square_limit(
     g: jax.Array, v: jax.Array, rule: SpikeRule
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Any]:
     """Returns the square of `g`, the limit on it, and where the limit applies.
 
     The dtype of the limit holds the square of a float64 gradient, also if the second
@@ -39,9 +39,9 @@ def square_limit(
     v, square = _arithmetic.widen(v), _arithmetic.abs_sq(g)
     has_history = v > 0
     limit = jnp.asarray(rule.threshold, v.dtype) * v
-    if rule.clip_unseen:
-        limit = jnp.where(has_history, limit, 0)  # An infinite threshold times 0 is NaN.
     has_limit = rule.active if rule.clip_unseen else rule.active & has_history
+    if rule.clip_unseen:  # An infinite threshold times 0 is NaN.
+        limit = jnp.where(has_history, limit, 0)
     dtype = _arithmetic.promote_types(v.dtype, square.dtype)
     limit = jnp.minimum(limit.astype(dtype), _arithmetic.largest_like(g) ** 2)
     largest = float(jnp.finfo(square.dtype).max)
@@ -94,7 +94,8 @@ def clip_and_update_nu(
     # The margin covers rounding: gradients within their limit pass bit for bit.
     margin = 1 + 16 * float(jnp.finfo(v.dtype).eps)
     share = rule.threshold / (b2 + (1 - b2) * rule.threshold) * margin
-    return clip(g, v, SpikeRule(share, rule.active & (v != unseen), rule.clip_unseen)), v
+    rule = SpikeRule(share, rule.active & (v != unseen), rule.clip_unseen)
+    return clip(g, v, rule), v
 
 
 def count(
