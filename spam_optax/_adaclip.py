@@ -99,7 +99,7 @@ def adaclip(
         def clip_tensor(
             g: jax.Array, limit: jax.Array, factor: jax.Array
         ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-            clipped, above = clip(finite(g), limit, factor)
+            clipped, above = clip(g, limit, factor)
             counts: tuple[jax.Array, ...] = ()
             if count:
                 bad = _tensor_statistics.is_nonfinite(g)
@@ -126,7 +126,6 @@ class Limits(NamedTuple):
     Attributes:
       limit: Coordinates above it are clipped.
       factor: Factor on these coordinates.
-      largest: Largest absolute value after the clip.
       nonfinite: Number of non-finite coordinates; 1 for a missing gradient.
       steps: Number of steps in the running mean.
       mean: Running mean of the largest absolute value.
@@ -134,7 +133,6 @@ class Limits(NamedTuple):
 
     limit: jax.Array
     factor: jax.Array
-    largest: jax.Array
     nonfinite: jax.Array
     steps: jax.Array
     mean: jax.Array
@@ -156,13 +154,13 @@ def find_limits(
     nonfinite, largest = _tensor_statistics.measure(
         measure, gradients, missing=(1, 0.0)
     )
+    largest = largest.astype(jnp.float32)
     usable = (nonfinite == 0) | (largest > 0)
     steps = steps + usable.astype(jnp.int32)
     mean = _tensor_statistics.average(mean, largest, gamma3, usable)
     limit = _tensor_statistics.corrected(mean, gamma3, steps)
     factor = limit / _tensor_statistics.or_one(largest)
-    top = jnp.minimum(limit, largest)
-    return Limits(limit, factor, top, nonfinite, steps, mean)
+    return Limits(limit, factor, nonfinite, steps, mean)
 
 
 def finite(g: jax.Array) -> jax.Array:
@@ -173,6 +171,11 @@ def finite(g: jax.Array) -> jax.Array:
 def clip(
     g: jax.Array, limit: jax.Array, factor: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Scales coordinates above the limit. Also returns their mask."""
+    """Scales coordinates above the limit, and sets non-finite ones to 0.
+
+    Returns the clipped gradient in the compute dtype, and where it is scaled.
+    """
+    bad, g = _tensor_statistics.is_nonfinite(g), _arithmetic.widen(g)
     above = jnp.abs(g) > limit
-    return jnp.where(above, g * factor, g).astype(g.dtype), above
+    clipped = jnp.where(above, g * factor, g).astype(g.dtype)
+    return jnp.where(bad, jnp.zeros_like(g), clipped), above & ~bad

@@ -112,9 +112,7 @@ def adagn(
         del params
         gradients, structure = _tensor_statistics.flatten(updates, state.adagn_steps)
         step = optax.safe_increment(state.adagn_count)
-        norm, nonfinite = _tensor_statistics.measure(
-            _tensor_statistics.norm_and_nonfinite, gradients, missing=(0.0, 1)
-        )
+        norm, nonfinite = _tensor_statistics.finite_norms(gradients)
         scaling = find_factors(
             norm,
             nonfinite,

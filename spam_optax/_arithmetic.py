@@ -4,6 +4,7 @@ Arithmetic is done in float32, or in float64 for 64-bit arrays: the compute dtyp
 Stored moments and updates may have a narrower dtype.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,6 +59,11 @@ def is_nonfinite(x: jax.Array) -> jax.Array:
     return ~jnp.isfinite(abs_sq(x))
 
 
+def sum_of_squares(x: jax.Array) -> jax.Array:
+    """Returns the sum of ``|u x|**2`` with the :func:`unit` :math:`u` of its size."""
+    return jnp.sum(abs_sq(widen(x) * unit(jnp.size(x))))
+
+
 def norm(x: jax.Array) -> jax.Array:
     """Returns the Euclidean norm of finite numbers, also if their squares overflow."""
     # With this unit the sum of 2**60 squares of the largest number is finite.
@@ -66,13 +72,12 @@ def norm(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(total), root(total), root(scaled) / unit)
 
 
-def unit(largest: jax.Array) -> jax.Array:
-    """Returns the unit in which a norm of numbers up to `largest` does not overflow.
+def unit(size: int) -> float:
+    """Returns the unit in which the squares of `size` numbers have a finite sum.
 
-    The squares of these numbers are finite, and there are up to 2**60 of them. Units
-    are powers of 2, so they round nothing.
+    The squares of the numbers are finite. Units are powers of 2, so they round nothing.
     """
-    return jnp.where(largest > 2.0**30, 2.0**-32, 1).astype(jnp.float32)
+    return 2.0 ** -math.ceil(math.log2(max(size, 1)) / 2)
 
 
 @jax.custom_jvp
@@ -99,7 +104,8 @@ def _root_jvp(
 
 def stack(scalars: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
     """Stacks one scalar per tensor. The vector is empty if there are no tensors."""
-    return jnp.stack(scalars).astype(dtype) if scalars else jnp.zeros([0], dtype)
+    scalars = [jnp.asarray(x, dtype) for x in scalars]
+    return jnp.stack(scalars) if scalars else jnp.zeros([0], dtype)
 
 
 def narrow_like(x: jax.Array, nu: jax.Array) -> jax.Array:
@@ -177,12 +183,7 @@ def totals(*masks: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jnp.minimum(x, _LARGEST_COUNT).astype(jnp.int32) for x in totals)
 
     def at_once(*masks: jax.Array) -> tuple[jax.Array, ...]:
-        # XLA:CPU computes the operand of a reduction in memory, 4 bytes per coordinate,
-        # unless it reduces several at once. One mask is therefore reduced twice.
         numbers = [mask.astype(jnp.int32) for mask in masks]
-        if len(masks) == 1:
-            total, any_ = _reduce_at_once(numbers * 2, [jnp.add, jnp.maximum])
-            return (jnp.where(any_ > 0, total, 0),)
         return _reduce_at_once(numbers, [jnp.add] * len(masks))
 
     if jax.device_count() > 1:
@@ -193,7 +194,15 @@ def totals(*masks: jax.Array) -> tuple[jax.Array, ...]:
 def _reduce_at_once(
     arrays: Sequence[jax.Array], operations: Sequence[Callable[..., jax.Array]]
 ) -> tuple[jax.Array, ...]:
-    """Reduces arrays of one shape, of non-negative integers, in one loop."""
+    """Reduces arrays of one shape, of integers >= 0, in one loop.
+
+    XLA:CPU stores the operand of a reduction, 4 bytes per coordinate, unless it reduces
+    several at once. A single array is therefore reduced twice.
+    """
+    if len(arrays) == 1:
+        twice = _reduce_at_once([*arrays] * 2, [*operations, jnp.maximum])
+        # XLA would otherwise remove the second result.
+        return jax.lax.optimization_barrier(twice)[:1]
 
     def combine(
         xs: Sequence[jax.Array], ys: Sequence[jax.Array]

@@ -98,9 +98,7 @@ def gradient_stabilizer(
         gradients, structure = _tensor_statistics.flatten(
             updates, state.stabilizer_mean
         )
-        norm, nonfinite = _tensor_statistics.measure(
-            _tensor_statistics.norm_and_nonfinite, gradients, missing=(0.0, 1)
-        )
+        norm, nonfinite = _tensor_statistics.finite_norms(gradients)
         usable = _tensor_statistics.is_usable(norm, nonfinite)
         average = _tensor_statistics.average
         mean = average(state.stabilizer_mean, norm, gamma1, usable)

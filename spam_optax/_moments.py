@@ -54,11 +54,9 @@ def init_counters(is_counted: bool, n: int) -> tuple[jax.Array | None, ...]:
     return tuple(jnp.zeros([], jnp.int32) if is_counted else None for _ in range(n))
 
 
-def zero_at_reset(moments: optax.Updates, position: jax.Array) -> optax.Updates:
-    """Returns the moments, or zeros in a reset step. Its `position` is 0."""
-    return jax.tree.map(
-        lambda x: jnp.where(position == 0, jnp.zeros_like(x), x), moments
-    )
+def zero_at_reset(moments: optax.Updates, is_reset: jax.Array) -> optax.Updates:
+    """Returns the moments, or zeros in a reset step."""
+    return jax.tree.map(lambda x: jnp.where(is_reset, jnp.zeros_like(x), x), moments)
 
 
 class AdamRates(NamedTuple):

@@ -113,8 +113,8 @@ def track_spikes(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackSpikesState]:
         gradients, _ = _tensor_statistics.flatten(updates, state.tensor_steps)
-        norm, nonfinite = _tensor_statistics.measure(
-            _measure, gradients, missing=(0.0, 0)
+        norm, nonfinite = _tensor_statistics.finite_norms(
+            gradients, functional.nonfinite_mask
         )
         # The norm of float64 gradients may overflow float32.
         valid = (nonfinite == 0) & jnp.isfinite(norm)
@@ -136,7 +136,7 @@ def track_spikes(
         new_mean = (mean + rate * (limited - mean)).astype(jnp.float32)
         return new_updates, TrackSpikesState(
             tensor_grad_norm=norm,
-            tensor_update_norm=_tensor_statistics.norms(new_updates),
+            tensor_update_norm=_update_norms(new_updates),
             tensor_mean_norm=jnp.where(valid, new_mean, mean),
             tensor_spike_score=score,
             tensor_spike_steps=state.tensor_spike_steps
@@ -149,10 +149,22 @@ def track_spikes(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _measure(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the norm of the finite coordinates, and how many are not finite."""
-    (nonfinite,) = _arithmetic.totals(functional.nonfinite_mask(g))
-    return _arithmetic.norm(functional.zero_nonfinite(g)), nonfinite
+def _update_norms(updates: optax.Updates) -> jax.Array:
+    """Returns one float32 norm per update, also if the squares overflow."""
+    unit = 2.0**-96  # In this unit the largest float32 have finite squares.
+
+    def squares(u: jax.Array) -> tuple[jax.Array, ...]:
+        parts = _arithmetic.abs_sq(u), _arithmetic.abs_sq(_arithmetic.widen(u) * unit)
+        return tuple(map(jnp.sum, parts))
+
+    total, scaled = map(
+        _arithmetic.root,
+        _tensor_statistics.measure(
+            squares, jax.tree.leaves(updates), missing=(0.0, 0.0)
+        ),
+    )
+    norms = jnp.where(jnp.isfinite(total), total, scaled / unit)
+    return norms.astype(jnp.float32)
 
 
 def tensor_names(params: optax.Params) -> tuple[str, ...]:

@@ -316,6 +316,7 @@ def spam_step(
     b1, b2 = settings.b1, settings.b2
     step = optax.safe_increment(state.count)
     position = functional.reset_position(step, settings.reset_interval)
+    is_reset = position == 0
     is_active = position >= settings.grace_steps
     rule = SpikeRule(settings.threshold, is_active, settings.clip_unseen)
     scale = find_step_scale(
@@ -334,7 +335,7 @@ def spam_step(
         nu: jax.Array,
         nonfinite: jax.Array | None,
     ) -> tuple[Any, ...]:
-        mu, nu = _moments.zero_at_reset((mu, nu), position)
+        mu, nu = _moments.zero_at_reset((mu, nu), is_reset)
         if g is None:
             return None, mu, nu, ()
         # In the compute dtype: a clipped gradient need not be rounded to bfloat16.

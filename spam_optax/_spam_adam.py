@@ -97,13 +97,13 @@ def scale_by_spam_adam(
         _validate.check_same_tree(updates, state.mu)
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
-        position = functional.reset_position(step, reset_interval)
+        is_reset = functional.reset_position(step, reset_interval) == 0
         rates = _moments.AdamRates(b1, step_scale(step), eps)
 
         def step_tensor(
             g: jax.Array | None, mu: jax.Array, nu: jax.Array
         ) -> tuple[Any, ...]:
-            mu, nu = _moments.zero_at_reset((mu, nu), position)
+            mu, nu = _moments.zero_at_reset((mu, nu), is_reset)
             if g is None:
                 return None, mu, nu, ()
             g = _arithmetic.narrow_like(g, nu)

@@ -125,10 +125,11 @@ def spam_clip(
         _validate.check_same_tree(updates, state.clip_nu)
         step = optax.safe_increment(state.clip_step)
         position = functional.reset_position(step, reset_interval)
+        is_reset = position == 0
         rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
 
         def clip_tensor(g: jax.Array | None, old_nu: jax.Array) -> tuple[Any, ...]:
-            nu = _moments.zero_at_reset(old_nu, position)
+            nu = _moments.zero_at_reset(old_nu, is_reset)
             if g is None:
                 return None, nu, ()
             narrow = _arithmetic.narrow_like(g, nu)

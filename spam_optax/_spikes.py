@@ -27,48 +27,48 @@ class SpikeRule(NamedTuple):
     clip_unseen: bool
 
 
-def square_limit(g: jax.Array, v: jax.Array, rule: SpikeRule) -> tuple[jax.Array, Any]:
-    """Returns the limit on ``|g|**2``, and a mask of where the limit applies.
+def square_limit(
+    g: jax.Array, v: jax.Array, rule: SpikeRule
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Returns the square of `g`, the limit on it, and where the limit applies.
 
     The dtype of the limit holds the square of a float64 gradient, also if the second
-    moment is float32. The limit is so small that its root fits the dtype of `g`.
+    moment is float32. The limit is so small that its root fits the dtype of `g`. Where
+    no limit applies it is the largest number, which no finite square is above.
     """
-    v = _arithmetic.widen(v)
+    v, square = _arithmetic.widen(v), _arithmetic.abs_sq(g)
+    has_history = v > 0
     limit = jnp.asarray(rule.threshold, v.dtype) * v
-    limit = jnp.where(v > 0, limit, 0)  # An infinite threshold times 0 is NaN.
-    dtype = _arithmetic.promote_types(v.dtype, _arithmetic.compute_dtype(g))
+    has_limit = rule.active if rule.clip_unseen else rule.active & has_history
+    if rule.clip_unseen:  # An infinite threshold times 0 is NaN.
+        limit = jnp.where(has_history, limit, 0)
+    dtype = _arithmetic.promote_types(v.dtype, square.dtype)
     limit = jnp.minimum(limit.astype(dtype), _arithmetic.largest_like(g) ** 2)
-    return limit, rule.active if rule.clip_unseen else rule.active & (v > 0)
+    largest = float(jnp.finfo(square.dtype).max)
+    return square, jnp.where(has_limit, limit, largest), has_limit
 
 
 def is_spike(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
     """Marks the finite coordinates that are above their limit."""
-    limit, has_limit = square_limit(g, v, rule)
-    square = _arithmetic.abs_sq(g)
-    return has_limit & (square > limit) & jnp.isfinite(square)
+    square, limit, _ = square_limit(g, v, rule)
+    return (square > limit) & jnp.isfinite(square)
 
 
 def clip(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
     """Clips spikes and infinite coordinates to their limits, and sets NaN to 0."""
-    limit, has_limit = square_limit(g, v, rule)
+    square, limit, has_limit = square_limit(g, v, rule)
     direction, size = _arithmetic.direction(g), _arithmetic.root(limit)
     dtype = _arithmetic.promote_types(direction.dtype, size.dtype)
     limited = direction.astype(dtype) * size.astype(dtype)
-    limited = jnp.where(has_limit & ~jnp.isnan(g), limited, 0).astype(g.dtype)
-    return jnp.where(_passes(g, limit, has_limit), g, limited)
+    limited = jnp.where(has_limit & (square > limit), limited, 0).astype(g.dtype)
+    return jnp.where(square <= limit, g, limited)
 
 
 def clipped_square(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
     """Returns ``|clip(g)|**2``, without taking a root."""
-    limit, has_limit = square_limit(g, v, rule)
-    limited = jnp.where(has_limit & ~jnp.isnan(g), limit, 0)
-    return jnp.where(_passes(g, limit, has_limit), _arithmetic.abs_sq(g), limited)
-
-
-def _passes(g: jax.Array, limit: jax.Array, has_limit: Any) -> jax.Array:
-    """Marks the coordinates that are finite and within their limit."""
-    square = _arithmetic.abs_sq(g)
-    return jnp.isfinite(square) & ((square <= limit) | ~jnp.asarray(has_limit))
+    square, limit, has_limit = square_limit(g, v, rule)
+    limited = jnp.where(has_limit & (square > limit), limit, 0)
+    return jnp.where(square <= limit, square, limited)
 
 
 def clip_and_update_nu(
@@ -90,11 +90,12 @@ def clip_and_update_nu(
     because :math:`v'` then equals :math:`(1 - \beta_2) g^2` exactly.
     """
     v = _arithmetic.ema(v, clipped_square(g, v, rule), b2)
-    is_seen = v != _arithmetic.ema(jnp.zeros_like(v), _arithmetic.abs_sq(g), b2)
+    unseen = _arithmetic.ema(jnp.zeros([], v.dtype), _arithmetic.abs_sq(g), b2)
     # The margin covers rounding: gradients within their limit pass bit for bit.
     margin = 1 + 16 * float(jnp.finfo(v.dtype).eps)
     share = rule.threshold / (b2 + (1 - b2) * rule.threshold) * margin
-    return clip(g, v, SpikeRule(share, rule.active & is_seen, rule.clip_unseen)), v
+    rule = SpikeRule(share, rule.active & (v != unseen), rule.clip_unseen)
+    return clip(g, v, rule), v
 
 
 def count(

@@ -20,7 +20,6 @@ from spam_optax import (
     _validate,
     functional,
 )
-from spam_optax._adaclip import finite
 
 
 class ScaleByStableSpamState(NamedTuple):
@@ -126,22 +125,19 @@ def scale_by_stable_spam(
         limits = _adaclip.find_limits(
             gradients, state.max_steps, state.max_mean, gamma3
         )
-        unit = _arithmetic.unit(limits.largest)
-        limit, clip_factor, units = _tensor_statistics.split(
-            limits.limit, limits.factor, unit
-        )
+        limit, clip_factor = _tensor_statistics.split(limits.limit, limits.factor)
 
-        def clipped_norm(
-            g: jax.Array, limit: jax.Array, clip_factor: jax.Array, unit: jax.Array
+        def clipped_square(
+            g: jax.Array, limit: jax.Array, clip_factor: jax.Array
         ) -> tuple[jax.Array]:
-            clipped, _ = _adaclip.clip(finite(g), limit, clip_factor)
-            return (_arithmetic.root(jnp.sum(_arithmetic.abs_sq(clipped * unit))),)
+            clipped, _ = _adaclip.clip(g, limit, clip_factor)
+            return (_arithmetic.sum_of_squares(clipped),)
 
-        (norm,) = _tensor_statistics.measure(
-            clipped_norm, *(gradients, limit, clip_factor, units), missing=(0.0,)
+        (squares,) = _tensor_statistics.measure(
+            clipped_square, *(gradients, limit, clip_factor), missing=(0.0,)
         )
         factor, norms = _adagn.find_factors(
-            norm / unit,
+            _tensor_statistics.roots(squares, gradients),
             limits.nonfinite,
             _adagn.NormStatistics(state.norm_steps, state.norm_mean, state.norm_square),
             gamma1 * decay_scale,
@@ -150,6 +146,7 @@ def scale_by_stable_spam(
         )
         (factors,) = _tensor_statistics.split(factor)
         position = functional.reset_position(step, reset_interval)
+        is_reset = position == 0
         since_reset = jnp.where(position < step, position + 1, step)
         rates = _moments.adam_rates(b1 * decay_scale, b2, eps, since_reset)
 
@@ -161,10 +158,10 @@ def scale_by_stable_spam(
             clip_factor: jax.Array,
             factor: jax.Array,
         ) -> tuple[Any, ...]:
-            mu, nu = _moments.zero_at_reset((mu, nu), position)
+            mu, nu = _moments.zero_at_reset((mu, nu), is_reset)
             if g is None:
                 return None, mu, nu, ()
-            clipped, above = _adaclip.clip(finite(g), limit, clip_factor)
+            clipped, above = _adaclip.clip(g, limit, clip_factor)
             counts: tuple[jax.Array, ...] = ()
             if count:
                 bad = _tensor_statistics.is_nonfinite(g)

@@ -39,8 +39,8 @@ MISTAKES = {
     ),
     "no reset of the moments": Mistake(
         "spam_optax/_moments.py",
-        "jnp.where(position == 0, jnp.zeros_like(x), x)",
-        "jnp.where(position == -1, jnp.zeros_like(x), x)",
+        "jnp.where(is_reset, jnp.zeros_like(x), x)",
+        "jnp.where(False, jnp.zeros_like(x), x)",
         "test_spam",
     ),
     "grace window one step longer": Mistake(
@@ -75,14 +75,14 @@ MISTAKES = {
     ),
     "NaN reaches the moments": Mistake(
         "spam_optax/_spikes.py",
-        "limited = jnp.where(has_limit & ~jnp.isnan(g), limit, 0)",
-        "limited = jnp.where(has_limit & ~jnp.isnan(g), limit, jnp.nan)",
+        "limited = jnp.where(has_limit & (square > limit), limit, 0)",
+        "limited = jnp.where(has_limit & (square > limit), limit, jnp.nan)",
         "test_nonfinite test_functional",
     ),
     "unseen coordinates are clipped": Mistake(
         "spam_optax/_spikes.py",
-        "return limit, rule.active if rule.clip_unseen else",
-        "return limit, rule.active if not rule.clip_unseen else",
+        "has_limit = rule.active if rule.clip_unseen else",
+        "has_limit = rule.active if not rule.clip_unseen else",
         "test_functional test_spam",
     ),
     "bias corrections swapped": Mistake(

@@ -103,3 +103,15 @@ def test_costs_are_those_committed():
             x["bytes"] for x in moved if (x["optimizer"], x["chip"]) == (name, "v5e")
         )
         assert traffic == f"{on_tpu:.1f}"
+
+
+def test_compile_times_are_those_committed():
+    results = json.loads((ROOT / "benchmarks/results/results.json").read_text())
+    seconds = {
+        (row["platform"], row["optimizer"]): sum(row["seconds"].values())
+        for row in results["compile"]["data"]["rows"]
+    }
+    for name, *ratios in rows_of(DOCS / "cost.md", "| | XLA:CPU"):
+        for platform, ratio in zip(("cpu", "tpu"), ratios, strict=True):
+            baseline = seconds[platform, "optax.adamw"]
+            assert ratio == f"{seconds[platform, name] / baseline:.2f}"

@@ -44,7 +44,8 @@ def reset_position(
     if interval is None:
         return step
     interval = _validate.check_steps("interval", interval, low=1)
-    return step % jnp.asarray(interval, jnp.int32)
+    # Steps are positive, and `%` adds six operations for negative numbers.
+    return jnp.fmod(step, jnp.asarray(interval, jnp.int32))
 
 
 def reset_ramp(

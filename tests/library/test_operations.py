@@ -23,7 +23,7 @@ ADDED = {
     "gradient_stabilizer": (spam_optax.gradient_stabilizer, 9),
     "zclip": (spam_optax.zclip, 6),
     "adagc": (spam_optax.adagc, 8),
-    "track_spikes": (lambda: spam_optax.track_spikes(optax.identity()), 9),
+    "track_spikes": (lambda: spam_optax.track_spikes(optax.identity()), 11),
 }
 
 
