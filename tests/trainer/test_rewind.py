@@ -15,6 +15,7 @@ from trainer_in_process import refused
 from trainer_process import (
     assert_same_run,
     checkpoint_steps,
+    finish_all,
     kill_at,
     read_rows,
     without_timing,
@@ -168,3 +169,24 @@ def test_show_batch_prints_the_text_of_both_batches_of_a_step(whole_run, capsys)
     assert "needs --output" in refused(capsys, "--show-batch=1")
     rows = without_timing(read_rows(whole_run))
     assert rows[-1]["step"] == 150, "nothing was trained"
+
+
+@pytest.mark.slow
+def test_two_guarded_hosts_skip_the_same_steps_and_go_back_together(
+    whole_run, trainer, tmp_path
+):
+    flags = [flag for flag in FLAGS if not flag.startswith("--data-parallel")]
+    flags += ["--guard", "--output=run"]
+    results = finish_all(trainer.start_hosts(2, *flags, cwd=tmp_path))
+    assert [result.code for result in results] == [0, 0]
+    rows, expected = (read_rows(folder) for folder in (tmp_path / "run", whole_run))
+    (rewind,) = sinks.rewinds_of(rows, "adam")
+    assert len(rewind["places"]) == 2 and rewind["rewound_from"] == 77
+    skipped = [r for r in rows if r.get("skipped")]
+    assert [r["step"] for r in skipped] == [75, 76, 77]
+    assert all("loss spike" in r["skipped"] for r in skipped)
+    one, other = (sinks.steps_of(run, "adam") for run in (rows, expected))
+    assert [r["batch"] for r in one] == [r["batch"] for r in other]
+    np.testing.assert_allclose(
+        [r["loss"] for r in one], [r["loss"] for r in other], rtol=1e-3
+    )
