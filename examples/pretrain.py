@@ -1,24 +1,27 @@
-"""Train a small language model under injected gradient spikes, with four optimizers.
+"""Train a small language model under injected faults, with five optimizers.
 
     python examples/pretrain.py
 
 takes two to three minutes on two CPU cores. It trains a LLaMA-style transformer on
-bytes of Shakespeare four times, from the same parameters, on the same batches, with the
-same faults: four times in the run, for three steps in a row, every tensor's gradient
-gets normal noise of 1000 x its own RMS. The optimizers are
+bytes of Shakespeare five times, from the same parameters, on the same batches, with the
+same faults. Four times in the run, for three steps in a row, every tensor's gradient
+gets normal noise of 1000 x its own RMS. Twice, for three steps in a row, the batch is
+replaced by random bytes. The optimizers are
 
-    adam        Adam
-    adam_clip   optax.chain(optax.clip_by_global_norm(1.0), adam)
-    spam        spam_optax.spam
-    clip_spam   optax.chain(optax.clip_by_global_norm(1.0), spam)
+    adam              Adam
+    adam_clip         optax.chain(optax.clip_by_global_norm(1.0), adam)
+    spam              spam_optax.spam
+    clip_spam         optax.chain(optax.clip_by_global_norm(1.0), spam)
+    guard_clip_spam   spam_optax.skip_spikes(clip_spam)
 
 This is a demonstration with one seed, and one learning rate for all. Under Adam the
 faults enter the moments, and the loss stops falling. The faults hit every coordinate at
 once, so they raise the global norm, and clipping that norm stops them. SPAM in addition
-changes little. SPAM alone lies in between: its threshold of 5000 limits a coordinate to
-70.7 x sqrt(v). v is not bias corrected, it is small after a reset, and it grows with
-what passes. So a burst still reaches the moments at 10 to 150 x the usual gradient
-norm. With --threshold 100 less passes.
+changes little. A guard skips the corrupted steps, and no others. SPAM alone lies in
+between: its threshold of 5000 limits a coordinate to 70.7 x sqrt(v). v is not bias
+corrected, it is small after a reset, and it grows with what passes. So a burst still
+reaches the moments at 10 to 150 x the usual gradient norm. With --threshold 100 less
+passes.
 
 The folder of the run is runs/<date and time>, or --output. It holds
 
@@ -63,6 +66,7 @@ from trainer import (
     optimizers,
     run_folder,
     sharding,
+    show_batch,
     train_step,
 )
 from trainer.checkpoints import Checkpoints, place_of_host
@@ -82,6 +86,7 @@ examples:
   after Ctrl-C or a preemption       pretrain.py --resume --output runs/book
   60M parameters on C4, 8 devices    pretrain.py --preset 60m --data hf:allenai/c4:en
                                        --tokenizer t5-base --fsdp 8 --output runs/60m
+  the text of a step's batch         pretrain.py --show-batch 120 --output runs/book
   does 1B fit 16 chips of TPU v5e?   pretrain.py --compile-only --target tpu:v5e:4x4
                                        --preset 1b --fsdp 16
 """
@@ -131,6 +136,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         help="if a file of a streamed data set cannot be read, leave out the rest of"
         " it, for up to N files on each host; may change on --resume (default: 0)",
     )
+    show_batch.add_flag(group, cli.whole)
     group.add_argument(
         "--wandb", metavar="PROJECT", help="also send the metrics to Weights & Biases"
     )
@@ -144,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser, options = parse(arguments)
     given = cli.run_settings(options)
+    if options.show_batch:
+        return print_batch(parser, options, given)
     cluster = cli.cluster(parser, options)
     if options.output is None and (options.resume or cluster.given):
         flag = "--resume" if options.resume else "a run on several hosts"
@@ -164,6 +172,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(
             1, f"{parser.prog}: error: cannot write {where}: {error.strerror}\n"
         )
+
+
+def print_batch(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, given: dict
+) -> int:
+    """Prints the batch of one step; returns the exit code."""
+    if options.output is None:
+        parser.error("--show-batch needs --output, the folder of the run")
+    host = data.Host(options.process_id or 0, options.num_processes or 1)
+    names = given.get("optimizers", ())
+    try:
+        return show_batch.run(
+            RunFolder(options.output), options.show_batch, names, host
+        )
+    except UsageError as error:
+        parser.error(str(error))
 
 
 def run(given: dict, options: argparse.Namespace) -> int:
