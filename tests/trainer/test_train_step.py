@@ -197,5 +197,16 @@ def test_fault_steps_are_four_bursts_of_three():
     assert set(RunConfig.from_settings(steps=3).fault_steps) <= {1, 2, 3}
 
 
+def test_faults_of_the_demonstration_come_when_spam_clips():
+    """And late enough for the guard, which needs 32 steps."""
+    config = RunConfig()
+    faults = config.fault_steps + config.bad_batch_numbers
+    assert len(set(faults)) == 18 and min(faults) > 32
+    assert RunConfig.from_settings(bursts=0).bad_batch_numbers == ()
+    intervals = config.spam_intervals
+    positions = [step % intervals["reset_interval"] for step in faults]
+    assert min(positions) >= intervals["grace_steps"]
+
+
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(measure(), indent=1) + "\n")
