@@ -27,6 +27,7 @@ BASE = RunConfig.from_settings(
     sequence_length=16,
     eval_sequences=16,
     bursts=2,
+    bad_batches=0,
 )
 
 
