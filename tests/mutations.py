@@ -159,8 +159,8 @@ MISTAKES = {
     ),
     "a step that is not finite is kept": Mistake(
         "examples/trainer/train_step.py",
-        "going = finite & ~state.halted",
-        "going = jnp.isfinite(loss) & ~state.halted",
+        "going = (finite | (in_a_row > 0))",
+        "going = (jnp.isfinite(loss) | (in_a_row > 0))",
         "test_program",
     ),
     "checkpoints without a fingerprint": Mistake(
