@@ -183,8 +183,8 @@ MISTAKES = {
     ),
     "gradients are summed over accumulated parts": Mistake(
         "examples/trainer/train_step.py",
-        "return jax.tree.map(lambda x: x / len(batch), sums)",
-        "return sums",
+        "means = jax.tree.map(lambda x: x / len(batch), sums)",
+        "means = sums",
         "test_train_step",
     ),
 }

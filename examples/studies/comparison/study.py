@@ -28,7 +28,7 @@ class Run(NamedTuple):
 
     label: str  # the row of the table: an optimizer of the trainer, or a variant
     scenario: str  # one of SCENARIOS
-    config: RunConfig  # its `optimizers` are not used
+    config: RunConfig  # its `optimizers` and `bad_batches` are not used
 
 
 class Comparison(engine.Study):
@@ -39,7 +39,7 @@ class Comparison(engine.Study):
 
     def settings(self, run: Run) -> dict[str, Any]:
         settings = run.config.settings()
-        del settings["optimizers"]
+        del settings["optimizers"], settings["bad_batches"]
         return {"label": run.label, "scenario": run.scenario} | settings
 
     def name(self, run: Run) -> str:
