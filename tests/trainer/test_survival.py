@@ -48,6 +48,7 @@ LONG = [
     "--checkpoint-every=7",
     "--keep-checkpoints=1",
     "--bursts=2",
+    "--guard",
 ]
 SHORT = [
     *SMALL,
@@ -99,7 +100,7 @@ class Watch:
 def whole_run(trainer, tmp_path_factory):
     """Two optimizers, from beginning to end."""
     folder = tmp_path_factory.mktemp("whole")
-    flags = [*LONG, "--guard", "--optimizer", "sparse_spam", "adam", "--output=run"]
+    flags = [*LONG, "--optimizer", "sparse_spam", "adam", "--output=run"]
     code, _, errors = trainer.run(*flags, cwd=folder)
     assert (code, errors) == (0, "")
     return folder / "run"
@@ -123,7 +124,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(
     whole_run, trainer, tmp_path
 ):
     folder = tmp_path / "run"
-    flags = [*LONG, "--guard", "--optimizer", "sparse_spam", "adam", "--output=run"]
+    flags = [*LONG, "--optimizer", "sparse_spam", "adam", "--output=run"]
     for moment in MOMENTS.values():
         watch = Watch(folder)
         process = trainer.start(*flags, cwd=tmp_path)
