@@ -1005,7 +1005,8 @@ def test_every_number_may_be_traced(function, dtype):
             np.asarray(got["w"], np.float64),
             np.asarray(want["w"], np.float64),
             rtol=1e-4 if dtype == "float32" else 1e-2,
-            atol=0 if dtype == "float32" else 1e-5,  # Decay may cancel a step.
+            # The terms of a moment may cancel, and so may a step and its decay.
+            atol=3e-7 if dtype == "float32" else 1e-5,
         )
     assert all(update._cache_size() == 1 for update in updates)
 

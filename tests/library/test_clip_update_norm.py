@@ -72,4 +72,4 @@ def test_after_an_optimizer_it_limits_what_moves_the_parameters():
         sizes.append(float(jnp.linalg.norm(updates)))
     assert optax.tree.get(state, "update_norm_scale") <= 1
     unclipped = float(optax.tree.get(state, "update_norm")) * 0.1
-    assert sizes[-1] <= unclipped
+    assert sizes[-1] <= unclipped * (1 + 1e-6)  # the rounding of a norm
