@@ -57,6 +57,7 @@ def test_an_update_within_the_limit_keeps_its_bits():
 
 
 def test_after_an_optimizer_it_limits_what_moves_the_parameters():
+    """Gradients that turn to one direction make SPAM's updates grow."""
     tx = optax.chain(
         spam_optax.scale_by_spam(),
         spam_optax.clip_update_norm(window=16, min_history=4),
@@ -65,11 +66,16 @@ def test_after_an_optimizer_it_limits_what_moves_the_parameters():
     params = jnp.zeros(4)
     state, update = tx.init(params), jax.jit(tx.update)
     rng = np.random.default_rng(0)
-    sizes = []
+    scales = []
     for step in range(30):
         noise = rng.standard_normal(4) if step < 20 else np.full(4, 3.0)
         updates, state = update(jnp.asarray(noise, jnp.float32), state, params)
-        sizes.append(float(jnp.linalg.norm(updates)))
-    assert optax.tree.get(state, "update_norm_scale") <= 1
-    unclipped = float(optax.tree.get(state, "update_norm")) * 0.1
-    assert sizes[-1] <= unclipped * (1 + 1e-6)  # the rounding of a norm
+        norm, scale = (
+            float(optax.tree.get(state, name))
+            for name in ("update_norm", "update_norm_scale")
+        )
+        np.testing.assert_allclose(
+            jnp.linalg.norm(updates), 0.1 * scale * norm, rtol=1e-5
+        )
+        scales.append(scale)
+    assert min(scales[20:]) < 0.9
