@@ -5,9 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from benchmarks import gpu, report
+from benchmarks import gpu, guards, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,6 +62,36 @@ def test_the_table_of_costs_on_a_gpu_is_that_measured():
     for row in rows:
         name = row.split(" | ")[0].removeprefix("| ")
         assert row == f"| {name} | {matrices[name]:.2f} | {llama[name]:.2f} |"
+
+
+def test_the_pages_about_guards_show_their_results():
+    results = json.loads((RESULTS / "guards.json").read_text())
+    assert (RESULTS / "guards.md").read_text() == guards.render(results)
+    page = (RESULTS.parents[1] / "docs" / "guards.md").read_text()
+    for run in results.values():
+        cells = [f"{run['steps']:,}"]
+        for rule in guards.RULES:
+            row = run["rules"][rule]
+            cells.append(f"{100 * row['skipped'] / run['steps']:.3f} %")
+            cells.append(", ".join(map(str, row["found"])))
+        assert f" | {' | '.join(cells)} |" in page
+    clipped = results["gpt2_124m_llmc"]["rules"]["zclip"]["skipped"]
+    assert f"clips {100 * clipped / 19_560:.3f} % of the steps" in page
+
+
+def test_planted_spikes_are_counted():
+    rng = np.random.default_rng(0)
+    loss, norm = (
+        (level + 0.01 * rng.standard_normal(5000)).astype(np.float32)
+        for level in (3.0, 1.0)
+    )
+    loss[250] = 9.0
+    rows = guards.measure(loss, norm)["rules"]
+    assert rows["skip_spikes"] == {"skipped": 1, "found": [30, 30]}
+    assert rows["zclip"]["found"] == [None, 30]
+    alone = guards.measure(loss, None)["rules"]
+    assert alone["skip_spikes"] == {"skipped": 1, "found": [30]}
+    assert "zclip" not in alone
 
 
 @pytest.mark.parametrize("kind", ["tpu", "gpu"])
