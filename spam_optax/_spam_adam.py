@@ -175,7 +175,7 @@ def spam_adam(
     Args:
       reset_interval: Number of steps between momentum resets. None: no resets.
       count: Whether the state counts non-finite coordinates. After :func:`spam_clip`
-        there are none, and on TPU counting them costs more than the rest of the chain.
+        there are none, and counting them there takes memory traffic on TPU.
 
     Returns:
       The optimizer. Its updates have the dtype of the parameters, or of the gradients
