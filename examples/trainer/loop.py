@@ -274,7 +274,7 @@ def halt_message(row: Row, task: Task, optimizer: Optimizer) -> str:
 def suggested_flags(config: RunConfig, optimizer: Optimizer) -> Iterator[str]:
     """Yields flags that may help and are not in use."""
     yield "a lower --learning-rate"
-    if not config.guard and optimizer.name != "guard_clip_spam":
+    if not optimizer.is_guarded:
         yield "--guard"
     if optimizer.name != "clip_spam":
         yield "--optimizer clip_spam"

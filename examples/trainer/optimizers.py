@@ -24,6 +24,7 @@ class Optimizer(NamedTuple):
     schedule: optax.Schedule
     momentum_decay: float  # of `mu` in its state, if there is one
     reset_interval: int | None  # steps after which the moments are zeroed; None: never
+    is_guarded: bool  # whether it is inside spam_optax.skip_spikes
 
 
 class Entry(NamedTuple):
@@ -292,7 +293,8 @@ def make(name: str, config: RunConfig) -> Optimizer:
         transform = entry.make(config, learning_rate)
         if config.model.qk_clip is not None:
             transform = optax.chain(transform, spam_optax.qk_clip(config.model.qk_clip))
-        if config.guard or entry.guarded:
+        is_guarded = config.guard or entry.guarded
+        if is_guarded:
             transform = spam_optax.skip_spikes(transform, needs_loss=True)
     except ValueError as error:
         raise UsageError(f"optimizer {name}: {error}") from error
@@ -302,4 +304,5 @@ def make(name: str, config: RunConfig) -> Optimizer:
         learning_rate,
         entry.momentum_decay,
         config.spam_intervals["reset_interval"] if entry.resets else None,
+        is_guarded,
     )

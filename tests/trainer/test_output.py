@@ -277,7 +277,11 @@ def test_notes_explain_the_columns_shown_and_no_others():
     ("bursts", "left", "said"),
     [
         (4, 151.0, "Why SPAM alone does not stop a burst"),
-        (3, 151.0, "SPAM did not clip the bursts of steps 100, 200, 300. They came at"),
+        (
+            3,
+            151.0,
+            "SPAM did not clip the bursts of steps 100, 200, 300. They came less than 20 steps",
+        ),
         (3, 5.0, ""),
     ],
 )

@@ -201,7 +201,7 @@ def notes(summaries: dict[str, dict], config: RunConfig) -> str:
 
 
 UNCLIPPED = """\
-SPAM did not clip the bursts of steps {steps}. They came at most {grace} steps after a
+SPAM did not clip the bursts of steps {steps}. They came less than {grace} steps after a
 reset, when its moments have too little history. Move them with --bursts or
 --reset-interval."""
 EXPLANATION = """\
