@@ -280,7 +280,8 @@ def test_notes_explain_the_columns_shown_and_no_others():
         (
             3,
             151.0,
-            "SPAM did not clip the bursts of steps 100, 200, 300. They came less than 20 steps",
+            "SPAM did not clip the bursts of steps 100, 200, 300. They came less than"
+            " 20 steps",
         ),
         (3, 5.0, ""),
     ],
