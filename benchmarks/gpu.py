@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu FOLDER
 
-writes FOLDER/gpu.json and FOLDER/gpu.md. The results of one H200 are in
+writes FOLDER/gpu.json and FOLDER/gpu.md. The results of one H100 are in
 benchmarks/results. Every optimizer runs in turn with `optax.adamw`; a turn is many
 steps, which are dispatched without waiting, so that the device is never idle. The
 trainer's step is that of examples/pretrain.py, with bfloat16 activations.
@@ -27,12 +27,25 @@ COMPILE_SECONDS = 150  # No further optimizer is compiled after this time.
 RATE = 1e-3
 CASES = [
     *(("60m", name, 128, "none") for name in ("adamw_clip", "spam", "sparse_spam")),
+    ("60m", "guard_clip_spam", 128, "none"),
     *(("350m", name, 64, "none") for name in ("adamw_clip", "spam", "sparse_spam")),
+    ("350m", "guard_clip_spam", 64, "none"),
     ("60m", "spam", 256, "none"),
     ("350m", "spam", 128, "full"),
-    ("350m", "stable_spam", 64, "none"),
 ]
 
+GUARDS = {
+    "skip_spikes(adam)": lambda: spam_optax.skip_spikes(optax.adam(RATE)),
+    "skip_spikes(spam)": lambda: spam_optax.skip_spikes(spam_optax.spam(RATE)),
+    "skip_spikes(clip_by_global_norm, adam)": lambda: spam_optax.skip_spikes(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(RATE))
+    ),
+    "adam, clip_update_norm": lambda: optax.chain(
+        optax.scale_by_adam(),
+        spam_optax.clip_update_norm(),
+        optax.scale_by_learning_rate(RATE),
+    ),
+}
 RELATIVES = {
     "stable_spam": lambda: spam_optax.stable_spam(RATE),
     "gradient_stabilizer, adam": lambda: optax.chain(
@@ -86,6 +99,7 @@ def measure_steps(params, makers, compile_seconds):
                     seconds[x.name], seconds[optimizers.BASELINE], strict=True
                 )
             ),
+            "moved_bytes": x.moved_bytes / size,
             "state_bytes": x.state_bytes / size,
             "temporary_bytes": x.temporary_bytes / size,
             "compile_seconds": x.compile_seconds,
@@ -116,8 +130,9 @@ def render(results):
         "A step is `update` and `apply_updates` in one jitted function with",
         f"donated buffers, in float32. A turn is {STEPS} steps. The optimizers take",
         f"turns, and each number is the median of {ROUNDS} turns. The ratio is to",
-        "`optax.adamw` in the same round. State and temporaries are bytes per",
-        "parameter.",
+        "`optax.adamw` in the same round. The other columns but the last are bytes per",
+        "parameter: those that a step reads and writes, as the compiler counts them,",
+        "those of the state, and those of the temporaries.",
     ]
     for title in ("matrices", "60M"):
         part = results[title]
@@ -125,13 +140,15 @@ def render(results):
             "",
             f"### {part['arrays']} arrays, {part['parameters'] / 1e6:.0f}M parameters",
             "",
-            "| optimizer | ms | ratio | state | temporaries | seconds to compile |",
-            "|---|---|---|---|---|---|",
+            "| optimizer | ms | ratio | read and written | state | temporaries "
+            "| seconds to compile |",
+            "|---|---|---|---|---|---|---|",
         ]
         for row in part["rows"]:
             lines.append(
                 f"| {row['optimizer']} | {row['milliseconds']:.2f} "
-                f"| {row['ratio']:.2f} | {row['state_bytes']:.2f} "
+                f"| {row['ratio']:.2f} | {row['moved_bytes']:.1f} "
+                f"| {row['state_bytes']:.2f} "
                 f"| {row['temporary_bytes']:.2f} | {row['compile_seconds']:.1f} |"
             )
     lines += [
@@ -187,7 +204,7 @@ def main():
     makers = {
         k: v for k, v in optimizers.ELEMENTWISE.items() if not k.startswith("sparse")
     }
-    makers |= RELATIVES
+    makers |= GUARDS | RELATIVES
     makers |= {
         k: v for k, v in optimizers.ELEMENTWISE.items() if k.startswith("sparse")
     }

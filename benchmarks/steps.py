@@ -47,6 +47,7 @@ class Contender:
     order: str
     run: Callable
     compile_seconds: float
+    moved_bytes: float  # read and written, as the compiler counts them
     state_bytes: int
     temporary_bytes: int
 
@@ -63,6 +64,7 @@ def compile_contender(name, make, params, order=PARAMS_FIRST):
         order,
         run,
         compile_seconds=time.perf_counter() - start,
+        moved_bytes=run.cost_analysis()["bytes accessed"],
         state_bytes=shapes.nbytes(state),
         temporary_bytes=run.memory_analysis().temp_size_in_bytes,
     )

@@ -58,7 +58,7 @@ def test_the_table_of_costs_on_a_gpu_is_that_measured():
     page = (ROOT / "docs" / "cost.md").read_text()
     table = page.partition("## On a GPU")[2].partition("\n\n- ")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 7
+    assert len(rows) == 11
     for row in rows:
         name = row.split(" | ")[0].removeprefix("| ")
         assert row == f"| {name} | {matrices[name]:.2f} | {llama[name]:.2f} |"
