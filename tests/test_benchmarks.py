@@ -64,6 +64,25 @@ def test_the_table_of_costs_on_a_gpu_is_that_measured():
         assert row == f"| {name} | {matrices[name]:.2f} | {llama[name]:.2f} |"
 
 
+def test_the_steps_in_the_readme_are_those_measured():
+    results = json.loads((RESULTS / "gpu.json").read_text())
+    ratios = {row["optimizer"]: row["ratio"] for row in results["matrices"]["rows"]}
+    shown = {
+        "track_spikes`": ("track_spikes(adam)",),
+        "[`spam`](": ("spam, no counts",),
+        "clip_by_global_norm": ("clip_by_global_norm, adam",),
+        "skip_spikes`": ("skip_spikes(adam)",),
+        "clip_update_norm`": ("adam, clip_update_norm",),
+        "sparse_spam`": ("sparse_spam 1/4, no counts", "adam_mini"),
+    }
+    page = (ROOT / "README.md").read_text()
+    table = page.partition("## Which tool?")[2].partition("## Install")[0]
+    for tool, names in shown.items():
+        (line,) = (x for x in table.splitlines() if tool in x and x.startswith("|"))
+        steps = " or ".join(f"{ratios[name]:.2f}" for name in names)
+        assert line.endswith(f" | {steps} |"), tool
+
+
 def test_the_pages_about_guards_show_their_results():
     results = json.loads((RESULTS / "guards.json").read_text())
     assert (RESULTS / "guards.md").read_text() == guards.render(results)
