@@ -284,7 +284,8 @@ def train_all(
         console.print_moments(task)
         folder.write_tensor_names(task.tensor_names)
     chosen = [optimizers.make(name, config) for name in config.optimizers]
-    if jax.process_count() == 1 and not folder.metrics.exists():
+    is_new = jax.process_count() == 1 and not folder.metrics.exists()
+    if is_new and stop.signal is None:
         compile_together(task, chosen)
     with console.Progress(config) as progress:
         for optimizer in chosen:

@@ -470,6 +470,7 @@ def test_pure_under_strict_modes(name):
         jax.jit(lambda *args: tx.update(*args))(g, state, params)
 
 
+@pytest.mark.slow
 @EVERY
 def test_updates_are_differentiable(name):
     """Derivatives exist with resets, unused parameters and gradients that are 0.
