@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _validate, functional
+from spam_optax import _arithmetic, _schedule, _validate
 
 Mask: TypeAlias = optax.Params | Callable[[optax.Params], Any]
 
@@ -84,8 +84,8 @@ def adam_rates(
     ``m / c1 / (sqrt(v / c2) + eps)`` is computed as
     ``(sqrt(c2) / c1) * m / (sqrt(v) + eps * sqrt(c2))``.
     """
-    root = jnp.sqrt(functional.bias_correction(b2, step))
-    scale = root / functional.bias_correction(b1, step)
+    root = jnp.sqrt(_schedule.bias_correction(b2, step))
+    scale = root / _schedule.bias_correction(b1, step)
     return AdamRates(b1, scale, jnp.maximum(eps * root, jnp.finfo(root.dtype).tiny))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spam_optax import _validate, functional
+from spam_optax import _schedule, _validate
 
 
 class ResetMomentsState(NamedTuple):
@@ -111,7 +111,7 @@ def reset_moments(
         step = optax.safe_increment(state.reset_step)
         inner_state = state.inner_state
         if interval is not None:
-            is_reset = functional.reset_position(step, interval) == 0
+            is_reset = _schedule.reset_position(step, interval) == 0
             initial = _initial_state(inner, updates, inner_state, params)
             inner_state = jax.tree_util.tree_map_with_path(
                 lambda path, old, new: (

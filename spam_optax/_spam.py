@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _moments, _spikes, _validate, functional
+from spam_optax import _arithmetic, _moments, _schedule, _spikes, _validate
 from spam_optax._spam_adam import check_adam, find_step_scale
 from spam_optax._spam_clip import check_clip
 from spam_optax._spikes import SpikeRule
@@ -315,7 +315,7 @@ def spam_step(
     """
     b1, b2 = settings.b1, settings.b2
     step = optax.safe_increment(state.count)
-    position = functional.reset_position(step, settings.reset_interval)
+    position = _schedule.reset_position(step, settings.reset_interval)
     is_reset = position == 0
     is_active = position >= settings.grace_steps
     rule = SpikeRule(settings.threshold, is_active, settings.clip_unseen)

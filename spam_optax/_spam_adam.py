@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _moments, _validate, functional
+from spam_optax import _arithmetic, _moments, _schedule, _validate
 
 
 class ScaleBySpamAdamState(NamedTuple):
@@ -97,7 +97,7 @@ def scale_by_spam_adam(
         _validate.check_same_tree(updates, state.mu)
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
-        is_reset = functional.reset_position(step, reset_interval) == 0
+        is_reset = _schedule.reset_position(step, reset_interval) == 0
         rates = _moments.AdamRates(b1, step_scale(step), eps)
 
         def step_tensor(
@@ -244,10 +244,10 @@ def find_step_scale(
     restart_bias_correction: bool,
 ) -> jax.Array:
     """Returns the ramp times the bias corrections: a scalar."""
-    ramp = functional.reset_ramp(step, reset_interval, warmup_steps)
+    ramp = _schedule.reset_ramp(step, reset_interval, warmup_steps)
     if restart_bias_correction:
-        position = functional.reset_position(step, reset_interval)
+        position = _schedule.reset_position(step, reset_interval)
         step = jnp.where(position < step, position + 1, step)
-    first = functional.bias_correction(b1, step)
-    second = functional.bias_correction(b2, step)
+    first = _schedule.bias_correction(b1, step)
+    second = _schedule.bias_correction(b2, step)
     return ramp * jnp.sqrt(second) / first

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _moments, _spikes, _validate, functional
+from spam_optax import _arithmetic, _moments, _schedule, _spikes, _validate
 from spam_optax._spikes import SpikeRule
 
 
@@ -124,7 +124,7 @@ def spam_clip(
         del params
         _validate.check_same_tree(updates, state.clip_nu)
         step = optax.safe_increment(state.clip_step)
-        position = functional.reset_position(step, reset_interval)
+        position = _schedule.reset_position(step, reset_interval)
         is_reset = position == 0
         rule = SpikeRule(threshold, position >= grace_steps, clip_unseen)
 

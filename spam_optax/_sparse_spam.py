@@ -15,10 +15,10 @@ from spam_optax import (
     _arithmetic,
     _moments,
     _paths,
+    _schedule,
     _spam,
     _sparse_layout,
     _validate,
-    functional,
 )
 
 SparseParams = Any | Callable[[optax.Params], Any]
@@ -104,7 +104,7 @@ def scale_by_sparse_spam(
         seeds = state.mask_seeds
         if settings.reset_interval is not None:
             step = optax.safe_increment(state.inner_state.count)
-            is_reset = functional.reset_position(step, settings.reset_interval) == 0
+            is_reset = _schedule.reset_position(step, settings.reset_interval) == 0
             fresh = masks.seeds(step // settings.reset_interval)
             seeds = jnp.where(is_reset, fresh, seeds)
         old = state.inner_state

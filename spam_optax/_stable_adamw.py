@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _moments, _validate, functional
+from spam_optax import _arithmetic, _moments, _schedule, _validate
 
 
 class ScaleByStableAdamWState(NamedTuple):
@@ -89,7 +89,7 @@ def scale_by_stable_adamw(
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)
         rates = _moments.adam_rates(b1, b2, eps, step)
-        second = functional.bias_correction(b2, step)
+        second = _schedule.bias_correction(b2, step)
 
         def step_tensor(
             g: jax.Array | None, mu: jax.Array, nu: jax.Array

@@ -16,9 +16,9 @@ from spam_optax import (
     _adagn,
     _arithmetic,
     _moments,
+    _schedule,
     _tensor_statistics,
     _validate,
-    functional,
 )
 
 
@@ -145,7 +145,7 @@ def scale_by_stable_spam(
             eps,
         )
         (factors,) = _tensor_statistics.split(factor)
-        position = functional.reset_position(step, reset_interval)
+        position = _schedule.reset_position(step, reset_interval)
         is_reset = position == 0
         since_reset = jnp.where(position < step, position + 1, step)
         rates = _moments.adam_rates(b1 * decay_scale, b2, eps, since_reset)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spam_optax import _arithmetic, _moments, _validate, functional
+from spam_optax import _arithmetic, _moments, _schedule, _validate
 
 Gradient = jax.Array | None
 
@@ -194,7 +194,7 @@ def corrected(
     mean: jax.Array, decay: jax.typing.ArrayLike, steps: jax.Array
 ) -> jax.Array:
     """Returns the bias-corrected running mean, which is 0 before the first step."""
-    correction = functional.bias_correction(decay, jnp.maximum(steps, 1))
+    correction = _schedule.bias_correction(decay, jnp.maximum(steps, 1))
     return (mean / correction).astype(jnp.float32)
 
 

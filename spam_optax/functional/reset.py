@@ -1,12 +1,10 @@
 """The clock of momentum resets, the ramp after a reset, and bias correction."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spam_optax import _validate
+from spam_optax import _schedule, _validate
 from spam_optax.functional._arrays import read
 
 
@@ -41,11 +39,9 @@ def reset_position(
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, algorithm 1.
     """
     step = read("step", step, jnp.integer).astype(jnp.int32)
-    if interval is None:
-        return step
-    interval = _validate.check_steps("interval", interval, low=1)
-    # Steps are positive, and `%` adds six operations for negative numbers.
-    return jnp.fmod(step, jnp.asarray(interval, jnp.int32))
+    if interval is not None:
+        interval = _validate.check_steps("interval", interval, low=1)
+    return _schedule.reset_position(step, interval)
 
 
 def reset_ramp(
@@ -84,13 +80,11 @@ def reset_ramp(
     References:
       Huang et al., `SPAM <https://arxiv.org/abs/2501.06842>`_, 2025, algorithm 1.
     """
+    step = read("step", step, jnp.integer).astype(jnp.int32)
+    if interval is not None:
+        interval = _validate.check_steps("interval", interval, low=1)
     warmup_steps = _validate.check_steps("warmup_steps", warmup_steps, low=0)
-    position = reset_position(step, interval)
-    ramping = (position < warmup_steps) & (position < step)
-    length = jnp.asarray(warmup_steps).astype(float) + 1.0
-    angle = jnp.pi * position.astype(float) / length
-    ramp = 1 - 0.99 * (1 + jnp.cos(angle)) / 2
-    return jnp.where(ramping, ramp, 1.0)
+    return _schedule.reset_ramp(step, interval, warmup_steps)
 
 
 def bias_correction(
@@ -119,11 +113,5 @@ def bias_correction(
     References:
       Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, algorithm 1.
     """
-    checked = _validate.check_decay("decay", decay)
-    log_decay: jax.typing.ArrayLike
-    if isinstance(checked, (jax.Array, np.ndarray)):
-        log_decay = jnp.log(jnp.asarray(checked).astype(float))
-    else:
-        # Computed in float64, because rounding 0.999 to float32 first loses digits.
-        log_decay = math.log(checked) if checked > 0 else -math.inf
-    return -jnp.expm1(read("step", step, np.generic).astype(float) * log_decay)
+    decay = _validate.check_decay("decay", decay)
+    return _schedule.bias_correction(decay, read("step", step, np.generic))
