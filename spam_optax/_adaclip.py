@@ -148,7 +148,7 @@ def find_limits(
 
     def measure(g: jax.Array) -> tuple[jax.Array, jax.Array]:
         (nonfinite,) = _arithmetic.totals(_tensor_statistics.is_nonfinite(g))
-        return nonfinite, jnp.abs(finite(g)).max(initial=0)
+        return nonfinite, jnp.abs(widen_finite(g)).max(initial=0)
 
     # The statistics of a missing gradient do not change.
     nonfinite, largest = _tensor_statistics.measure(
@@ -163,7 +163,7 @@ def find_limits(
     return Limits(limit, factor, nonfinite, steps, mean)
 
 
-def finite(g: jax.Array) -> jax.Array:
+def widen_finite(g: jax.Array) -> jax.Array:
     """Sets non-finite coordinates to 0. Returns the compute dtype."""
     return _arithmetic.widen(_tensor_statistics.zero_nonfinite(g))
 

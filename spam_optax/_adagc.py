@@ -128,7 +128,7 @@ def adagc(
     ) -> tuple[optax.Updates, AdaGCState]:
         del params
         _validate.check_tensors(updates, state.adagc_steps.shape[0])
-        gradients, counters = _tensor_statistics.finite(
+        gradients, counters = _tensor_statistics.drop_nonfinite(
             updates, state.adagc_nonfinite_total
         )
         norm, history = _tensor_statistics.norms(gradients), state.adagc_norm

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from spam_optax import _arithmetic, _moments, _tensor_statistics, _validate
-from spam_optax._adaclip import finite
+from spam_optax._adaclip import widen_finite
 
 
 class AdaGNState(NamedTuple):
@@ -171,7 +171,7 @@ def rescale(gradients: Sequence[jax.Array], factors: jax.Array) -> list[jax.Arra
     """Multiplies the finite part of each gradient by its factor."""
 
     def of_tensor(g: jax.Array, factor: jax.Array) -> tuple[jax.Array]:
-        scaled = _tensor_statistics.scale(finite(g), factor)
+        scaled = _tensor_statistics.scale(widen_finite(g), factor)
         return (_arithmetic.cast(scaled, jnp.asarray(g).dtype),)
 
     (scaled,) = _moments.map_lists(

@@ -356,12 +356,15 @@ def adam_mini_partition(
         names, leaves = _paths.names(params), _paths.leaves(params)
         blocks = _paths.map_leaves(lambda leaf: _blocks(leaf, layouts), params)
         pairs = zip(names, leaves, strict=True)
-        unknown = [name or "the root" for name, leaf in pairs if _role(leaf) is None]
+        unknown = [
+            name or "the only tensor" for name, leaf in pairs if _role(leaf) is None
+        ]
         if unknown:
             warnings.warn(
                 f"{_validate.caller()}: "
-                f"no role is known for the matrices {', '.join(unknown)}; "
-                "each of them gets one second moment per output neuron.",
+                "the names of these matrices do not tell what they do: "
+                f"{', '.join(unknown)}. "
+                "Each of them gets one second moment per output neuron.",
                 stacklevel=2,
             )
         absent = [

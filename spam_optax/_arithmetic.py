@@ -119,7 +119,7 @@ def narrow_like(x: jax.Array, nu: jax.Array) -> jax.Array:
     return x.astype(jnp.complex64 if jnp.iscomplexobj(x) else real)
 
 
-def direction(x: jax.Array) -> jax.Array:
+def sign(x: jax.Array) -> jax.Array:
     """Returns ``x / |x|`` in the compute dtype, and 0 for 0.
 
     In a complex number with an infinite part, finite parts count as 0.

@@ -57,9 +57,9 @@ def is_spike(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
 def clip(g: jax.Array, v: jax.Array, rule: SpikeRule) -> jax.Array:
     """Clips spikes and infinite coordinates to their limits, and sets NaN to 0."""
     square, limit, has_limit = square_limit(g, v, rule)
-    direction, size = _arithmetic.direction(g), _arithmetic.root(limit)
-    dtype = _arithmetic.promote_types(direction.dtype, size.dtype)
-    limited = direction.astype(dtype) * size.astype(dtype)
+    sign, size = _arithmetic.sign(g), _arithmetic.root(limit)
+    dtype = _arithmetic.promote_types(sign.dtype, size.dtype)
+    limited = sign.astype(dtype) * size.astype(dtype)
     limited = jnp.where(has_limit & (square > limit), limited, 0).astype(g.dtype)
     return jnp.where(square <= limit, g, limited)
 

@@ -58,7 +58,7 @@ def zero_nonfinite(g: jax.Array) -> jax.Array:
     return jnp.where(is_nonfinite(g), jnp.zeros_like(g), g)
 
 
-def finite(
+def drop_nonfinite(
     updates: optax.Updates, total: jax.Array | None
 ) -> tuple[optax.Updates, tuple[jax.Array | None, ...]]:
     """Sets non-finite coordinates to 0, and counts them.
@@ -132,8 +132,8 @@ def finite_norms(
 
     def of_tensor(g: jax.Array) -> tuple[jax.Array, ...]:
         bad = is_nonfinite(g)
-        finite = jnp.where(bad, jnp.zeros_like(g), g)
-        return *_arithmetic.totals(bad), _arithmetic.sum_of_squares(finite)
+        kept = jnp.where(bad, jnp.zeros_like(g), g)
+        return *_arithmetic.totals(bad), _arithmetic.sum_of_squares(kept)
 
     nonfinite, squares = measure(of_tensor, gradients, missing=(1, 0.0))
     return roots(squares, gradients), nonfinite

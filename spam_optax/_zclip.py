@@ -130,7 +130,7 @@ def zclip(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ZClipState]:
         del params
-        gradients, counters = _tensor_statistics.finite(
+        gradients, counters = _tensor_statistics.drop_nonfinite(
             updates, state.zclip_nonfinite_total
         )
         norm = _arithmetic.norm(_tensor_statistics.norms(gradients))

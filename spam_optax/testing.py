@@ -166,7 +166,7 @@ def _fault(
         case "nan":
             fault = jnp.full_like(g, jnp.nan)
         case "inf":
-            fault = jnp.where(g == 0, 1, _arithmetic.direction(g))
+            fault = jnp.where(g == 0, 1, _arithmetic.sign(g))
             if jnp.iscomplexobj(g):  # 0 times infinity would be NaN.
                 parts = (_infinite(fault.real), _infinite(fault.imag))
                 fault = jax.lax.complex(*parts)

@@ -73,17 +73,19 @@ def spike_score(
             f"({values.shape[0]}), got {window}."
         )
     values = _arithmetic.widen(values)
-    finite = jnp.abs(values) < jnp.finfo(values.dtype).max / 16
+    is_finite = jnp.abs(values) < jnp.finfo(values.dtype).max / 16
 
     def is_spike(start: jax.Array) -> jax.Array:
         history = jax.lax.dynamic_slice_in_dim(values, start, window)
-        known = jax.lax.dynamic_slice_in_dim(finite, start, window)
-        # Scaled by the largest value, because the variance of a norm of 1e25 overflows.
-        unit = jnp.abs(history).max(where=known, initial=jnp.finfo(values.dtype).tiny)
-        history = history / unit
-        distance = jnp.abs(values[start + window] / unit - history.mean(where=known))
+        known = jax.lax.dynamic_slice_in_dim(is_finite, start, window)
+        # Divided by the largest, because the variance of a norm of 1e25 overflows.
+        largest = jnp.abs(history).max(
+            where=known, initial=jnp.finfo(values.dtype).tiny
+        )
+        history = history / largest
+        distance = jnp.abs(values[start + window] / largest - history.mean(where=known))
         far = distance >= deviations * history.std(where=known)
-        return (far & (distance > 0)) | ~finite[start + window]
+        return (far & (distance > 0)) | ~is_finite[start + window]
 
     # Batched, so that a long curve does not need (steps, window) values at once.
     spikes = jax.lax.map(is_spike, jnp.arange(judged), batch_size=min(judged, 256))

@@ -77,14 +77,14 @@ def gradient_spike_score(
         custom_message="gradient_spike_score: gradients must have a step along axis",
     )
     size = jnp.abs(_arithmetic.widen(gradients))
-    finite = jnp.isfinite(size)
+    is_finite = jnp.isfinite(size)
     # Divided before the sum, because the sum of the largest spikes could overflow.
-    steps = jnp.maximum(finite.sum(axis=axis, keepdims=True), 1).astype(size.dtype)
-    mean = jnp.sum(size / steps, axis=axis, keepdims=True, where=finite)
+    steps = jnp.maximum(is_finite.sum(axis=axis, keepdims=True), 1).astype(size.dtype)
+    mean = jnp.sum(size / steps, axis=axis, keepdims=True, where=is_finite)
     # XLA multiplies by the reciprocal, which for 1e38 would be subnormal and flushed.
-    unit = jnp.where(mean > 1, 16, 1)
-    score = (size / unit) / jnp.where(mean > 0, mean / unit, 1)
-    return jnp.where(finite, score, jnp.inf)
+    scale = jnp.where(mean > 1, 16, 1)
+    score = (size / scale) / jnp.where(mean > 0, mean / scale, 1)
+    return jnp.where(is_finite, score, jnp.inf)
 
 
 def online_spike_score(

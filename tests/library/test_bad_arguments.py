@@ -22,7 +22,7 @@ import spam_optax
 from spam_optax import functional, initializers, testing
 
 # Of tensors whose names say nothing, as a and b.
-pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
+pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. the names")
 
 WRONG_TYPES = tuple(
     (value, TypeError)

@@ -107,7 +107,7 @@ BYTES = {
 
 
 # The matrix has no name.
-@pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
+@pytest.mark.filterwarnings("ignore:adam_mini_partition. the names")
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_accessed_are_at_the_floor(devices, name):
     """Counting, resets and the ramp need no further pass over memory."""

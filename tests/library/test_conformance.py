@@ -16,7 +16,7 @@ from spam_optax import nnx as flax_nnx
 from trainer import hlo
 
 # Of tensors whose names say nothing, as a and b.
-pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
+pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. the names")
 
 QUICK = dict(reset_interval=5, grace_steps=2)
 TRANSFORMATIONS = {

@@ -279,7 +279,7 @@ def a_model():
     return params, params | rest | {"positions": jnp.arange(3)}
 
 
-@pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
+@pytest.mark.filterwarnings("ignore:adam_mini_partition. the names")
 def test_a_model_may_be_passed_as_params():
     """Equinox users pass it, and `optax.adamw` skips leaves without an update."""
     params, model = a_model()

@@ -33,7 +33,7 @@ def operations(tx, tensors):
     return jax.jit(tx.update).lower(*args).as_text().count(" = ")
 
 
-@pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
+@pytest.mark.filterwarnings("ignore:adam_mini_partition. the names")
 @pytest.mark.parametrize("name", ADDED)
 def test_one_further_tensor_of_a_known_shape(name):
     """`optax.scale_by_adam` adds 38 operations."""

@@ -16,7 +16,7 @@ from studies.spike_census import architectures
 from trainer import model
 
 # Of tensors whose names say nothing, as a and b.
-pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. no role is known")
+pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. the names")
 
 SHAPES = {"a": (3, 4), "b": (6,), "c": (2, 2)}
 SPIKES = {30: 50.0, 31: 50.0, 47: 300.0, 90: 1e6, 110: 40.0, 130: 1e-3}
@@ -554,7 +554,7 @@ def test_blocks_of_unknown_matrices():
     """Each output neuron has one block, and one warning lists the matrices."""
     shapes = {"cell/kernel": (3, 12, 7), "Dense_0/kernel": (12, 5), "mlp/w": (4, 6)}
     with pytest.warns(
-        UserWarning, match="matrices Dense_0/kernel, cell/kernel;"
+        UserWarning, match="what they do: Dense_0/kernel, cell/kernel"
     ) as got:
         blocks = blocks_of(shapes)
     assert len(got) == 1
