@@ -84,7 +84,7 @@ def read(
             names[i] = None
     every = int(np.median(np.diff(steps))) if len(steps) > 1 else 1
     if every > 1:
-        notes.append(f"only every {every}th step is recorded; a guard sees every step")
+        notes.append(f"one step in {every} is recorded, but a guard sees every step")
     losses, norms = (values(taken, name, path) for name in names)
     if losses is None and norms is None:
         reason = "; ".join(notes) or "no loss and no norm in it is finite"
@@ -161,15 +161,12 @@ def scalar(value: Any) -> float | None:
     """Returns the number in a TensorBoard value; None for a picture or histogram."""
     if value.HasField("simple_value"):
         return value.simple_value
-    if not value.HasField("tensor") or value.tensor.tensor_shape.dim:
+    tensor = value.tensor
+    kind = {1: "<f4", 2: "<f8"}.get(tensor.dtype)  # DT_FLOAT and DT_DOUBLE
+    if kind is None or tensor.tensor_shape.dim:
         return None
-    if value.tensor.float_val:
-        return value.tensor.float_val[0]
-    width = {4: "<f4", 8: "<f8"}.get(len(value.tensor.tensor_content))
-    is_float = value.tensor.dtype in (1, 2)  # DT_FLOAT, DT_DOUBLE
-    if width is None or not is_float:
-        return None
-    return float(np.frombuffer(value.tensor.tensor_content, width)[0])
+    packed = np.frombuffer(tensor.tensor_content, kind).tolist()
+    return next(iter([*tensor.float_val, *tensor.double_val, *packed]), None)
 
 
 def find(
@@ -220,10 +217,10 @@ def merged(
 
 
 def choices(rows: Sequence[Row]) -> str:
-    """Names the first column whose values are names of runs."""
+    """Names the first column with several texts, which may be the names of runs."""
     for name in rows[0]:
-        found = {row.get(name) for row in rows}
-        if 1 < len(found) < 20 and all(isinstance(x, str) for x in found):
+        found = {x for row in rows if isinstance(x := row.get(name), str)}
+        if len(found) > 1:
             return f", such as {name}={sorted(found)[0]}"
     return ""
 
@@ -239,7 +236,8 @@ def values(
         numbers = [math.nan if x is None else float(x) for x in column]
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path}: the column {name} has no numbers") from error
-    series = np.array(numbers, np.float32)
+    with np.errstate(over="ignore"):
+        series = np.array(numbers, np.float32)
     return series if np.isfinite(series).any() else None
 
 

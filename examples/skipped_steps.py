@@ -58,7 +58,7 @@ def describe(log: Log, reasons: np.ndarray) -> str:
     return "; ".join([text, *parts])
 
 
-def draw(log: Log, reasons: np.ndarray) -> matplotlib.figure.Figure:
+def draw(figure: matplotlib.figure.Figure, log: Log, reasons: np.ndarray) -> None:
     """Draws the losses and norms of a run, and marks the steps that are skipped.
 
     A circle marks a spike, and a cross a value that is not finite.
@@ -68,9 +68,8 @@ def draw(log: Log, reasons: np.ndarray) -> matplotlib.figure.Figure:
         "gradient norm": (log.norms, SkipReason.NORM_SPIKE, SkipReason.NORM_NONFINITE),
     }
     series = {name: x for name, x in series.items() if x[0] is not None}
-    figure = matplotlib.figure.Figure(
-        figsize=(9, 1 + 2.2 * len(series)), layout="constrained"
-    )
+    figure.set_size_inches(9, 1 + 2.2 * len(series))
+    figure.set_layout_engine("constrained")
     panels = figure.subplots(len(series), sharex=True, squeeze=False)[:, 0]
     for panel, (name, (y, *kinds)) in zip(panels, series.items(), strict=True):
         spike, nonfinite = ((reasons & kind) > 0 for kind in kinds)
@@ -89,7 +88,6 @@ def draw(log: Log, reasons: np.ndarray) -> matplotlib.figure.Figure:
     panels[0].legend(title="skipped", loc="upper right", frameon=False)
     panels[0].set_title(describe(log, reasons), loc="left", fontsize="medium")
     panels[-1].set_xlabel("step")
-    return figure
 
 
 def column_value(text: str) -> tuple[str, str]:
@@ -129,7 +127,9 @@ def show(options: argparse.Namespace) -> list[engine.Failure]:
     for i in np.flatnonzero(reasons):
         print(f"step {log.steps[i]}: {reason_text(int(reasons[i]))}")
     if options.picture is not None:
-        draw(log, reasons).savefig(options.picture)
+        figure = matplotlib.figure.Figure()
+        draw(figure, log, reasons)
+        figure.savefig(options.picture)
     return []
 
 
