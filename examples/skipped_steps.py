@@ -73,7 +73,8 @@ def draw(figure: matplotlib.figure.Figure, log: Log, reasons: np.ndarray) -> Non
     panels = figure.subplots(len(series), sharex=True, squeeze=False)[:, 0]
     for panel, (name, (y, *kinds)) in zip(panels, series.items(), strict=True):
         spike, nonfinite = ((reasons & kind) > 0 for kind in kinds)
-        panel.semilogy(log.steps, y, color=CURVE, linewidth=0.8)
+        panel.plot(log.steps, y, color=CURVE, linewidth=0.8)
+        panel.set_yscale("linear" if name == "loss" else "log")
         panel.plot(log.steps[spike], y[spike], "o", color=SKIPPED, label="spike")
         crosses = panel.plot(
             log.steps[nonfinite],
