@@ -3,10 +3,9 @@
     python -m benchmarks.guards OUTPUT LOG...
 
 reads the loss and the gradient norm of every step of a run from each LOG, and writes
-OUTPUT/guards.json and OUTPUT/guards.md. A LOG is an .npz file with the arrays `loss`
-and `norm`, or a metrics.jsonl of examples/pretrain.py. A norm that was not recorded is
-NaN or missing. The results in benchmarks/results are those of five runs in the
-repository KellerJordan/modded-nanogpt (MIT licence).
+OUTPUT/guards.json and OUTPUT/guards.md. A LOG is any file that
+examples/skipped_steps.py reads. The results in benchmarks/results are those of five
+runs in the repository KellerJordan/modded-nanogpt (MIT licence).
 """
 
 import argparse
@@ -17,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import run_logs
 import spam_optax
 from spam_optax import functional
+from trainer.errors import UsageError
 
 RULES = {
     "skip_spikes": {},
@@ -27,21 +28,6 @@ RULES = {
 }
 INSERTED, BEGIN = 30, 200  # spikes, evenly spaced from this step on
 NATS, FACTOR = 1.0, 10.0  # added to a loss; by which a norm is multiplied
-
-
-def read(path):
-    """Returns the losses and norms of a run. The norms may be None."""
-    if path.suffix == ".npz":
-        with np.load(path) as arrays:
-            loss, norm = arrays["loss"], arrays["norm"]
-    else:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        steps = [row for row in rows if "loss" in row]
-        loss, norm = (
-            np.array([row.get(name) for row in steps], np.float32)
-            for name in ("loss", "grad_norm")
-        )
-    return loss, norm if np.isfinite(norm).any() else None
 
 
 def zclip_steps(norms):
@@ -120,7 +106,11 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     results = {}
     for path in args.logs:
-        results[path.stem] = measure(*read(path))
+        try:
+            log = run_logs.read(path)
+        except UsageError as error:
+            parser.error(str(error))
+        results[path.stem] = measure(log.losses, log.norms)
         print(path.stem, results[path.stem], flush=True)
     args.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1)

@@ -180,11 +180,10 @@ def print_batch(
     """Prints the batch of one step; returns the exit code."""
     if options.output is None:
         parser.error("--show-batch needs --output, the folder of the run")
-    host = data.Host(options.process_id or 0, options.num_processes or 1)
     names = given.get("optimizers", ())
     try:
         return show_batch.run(
-            RunFolder(options.output), options.show_batch, names, host
+            RunFolder(options.output), options.show_batch, names, options.skip_bad_data
         )
     except UsageError as error:
         parser.error(str(error))

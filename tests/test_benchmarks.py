@@ -71,7 +71,7 @@ def test_the_steps_in_the_readme_are_those_measured():
         "track_spikes`": ("track_spikes(adam)",),
         "[`spam`](": ("spam, no counts",),
         "clip_by_global_norm": ("clip_by_global_norm, adam",),
-        "skip_spikes`": ("skip_spikes(adam)",),
+        "[`skip_spikes`](": ("skip_spikes(adam)",),
         "clip_update_norm`": ("adam, clip_update_norm",),
         "sparse_spam`": ("sparse_spam 1/4, no counts", "adam_mini"),
     }

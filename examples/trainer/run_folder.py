@@ -6,6 +6,8 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
+
 from trainer import files
 from trainer.config import RunConfig
 from trainer.errors import UsageError
@@ -16,12 +18,13 @@ class Run(NamedTuple):
 
     config: RunConfig
     checkpoints: str | None  # a folder or a bucket; None: beside config.json
+    hosts: int  # that began it; a streamed data set continues on as many
     data_digest: str | None = None  # of text and tokenizer; None before they are read
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings and the other fields as one JSON object."""
-        rest = {"checkpoints": self.checkpoints, "data_digest": self.data_digest}
-        return {**self.config.settings(), **rest}
+        rest = self._asdict()
+        return {**rest.pop("config").settings(), **rest}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Run":
@@ -33,15 +36,17 @@ class Run(NamedTuple):
         if not isinstance(content, dict):
             raise UsageError(f"must be a JSON object, not {content!r}")
         given = dict(content)
-        checkpoints, digest = given.pop("checkpoints"), given.pop("data_digest")
-        for name, value in {"checkpoints": checkpoints, "data_digest": digest}.items():
-            if not isinstance(value, str | None):
-                raise UsageError(f"{name} must be a text, not {value!r}")
+        rest = {name: given.pop(name) for name in cls._fields[1:]}
+        for name in ("checkpoints", "data_digest"):
+            if not isinstance(rest[name], str | None):
+                raise UsageError(f"{name} must be a text, not {rest[name]!r}")
+        if not isinstance(rest["hosts"], int) or rest["hosts"] < 1:
+            raise UsageError(f"hosts must be a number, not {rest['hosts']!r}")
         if unknown := sorted(given.keys() - RunConfig().settings().keys()):
             raise UsageError(f"there is no setting {unknown[0]!r}")
         if isinstance(given["optimizers"], list):  # JSON has no tuples
             given["optimizers"] = tuple(given["optimizers"])
-        return cls(RunConfig.from_settings(**given), checkpoints, digest)
+        return cls(RunConfig.from_settings(**given), **rest)
 
 
 class RunFolder:
@@ -133,7 +138,7 @@ class RunFolder:
 
 def new_run(given: dict[str, Any], checkpoints: str | None) -> Run:
     """Makes a run of the settings `given`; the other settings are defaults."""
-    return Run(RunConfig.from_settings(**given), checkpoints)
+    return Run(RunConfig.from_settings(**given), checkpoints, jax.process_count())
 
 
 def load_run(folder: RunFolder, given: dict[str, Any], checkpoints: str | None) -> Run:

@@ -2,6 +2,8 @@
 
 import argparse
 
+import numpy as np
+
 from trainer import data
 from trainer.errors import UsageError
 from trainer.output import sinks
@@ -13,14 +15,16 @@ def add_flag(group: argparse._ArgumentGroup, whole) -> None:
         "--show-batch",
         type=whole(1),
         metavar="STEP",
-        help="print the text that the run in --output trained on in a step, and stop;"
-        " of a stream that N hosts read, the part of host I with --num-processes N"
-        " --process-id I",
+        help="print the text that the run in --output trained on in a step, and stop",
     )
 
 
-def run(folder: RunFolder, step: int, names: tuple[str, ...], host: data.Host) -> int:
+def run(
+    folder: RunFolder, step: int, names: tuple[str, ...], skip_bad_data: int
+) -> int:
     """Prints the batch of `step`, for each optimizer of `names` if it differs.
+
+    The batch of a streamed data set is put together from the parts of all hosts.
 
     Raises:
       UsageError: If the run has no such step, or its data has changed.
@@ -34,22 +38,27 @@ def run(folder: RunFolder, step: int, names: tuple[str, ...], host: data.Host) -
             steps.setdefault(row["batch"], []).append(row)
     if not steps:
         raise UsageError(f"{folder.metrics} has no step {step} of this run")
-    loaded = data.load(config, host)
-    if loaded.digest != begun.data_digest:
+    count = begun.hosts if data.is_streamed(config) else 1
+    parts = [
+        data.load(config, data.Host(i, count), skip_bad_data=skip_bad_data)
+        for i in range(count)
+    ]
+    tokenizer = parts[0].tokenizer
+    if any(part.digest != begun.data_digest for part in parts):
         raise UsageError(f"the data or tokenizer of {folder.path} has changed since")
     for number, rows in steps.items():
         print(f"Batch {number}")
         for row in rows:
             print(f"  {describe(row)}")
         if number in config.bad_batch_numbers:
-            vocabulary = loaded.tokenizer.vocabulary
-            batch = data.random_batch(config, vocabulary, number, host)
+            vocabulary = tokenizer.vocabulary
+            batch = data.random_batch(config, vocabulary, number, data.ONE_HOST)
         else:
-            batch = loaded.batch(number)
+            batch = np.concatenate([part.batch(number) for part in parts], axis=1)
         sequences = batch.reshape(-1, batch.shape[-1])
         for position, tokens in enumerate(sequences, 1):
             print(f"--- sequence {position} of {len(sequences)}")
-            print(printable(loaded.tokenizer.decode(tokens)))
+            print(printable(tokenizer.decode(tokens)))
     return 0
 
 

@@ -135,7 +135,7 @@ def test_resume_refuses_a_changed_text(tmp_path, capsys):
     book.write_text("To be, or not to be. " * 100)
     folder = run_folder.RunFolder(tmp_path / "run")
     config = RunConfig.from_settings(data=str(book))
-    folder.create(Run(config, None, "another digest"))
+    folder.create(Run(config, None, 1, "another digest"))
     book.write_text("that is the question. " * 100)
     assert "has changed" in refused(capsys, "--resume", f"--output={folder.path}")
 
@@ -221,6 +221,7 @@ def test_resume_goes_back_to_the_records_it_has(finished_run, tmp_path, capsys):
         ("optimizers", "adam"),
         ("checkpoints", 3),
         ("data_digest", None),
+        ("hosts", 0),
         ("momentum", 0.9),
     ],
 )

@@ -381,7 +381,7 @@ def test_flags_reach_the_model_and_the_folder_of_a_run():
     flags = ["--norm=mixed", "--gated-attention", "--initialization=wesar"]
     _, options = pretrain.parse(flags)
     given = cli.run_settings(options)
-    run = run_folder.Run(config.RunConfig.from_settings(**given), None)
+    run = run_folder.Run(config.RunConfig.from_settings(**given), None, 1)
     assert run_folder.Run.from_json(run.to_json()) == run
     shape = model.for_platform(run.config.model, 256, "cpu")
     got = shape.norm, shape.gated_attention, shape.initialization

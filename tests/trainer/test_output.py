@@ -321,6 +321,16 @@ def test_progress_shows_the_utilization_if_it_is_known(capsys):
     assert "MFU 41.3%" in shown_by_progress(capsys, flops_utilization=0.413)[0]
 
 
+def test_an_optimizer_that_goes_back_keeps_one_bar(monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    with console.Progress(RunConfig(steps=200)) as progress:
+        for name, step in (("adam", 0), ("spam", 0), ("spam", 60)):
+            progress.start(name, types.SimpleNamespace(opt_state=(), step=step))
+        progress(step_row("spam", 61))
+        tasks = progress._bars.tasks
+    assert [(t.description, t.completed) for t in tasks] == [("adam", 0), ("spam", 61)]
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_only_host_0_shows_progress(capsys, monkeypatch, terminal):
     monkeypatch.setattr(hosts, "is_main", lambda: False)
@@ -607,14 +617,17 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
-        self.runs, self.logged, self.finished = [], [], 0
+        self.runs, self.logged, self.metrics, self.finished = [], [], [], 0
 
     def init(self, **kwargs):
         self.runs.append(kwargs)
         return self
 
-    def log(self, numbers, step):
-        self.logged.append((step, numbers))
+    def define_metric(self, name, step_metric):
+        self.metrics.append((name, step_metric))
+
+    def log(self, numbers):
+        self.logged.append(numbers)
 
     def finish(self):
         self.finished += 1
@@ -629,18 +642,29 @@ def test_wandb_gets_the_numbers_if_installed(tmp_path, monkeypatch, capsys):
     (run,) = wandb.runs
     assert (run["project"], run["id"]) == ("spikes", "run-adam")
     assert run["config"]["learning_rate"] == 4e-3
-    assert [step for step, _ in wandb.logged] == [*range(1, 11), 10]
-    assert wandb.logged[0][1].keys() >= {"loss", "grad_norm", "update_norm"}
+    assert wandb.metrics == [("*", "step")]
+    assert [numbers["step"] for numbers in wandb.logged] == [*range(1, 11), 10]
+    assert wandb.logged[0].keys() >= {"train/loss", "train/grad_norm"}
     names = json.loads((tmp_path / "run" / "tensors.json").read_text())
-    assert wandb.logged[9][1].keys() >= {f"grad_norm/{name}" for name in names}
-    assert wandb.logged[10][1].keys() == {"eval_loss", "eval_perplexity"}
+    assert wandb.logged[9].keys() >= {f"train_grad_norm/{name}" for name in names}
+    assert wandb.logged[10].keys() == {"step", "eval/loss", "eval/perplexity"}
     assert wandb.finished == 1
 
 
-def test_numbers_that_are_not_finite_are_left_out():
-    row = {"optimizer": "adam", "step": 10, "loss": math.nan, "fault": False}
-    row["tensors"] = {"grad_norm": [1.0, math.inf]}
-    assert sinks.scalars(row, ["a", "b"]) == {"grad_norm/a": 1.0}
+def test_charts_have_names_in_groups():
+    row = step_row("adam", 10) | {"batch": 27, "tokens_per_second": None}
+    row |= {"loss": math.nan, "tensors": {"grad_norm": [1.0, math.inf]}}
+    numbers = sinks.scalars(row, ["a", "blocks/b"])
+    assert {name.partition("/")[0] for name in numbers} == {"train", "train_grad_norm"}
+    assert math.isnan(numbers["train/loss"])  # TensorBoard draws a triangle there.
+    assert numbers["train/batches_left_out"] == 17
+    assert numbers["train_grad_norm/blocks/b"] == math.inf
+    assert "train/tokens_per_second" not in numbers
+    assert (
+        sinks.scalars(row | {"step": 11}, ["a", "b"])
+        .keys()
+        .isdisjoint({"train_grad_norm/a"})
+    )
 
 
 def test_running_median_and_spikes():

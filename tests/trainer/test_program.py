@@ -70,6 +70,22 @@ def test_run_leaves_its_files_and_no_warnings(finished_run):
         assert events.stat().st_size > 60 * 100
 
 
+@pytest.mark.slow
+def test_losslint_reads_the_metrics(finished_run, capsys):
+    """It reads every row of each optimizer, and finds nothing wrong with the log."""
+    losslint = pytest.importorskip("losslint.cli")
+    folder, _, _ = finished_run
+    path = folder / "metrics.jsonl"
+    assert losslint.main(["check", str(path), "--format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (run,) = found["runs"]
+    assert run["points"] == len(read_rows(folder))
+    assert {"loss", "eval_loss", "grad_norm", "learning_rate"} <= {*run["series"]}
+    (finding,) = found["findings"]
+    assert finding["check"] == "step_backtrack"  # where the second optimizer begins
+    assert finding["details"]["count"] == 1
+
+
 def test_metrics_have_a_line_a_step_and_an_evaluation(finished_run):
     folder, _, _ = finished_run
     rows = read_rows(folder)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import pretrain
-from trainer import data
+from trainer import data, show_batch
 from trainer.config import RunConfig
 from trainer.errors import UsageError
 from trainer.output import sinks
+from trainer.run_folder import Run, RunFolder
 from trainer_in_process import refused
 from trainer_process import (
     assert_same_run,
@@ -83,6 +84,28 @@ def test_a_random_batch_is_the_same_for_any_number_of_hosts():
 def test_a_rewind_needs_two_checkpoints():
     with pytest.raises(UsageError, match="keep_checkpoints must be >= 2"):
         RunConfig(rewind=1, keep_checkpoints=1)
+
+
+def test_show_batch_puts_the_parts_of_a_stream_together(tmp_path, capsys):
+    """Each of two hosts reads one file, in which every letter is the same."""
+    pytest.importorskip("datasets")
+    for name in ("train-a", "train-b", "validation"):
+        text = json.dumps({"text": name[-1] * 20_000}) + "\n"
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    config = RunConfig.from_settings(
+        data=f"hf:{tmp_path}", batch_size=4, sequence_length=16, optimizers=("adam",)
+    )
+    digest = data.load(config).digest
+    folder = RunFolder(tmp_path / "run")
+    folder.create(Run(config, None, hosts=2, data_digest=digest))
+    begun = row(1, batch=3, fault=None, skipped="loss spike")
+    sinks.write(folder.metrics, [begun])
+    assert show_batch.run(folder, 1, (), skip_bad_data=0) == 0
+    announced, *sequences = capsys.readouterr().out.split("--- sequence ")
+    assert announced == "Batch 3\n  step 1 of adam: loss 2.000, skipped (loss spike)\n"
+    texts = [sequence.splitlines()[1] for sequence in sequences]
+    first, second = (set("".join(half)) for half in (texts[:2], texts[2:]))
+    assert {*first, *second} == {"a", "b"} and not first & second
 
 
 @pytest.fixture(scope="module")

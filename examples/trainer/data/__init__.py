@@ -73,9 +73,14 @@ def load(config: RunConfig, host: Host = ONE_HOST, *, skip_bad_data: int = 0) ->
       shards may be broken: what cannot be read of them is left out.
     """
     rows = rows_per_host(config, host)
-    if config.data is not None and config.data.startswith(hf_stream.PREFIX):
+    if is_streamed(config):
         return load_stream(config, host, rows, skip_bad_data)
     return load_files(config, host, rows)
+
+
+def is_streamed(config: RunConfig) -> bool:
+    """Returns whether the data is a data set of the Hugging Face hub."""
+    return config.data is not None and config.data.startswith(hf_stream.PREFIX)
 
 
 def rows_per_host(config: RunConfig, host: Host) -> int:

@@ -67,6 +67,9 @@ class Progress:
         """Begins to show `optimizer`, which may already be trained in part."""
         self._clipped = metrics.clipped_so_far(state.opt_state)
         if self._bars:
+            for task in self._bars.tasks:
+                if task.description == optimizer:  # It goes back to a checkpoint.
+                    self._bars.remove_task(task.id)
             self._task = self._bars.add_task(
                 optimizer,
                 total=self._config.steps,

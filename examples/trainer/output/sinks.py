@@ -72,14 +72,25 @@ def finite(value: Any) -> Any:
 
 
 def scalars(row: Row, tensor_names: Iterable[str]) -> dict[str, float]:
-    """Returns the numbers of a row by name, those of tensors only every few steps."""
-    row = finite(row)
-    others = ("optimizer", "step", "batch", "fault", "skipped", "tensors")
-    numbers = {name: value for name, value in row.items() if name not in others}
+    """Returns the numbers of a row by the names of their charts.
+
+    TensorBoard and wandb group charts by what stands before the slash, and sort the
+    groups: "eval", "train", and one group for each kind of number that every tensor
+    has, such as "train_grad_norm". A chart has the numbers of tensors every few steps.
+    """
+    no_numbers = ("optimizer", "step", "batch", "fault", "skipped", "tensors")
+    numbers = {}
+    for name, value in row.items():
+        if name not in no_numbers:
+            is_evaluation = name.startswith("eval_")
+            name = name.replace("_", "/", 1) if is_evaluation else f"train/{name}"
+            numbers[name] = value
+    if "batch" in row:
+        numbers["train/batches_left_out"] = row["batch"] - row["step"]
     if "tensors" in row and row["step"] % TENSORS_EVERY == 0:
         for kind, values in row["tensors"].items():
             for name, value in zip(tensor_names, values, strict=True):
-                numbers[f"{kind}/{name}"] = value
+                numbers[f"train_{kind}/{name}"] = value
     return {name: value for name, value in numbers.items() if value is not None}
 
 
@@ -147,7 +158,9 @@ class TensorBoard:
 class Wandb:
     """Sends the numbers of one optimizer's rows to Weights & Biases.
 
-    The run's id is that of its folder and optimizer: a resumed run goes on there.
+    The run's id is that of its folder and optimizer: a resumed run goes on there. The
+    step is a number among others, because wandb ignores steps that go back, as they do
+    when a run is resumed or rewound.
     """
 
     def __init__(
@@ -162,6 +175,7 @@ class Wandb:
         self._run = wandb.init(
             project=project, id=run_id, name=run_id, config=config, resume="allow"
         )
+        self._run.define_metric("*", step_metric="step")
 
     def __enter__(self) -> "Wandb":
         return self
@@ -170,7 +184,7 @@ class Wandb:
         self._run.finish()
 
     def __call__(self, row: Row) -> None:
-        self._run.log(scalars(row, self._tensor_names), step=row["step"])
+        self._run.log({"step": row["step"], **scalars(row, self._tensor_names)})
 
 
 def import_wandb():
