@@ -9,7 +9,9 @@ the chosen experiments, without faults and with faults:
     noise        three bursts of three steps whose gradients get noise of 1000 times
                  their RMS
     coordinates  in the same steps, one coordinate in 1000 is multiplied by 1000
+    nan          in the same steps, one coordinate in 1000 is not a number
     batches      in the same steps, the batch is random tokens
+    shift        no faults, but the second half of the run reads another text
 
 A run is one compiled program and takes seconds. Several runs are trained side by side.
 Each run leaves a record. A run whose record exists is not repeated, unless the text of

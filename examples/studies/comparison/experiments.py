@@ -1,12 +1,14 @@
 """The experiments of the comparison: each is a question and a grid of runs."""
 
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from studies.comparison import variants
-from studies.comparison.study import Run
+from studies.comparison.study import SCENARIOS, Run
 from trainer.config import RunConfig
+from trainer.data import text_files
 
 MAIN = (
     "adam",
@@ -60,6 +62,7 @@ class Experiment(NamedTuple):
     models: tuple[dict[str, Any], ...] = ({},)  # settings of RunConfig that differ
 
 
+PROSE = os.path.relpath(text_files.PROSE)
 STABLE = {"initialization": "stable", "embedding": "scaled"}
 EXPERIMENTS = {
     "main": Experiment(
@@ -124,6 +127,43 @@ EXPERIMENTS = {
         rates=RATES[1:4],
         models=({}, STABLE),
     ),
+    "guards": Experiment(
+        "Which faults does a guard stop, and does anything stop it for ever?",
+        (
+            *("adam", "adam_clip", "spam", "clip_spam"),
+            *(*variants.GUARDED, *variants.PUBLISHED),
+        ),
+        scenarios=SCENARIOS,
+        rates=RATES[1:4],
+    ),
+    "false alarms": Experiment(
+        "How many steps of a run without faults does a guard skip?",
+        (*variants.GUARDED, *variants.PUBLISHED),
+        scenarios=("clean",),
+        rates=RATES[1:2],
+        models=tuple({"steps": 2000, "data": data} for data in (None, PROSE)),
+    ),
+    "updates": Experiment(
+        "Does clipping the update help, and does a clip that keeps its history?",
+        (
+            *("adam", "adam_clip", "spam", "clip_spam"),
+            *(*variants.UPDATES, *variants.HISTORIES),
+        ),
+        rates=RATES[1:4],
+    ),
+    "attention": Experiment(
+        "Do limits on the attention logits allow higher learning rates?",
+        ("adam",),
+        scenarios=("clean",),
+        rates=(*RATES, 3.2e-2, 6.4e-2),
+        models=(
+            {},
+            {"qk_norm": True},
+            {"attention_softcap": 50.0},
+            {"qk_clip": 100.0},
+            {"qk_clip": 30.0},
+        ),
+    ),
 }
 
 
@@ -165,7 +205,8 @@ def runs_of(
             base.with_settings(
                 learning_rate=rate if rates else rate * RATE_SCALES.get(label, 1),
                 seed=seed,
-                **(model | faults(scenario) | resets(label, base.steps)),
+                **(model | faults(scenario)),
+                **resets(label, model.get("steps", base.steps)),
             ),
         )
         for model, scenario, label, rate, seed in grid
@@ -176,6 +217,8 @@ def faults(scenario: str) -> dict[str, Any]:
     """Returns the settings of RunConfig that describe the faults of a scenario."""
     if scenario == "coordinates":
         return {"spike_rate": 1e-3, "spike_kind": "scale"}
+    if scenario == "nan":
+        return {"spike_rate": 1e-3, "spike_kind": "nan"}
     return {}
 
 

@@ -66,6 +66,11 @@ COLUMNS = {  # heading and explanation
         " the seeds. It is inf if that does not happen before the next burst, or before"
         " the end of the run.",
     ),
+    "skipped": (
+        "steps skipped",
+        "the steps that a guard skipped at the best rate, those with a fault and the"
+        " others, mean over the seeds.",
+    ),
     "diverged": (
         "diverged",
         "the number of runs, at any rate, that ended no better than they began.",
@@ -172,6 +177,7 @@ def cells(result: Result, seconds: dict[str, float]) -> dict[str, str]:
         "sensitivity": number(result.sensitivity, ".3f"),
         "spike_score": f"{result.spike_score:.2f}",
         "spikes_from": number(result.spikes_from, "g"),
+        "skipped": " + ".join(f"{x:.1f}" for x in result.skipped or ()) or "-",
         "worst_jump": number(result.worst_jump, "+.3f"),
         "recovery": number(result.recovery, ".0f"),
         "diverged": f"{result.diverged} of {result.runs}",

@@ -1,12 +1,14 @@
 """Statistics of the comparison's runs, computed from their records alone."""
 
 import itertools
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from spam_optax import functional
+from studies.comparison.study import FAULTLESS
 from studies.engine import Record
 from trainer.config import BURST_LENGTH, RunConfig
 from trainer.output import summary
@@ -14,6 +16,8 @@ from trainer.output import summary
 SPIKE_WINDOW = 100  # steps before a loss, which decide whether it is a spike
 RECOVERY_WINDOW = 10  # steps whose mean loss shows that a run has recovered
 HIGH_RATE_FACTOR = 4  # of the high rate in the table, times the best one
+
+LIMITS = {"attention_softcap": "attention softcap", "qk_clip": "QK-clip"}
 
 
 class Result(NamedTuple):
@@ -42,6 +46,9 @@ class Result(NamedTuple):
     seconds_per_step: float  # of the fastest run, which was disturbed least
     curve: dict[float, list[float]]  # rate -> final losses of the seeds, capped
     gradient_spikes: dict[float, float]  # rate -> steps that spike, mean over the seeds
+    # Fault steps and other steps that a guard skipped, at the best rate, mean over the
+    # seeds. None: there is no guard.
+    skipped: list[float] | None = None
 
     @property
     def spikes_from(self) -> float | None:
@@ -110,13 +117,32 @@ def result(records: Sequence[Record]) -> Result:
             rate: float(np.mean([gradient_spikes(r) for r in rs]))
             for rate, rs in by_rate.items()
         },
+        skipped=skipped_steps(at_best),
     )
 
 
 def model_of(record: Record) -> str:
-    """Returns the settings of the model that the experiments change."""
-    head = ", untied head" if record["untied_head"] else ""
-    return f"{record['initialization']}, {record['embedding']}{head}"
+    """Returns the settings of model and data that the experiments change."""
+    changed = [record["initialization"], record["embedding"]]
+    changed += ["untied head"] if record["untied_head"] else []
+    changed += ["QK-norm"] if record["qk_norm"] else []
+    for name, text in LIMITS.items():
+        changed += [f"{text} {record[name]:g}"] if record[name] else []
+    changed += [pathlib.Path(record["data"]).name] if record["data"] else []
+    return ", ".join(changed)
+
+
+
+def skipped_steps(records: Sequence[Record]) -> list[float] | None:
+    """Counts the skipped steps, those with a fault and the others: means over runs."""
+    if any(record["skip_reasons"] is None for record in records):
+        return None
+    counts = []
+    for record in records:
+        is_skipped = np.array(record["skip_reasons"]) > 0
+        in_faults = is_skipped[fault_steps(record)].sum()
+        counts.append((in_faults, is_skipped.sum() - in_faults))
+    return np.mean(counts, axis=0).tolist()
 
 
 def sensitivity(means: dict[float, float]) -> float | None:
@@ -141,7 +167,7 @@ def diverged(record: Record) -> bool:
 
 def burst_starts(record: Record) -> tuple[int, ...]:
     """Returns the first steps of the bursts, counted from 1."""
-    if record["scenario"] == "clean":
+    if record["scenario"] in FAULTLESS:
         return ()
     return RunConfig(steps=record["steps"], bursts=record["bursts"]).burst_starts
 

@@ -18,8 +18,11 @@ from studies.comparison import variants
 from trainer import data, model, train_step
 from trainer.config import RunConfig
 from trainer.data import text_files
+from trainer.data.tokenization import BYTES
+from trainer.errors import UsageError
 
-SCENARIOS = ("clean", "noise", "coordinates", "batches")
+FAULTLESS = ("clean", "shift")
+SCENARIOS = (*FAULTLESS, "noise", "coordinates", "nan", "batches")
 DIGITS = 6  # of the losses in a record: the others are noise
 
 
@@ -54,15 +57,19 @@ class Comparison(engine.Study):
         label = re.sub("[^a-z0-9_.]+", "_", run.label)
         return f"{label}-{run.scenario}-{rate:g}-seed{seed}-{digest}"
 
-    def program(self, run: Run) -> tuple[str, RunConfig]:
+    def program(self, run: Run) -> tuple[str, bool, RunConfig]:
         """Returns what is compiled: rate, seed and fault steps are its inputs."""
-        return run.label, dataclasses.replace(run.config, learning_rate=1.0, seed=0)
+        config = dataclasses.replace(run.config, learning_rate=1.0, seed=0)
+        return run.label, run.scenario == "shift", config
 
     def data_digest(self, run: Run) -> str:
-        name = run.config.data
-        if name not in self._text_digests:
-            self._text_digests[name] = text_files.text_digest(name)
-        return self._text_digests[name]
+        names = [run.config.data]
+        if run.scenario == "shift":
+            names.append(str(text_files.PROSE))
+        for name in names:
+            if name not in self._text_digests:
+                self._text_digests[name] = text_files.text_digest(name)
+        return " ".join(self._text_digests[name] for name in names)
 
     def compile(self, run: Run) -> engine.Train:
         return Program(run)
@@ -70,7 +77,8 @@ class Comparison(engine.Study):
     def decode(self, record: engine.Record) -> engine.Record:
         """Returns the results with the settings beside them."""
         results = {name: record[name] for name in RESULTS}
-        return record["settings"] | results
+        reasons = record.get("skip_reasons")  # None: there is no guard
+        return record["settings"] | results | {"skip_reasons": reasons}
 
 
 RESULTS = ("first_eval_loss", "final_eval_loss", "losses", "gradient_norms")
@@ -93,6 +101,11 @@ class Program:
         self._model = model.for_platform(config.model, tokenizer.vocabulary, "cpu")
         self._graphdef, _ = model.abstract(self._model)
         data.check_length("train", self._tokens.train, tokenizer, config)
+        if run.scenario == "shift":
+            check_bytes(config)
+            _, prose, _ = text_files.load(str(text_files.PROSE), config.tokenizer)
+            self._later = prose.train
+            self._tokens = self._tokens._replace(validation=prose.validation)
         self._validation = data.evaluation_batches(
             self._tokens.validation, tokenizer, config
         )
@@ -129,10 +142,16 @@ class Program:
             self._tokens.train, config.sequence_length, config.batch_size, config.seed
         )
         batches = np.stack([source[step] for step in range(config.steps)])
+        if run.scenario == "shift":
+            half = config.steps // 2
+            source = text_files.batches(
+                self._later, config.sequence_length, config.batch_size, config.seed
+            )
+            batches[half:] = [source[step] for step in range(config.steps - half)]
         is_fault_step = np.zeros(config.steps, bool)
         if run.scenario == "batches":
             corrupt(batches, config, self._vocabulary)
-        elif run.scenario != "clean":
+        elif run.scenario not in FAULTLESS:
             is_fault_step[np.array(config.fault_steps) - 1] = True
         return (
             jnp.uint32(config.seed),
@@ -166,16 +185,17 @@ class Program:
         tx = self._transform(seed, rate)
 
         def step(carry, batch):
-            loss, gradient, _ = train_step.gradient_of_batch(
+            loss, gradient, logits = train_step.gradient_of_batch(
                 carry[0], batch[None], self._graphdef, self._config.z_loss
             )
             gradient, *carry = train_step.apply_gradient(
-                gradient, *carry, tx, faults, value=loss
+                gradient, *carry, tx, faults, value=loss, attention_logits=logits
             )
-            return tuple(carry), {
-                "losses": loss,
-                "gradient_norms": optax.tree.norm(gradient),
-            }
+            curves = {"losses": loss, "gradient_norms": optax.tree.norm(gradient)}
+            reason = optax.tree.get(carry[1], "skip_reason")
+            if reason is not None:
+                curves["skip_reasons"] = reason
+            return tuple(carry), curves
 
         evaluate = functools.partial(train_step.evaluate, graphdef=self._graphdef)
         first = evaluate(params, validation)
@@ -183,6 +203,15 @@ class Program:
         carry, curves = jax.lax.scan(step, carry, batches)
         last = evaluate(carry[0], validation)
         return {"first_eval_loss": first, "final_eval_loss": last, **curves}
+
+
+def check_bytes(config: RunConfig) -> None:
+    """Raises unless texts are read as bytes, as two texts share no other tokens."""
+    if config.tokenizer != BYTES.name:
+        raise UsageError(
+            f"the scenario shift needs the tokenizer {BYTES.name}, not"
+            f" {config.tokenizer}"
+        )
 
 
 def corrupt(batches: np.ndarray, config: RunConfig, vocabulary: int) -> None:

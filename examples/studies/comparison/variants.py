@@ -44,6 +44,44 @@ def chain_before(first: Callable[[], optax.GradientTransformation], name: str) -
     return row._replace(make=make)
 
 
+def guarded(name: str, **changes) -> Entry:
+    """Returns the trainer's optimizer `name` inside `skip_spikes`."""
+    row = optimizers.TABLE[name]
+
+    def make(config, learning_rate):
+        return spam_optax.skip_spikes(row.make(config, learning_rate), **changes)
+
+    return row._replace(make=make)
+
+
+def update_clipped(scale: Callable[[RunConfig], Any], resets: bool = False) -> Entry:
+    """Returns an optimizer whose updates are clipped before the learning rate."""
+
+    def make(config, learning_rate):
+        return optax.chain(
+            scale(config),
+            spam_optax.clip_update_norm(),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    return Entry(make, resets=resets)
+
+
+def with_history(threshold: float) -> Entry:
+    """Returns SPAM with a clip that a reset does not interrupt.
+
+    The clip keeps a second moment of its own.
+    """
+
+    def make(config, learning_rate):
+        clip = spam_optax.spam_clip(threshold, b2=optimizers.B2, reset_interval=None)
+        intervals = config.spam_intervals
+        reset = {k: intervals[k] for k in ("reset_interval", "warmup_steps")}
+        return optax.chain(clip, spam_optax.spam_adam(learning_rate, **reset))
+
+    return Entry(make, resets=True)
+
+
 def sparse(density: float) -> Entry:
     """Returns sparse momentum for another fraction of each matrix."""
 
@@ -67,7 +105,34 @@ SWEPT = {
         for x in (0, 0.9)
     },
 }
+GUARDED = {
+    f"guard, {x}": guarded(x) for x in ("adam", "adam_clip", "spam", "clip_spam")
+}
+# As published: mean and standard deviation of all finite values, with no share.
+PUBLISHED = {
+    f"published guard, {x}": guarded(x, robust=False, loss_share=0, norm_share=0)
+    for x in ("adam_clip", "clip_spam")
+}
+HISTORIES = {
+    f"spam, kept history, threshold {x:g}": with_history(x)
+    for x in (50.0, 500.0, 5000.0)
+}
+UPDATES = {
+    "update clip, adam": update_clipped(
+        lambda config: optax.scale_by_adam(optimizers.B1, optimizers.B2)
+    ),
+    "update clip, spam": update_clipped(
+        lambda config: spam_optax.scale_by_spam(
+            threshold=config.threshold, **config.spam_intervals
+        ),
+        resets=True,
+    ),
+}
 VARIANTS = {
+    **GUARDED,
+    **PUBLISHED,
+    **UPDATES,
+    **HISTORIES,
     "spam: neither": spam_with(threshold=NEVER_CLIPS, reset_interval=None),
     "spam: reset": spam_with(threshold=NEVER_CLIPS),
     "spam: clip": spam_with(reset_interval=None),
