@@ -16,7 +16,6 @@ from trainer.output import summary
 SPIKE_WINDOW = 100  # steps before a loss, which decide whether it is a spike
 RECOVERY_WINDOW = 10  # steps whose mean loss shows that a run has recovered
 HIGH_RATE_FACTOR = 4  # of the high rate in the table, times the best one
-
 LIMITS = {"attention_softcap": "attention softcap", "qk_clip": "QK-clip"}
 
 
