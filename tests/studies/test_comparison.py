@@ -92,6 +92,50 @@ def test_scenarios_differ_from_their_first_fault_on():
     assert batches["losses"][first - 1] > clean["losses"][first - 1] + 0.1
 
 
+def test_a_change_of_the_text_comes_in_the_middle_and_stays():
+    shift = run_of("adam_clip", "shift")
+    assert STUDY.program(shift) != STUDY.program(run_of("adam_clip"))
+    assert STUDY.data_digest(shift) != STUDY.data_digest(run_of("adam_clip"))
+    before, after = Program(shift)._inputs(shift), program("adam_clip")
+    clean = after._inputs(run_of("adam_clip"))
+    half = BASE.steps // 2
+    is_same = (before[2] == clean[2]).all(axis=(1, 2))
+    assert is_same[:half].all() and not is_same[half:].any()
+    assert before[4].shape != clean[4].shape or (before[4] != clean[4]).any()
+
+
+def test_a_change_of_the_text_needs_bytes():
+    with pytest.raises(UsageError, match="needs the tokenizer bytes, not bpe:300"):
+        Program(run_of("adam", "shift", tokenizer="bpe:300"))
+
+
+def test_a_guard_records_which_steps_it_skips():
+    run = run_of("guard, adam_clip", "nan", learning_rate=8e-3)
+    assert run.config.spike_kind == "nan"
+    results = Program(run)(run, lambda fraction: None)
+    record = STUDY.decode({"settings": STUDY.settings(run)} | results)
+    skipped = np.flatnonzero(record["skip_reasons"]) + 1
+    assert skipped.tolist() == list(BASE.fault_steps)
+    line = statistics.result([record])
+    assert line.skipped == [len(BASE.fault_steps), 0]
+    table = report.markdown("guards", [line], [])
+    assert f"| {len(BASE.fault_steps)}.0 + 0.0 |" in table
+
+
+def test_limits_on_the_logits_are_part_of_the_model():
+    models = [
+        statistics.model_of(STUDY.settings(run))
+        for run in experiments.runs_of("attention", experiments.BASE, [0])
+    ]
+    assert list(dict.fromkeys(models)) == [
+        "standard, plain",
+        "standard, plain, QK-norm",
+        "standard, plain, attention softcap 50",
+        "standard, plain, QK-clip 100",
+        "standard, plain, QK-clip 30",
+    ]
+
+
 def test_coordinate_spikes_hit_one_in_a_thousand():
     this = run_of("adam", "coordinates")
     assert this.config.spike_rate == 1e-3
@@ -223,6 +267,7 @@ def record(rate=1e-3, seed=0, final=2.0, scenario="clean", **changes):
         "optimizer_bytes": 800,
         "parameters": 100,
         "seconds_per_step": 0.1,
+        "skip_reasons": None,
     } | changes
 
 

@@ -151,7 +151,7 @@ def markdown(name: str, results: Sequence[Result], unfinished: Sequence[str]) ->
     seconds = {}  # of the fastest run of any scenario: the program is the same
     for result in results:
         known = seconds.get(result.label, np.inf)
-        seconds[result.label] = min(known, result.seconds_per_step)
+        seconds[result.label] = min(known, result.seconds_per_step or np.inf)
     for (scenario, model), group in grouped(results):
         rows = [cells(result, seconds) for result in group]
         shown = [key for key in COLUMNS if any(row[key] != "-" for row in rows)]
@@ -167,7 +167,7 @@ def markdown(name: str, results: Sequence[Result], unfinished: Sequence[str]) ->
 def cells(result: Result, seconds: dict[str, float]) -> dict[str, str]:
     """Returns the row of a table; `seconds` has the step time of each optimizer."""
     number = summary.number
-    time = seconds[result.label] / seconds["adam"] if "adam" in seconds else None
+    time = seconds[result.label] / seconds.get("adam", np.inf)
     return {
         "label": result.label,
         "best_rate": f"{result.best_rate:g}{'*' if result.is_at_edge else ''}",
@@ -182,7 +182,7 @@ def cells(result: Result, seconds: dict[str, float]) -> dict[str, str]:
         "recovery": number(result.recovery, ".0f"),
         "diverged": f"{result.diverged} of {result.runs}",
         "bytes_per_parameter": f"{result.bytes_per_parameter:.2f}",
-        "time": number(time, ".2f"),
+        "time": number(time if 0 < time < np.inf else None, ".2f"),
     }
 
 

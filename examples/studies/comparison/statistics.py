@@ -42,7 +42,8 @@ class Result(NamedTuple):
     diverged: int  # runs, of all rates, that ended no better than they began
     runs: int
     bytes_per_parameter: float  # of the optimizer's state
-    seconds_per_step: float  # of the fastest run, which was disturbed least
+    # Of the fastest run, which was disturbed least. None: it was not measured alone.
+    seconds_per_step: float | None
     curve: dict[float, list[float]]  # rate -> final losses of the seeds, capped
     gradient_spikes: dict[float, float]  # rate -> steps that spike, mean over the seeds
     # Fault steps and other steps that a guard skipped, at the best rate, mean over the
@@ -129,7 +130,6 @@ def model_of(record: Record) -> str:
         changed += [f"{text} {record[name]:g}"] if record[name] else []
     changed += [pathlib.Path(record["data"]).name] if record["data"] else []
     return ", ".join(changed)
-
 
 
 def skipped_steps(records: Sequence[Record]) -> list[float] | None:
