@@ -316,6 +316,33 @@ def test_models_of_one_optimizer_share_a_panel():
         assert sorted(text.get_text() for text in legend.get_texts()) == names
 
 
+def test_the_figure_of_faults_shows_what_each_kind_costs():
+    finals = {
+        ("spam", "clean"): 2.0,
+        ("spam", "noise"): 2.3,
+        ("spam", "batches"): 2.1,
+        ("spam", "shift"): 2.9,  # another text: its loss cannot be compared
+        ("adam", "clean"): 1.9,
+        ("adam", "noise"): 1.95,
+        ("adam", "batches"): None,
+    }
+    results = statistics.results(
+        [record(final=x, label=label, scenario=s) for (label, s), x in finals.items()]
+    )
+    assert report.is_about_faults(results)
+    (axis,) = report.figure_of_costs(results).axes
+    assert [x.get_text() for x in axis.get_yticklabels()] == ["spam", "adam"]
+    drawn = {
+        (x.get_label(), x.get_marker()): x.get_xdata()
+        for x in axis.lines
+        if len(x.get_xdata())
+    }
+    np.testing.assert_allclose(sorted(drawn["noise", "o"]), [0.05, 0.3])
+    np.testing.assert_allclose(drawn["batches", "o"], [0.1])
+    (edge,) = (x for (_, marker), x in drawn.items() if marker == ">")
+    assert edge == [axis.get_xlim()[1]] and edge[0] > 0.3
+
+
 BURSTS = RunConfig.from_settings(steps=200, bursts=2).burst_starts
 
 

@@ -13,7 +13,7 @@ from studies import engine
 from studies.comparison import statistics
 from studies.comparison.experiments import EXPERIMENTS
 from studies.comparison.statistics import Result
-from studies.comparison.study import Comparison, Run
+from studies.comparison.study import FAULTLESS, Comparison, Run
 from trainer import files
 from trainer.output import summary
 
@@ -113,7 +113,8 @@ def write(study: Comparison, grids: dict[str, list[Run]], folder: pathlib.Path) 
         tables.append(markdown(name, found, unfinished))
         if found:
             numbers[name] = [result.to_json() for result in found]
-            figure(found).savefig(folder / f"{name}.png")
+            draw = figure_of_costs if is_about_faults(found) else figure
+            draw(found).savefig(folder / f"{name}.png")
     text = "\n".join(["# Comparison\n", *tables, explanations()])
     files.replace(folder / "comparison.md", text)
     text = json.dumps(numbers, indent=1, allow_nan=False)
@@ -222,7 +223,63 @@ def grouped(
     return itertools.groupby(results, lambda result: (result.scenario, result.model))
 
 
-# ------------------------------------------------------------------------- the figure
+# ------------------------------------------------------------------------ the figures
+
+
+def is_about_faults(results: Sequence[Result]) -> bool:
+    """Returns whether an experiment has several kinds of faults to compare."""
+    scenarios = {result.scenario for result in results}
+    return "clean" in scenarios and len(scenarios - {"clean", *FAULTLESS}) > 1
+
+
+def figure_of_costs(results: Sequence[Result]) -> matplotlib.figure.Figure:
+    """Draws how much each kind of fault raises the final loss of each optimizer."""
+    clean = {x.label: x.final_loss for x in results if x.scenario == "clean"}
+    rows = [x for x in results if x.scenario not in FAULTLESS and x.label in clean]
+    kinds = sorted({x.scenario for x in rows})
+    labels = sorted(clean, key=lambda label: worst_cost(label, rows, clean))
+    going = [x.final_loss - clean[x.label] for x in rows if x.diverged < x.runs]
+    edge = 1.15 * max([*going, 0.01])
+    drawn = matplotlib.figure.Figure(
+        figsize=(9, 1.4 + 0.32 * len(labels)), layout="constrained", dpi=150
+    )
+    axis = drawn.subplots()
+    for number, kind in enumerate(kinds):
+        shift = (number - (len(kinds) - 1) / 2) * 0.16
+        for has_diverged, marker in ((False, "o"), (True, ">")):
+            of_kind = [
+                x
+                for x in rows
+                if x.scenario == kind and (x.diverged == x.runs) == has_diverged
+            ]
+            axis.plot(
+                [
+                    edge if has_diverged else x.final_loss - clean[x.label]
+                    for x in of_kind
+                ],
+                [labels.index(x.label) + shift for x in of_kind],
+                marker,
+                color=COLORS[number],
+                markersize=6,
+                clip_on=False,
+                label=kind if not has_diverged else None,
+            )
+    axis.set_yticks(range(len(labels)), labels)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.set_xlim(min([*going, 0]) - 0.01, edge)
+    axis.set_xlabel("final loss with the faults minus that without, nats; > diverged")
+    axis.grid(alpha=0.3)
+    drawn.legend(loc="outside right upper", fontsize=8)
+    return drawn
+
+
+def worst_cost(
+    label: str, rows: Sequence[Result], clean: dict[str, float]
+) -> tuple[bool, float]:
+    """Returns whether an optimizer ever diverged, and what the worst faults cost it."""
+    own = [x for x in rows if x.label == label]
+    ended = [x.final_loss for x in own if x.diverged < x.runs]
+    return len(ended) < len(own), max(ended, default=clean[label]) - clean[label]
 
 
 def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
