@@ -11,7 +11,7 @@ import pytest
 
 import compare
 import pretrain
-from studies.comparison import experiments, report, statistics, variants
+from studies.comparison import experiments, report, statistics, study, variants
 from studies.comparison.statistics import Result
 from studies.comparison.study import Comparison, Program, Run
 from trainer import loop, optimizers, sharding, train_step
@@ -437,6 +437,37 @@ def test_the_committed_page_has_the_tables_of_the_committed_numbers():
         lines = report.markdown(name, results, []).splitlines()
         assert set(lines) <= set(page)
     assert set(report.explanations().splitlines()) <= set(page)
+
+
+def test_the_table_of_faults_shows_the_committed_numbers():
+    names = {
+        "Adam": "adam",
+        "Adam, norm clipped": "adam_clip",
+        "SPAM": "spam",
+        "SPAM, norm clipped": "clip_spam",
+    }
+    stored = json.loads((RESULTS / "comparison.json").read_text())["guards"]
+    found = {(r["label"], r["scenario"]): r for r in stored}
+    page = (RESULTS / "comparison.md").read_text()
+    table = page.partition("| final loss | clean |")[2].partition("\n\n")[0]
+    heading, _, *rows = table.splitlines()
+    scenarios = ["clean", *heading.strip(" |").split(" | ")]
+    assert sorted(scenarios) == sorted(study.SCENARIOS)
+    assert len(rows) == len({label for label, _ in found}) == 10
+    for row in rows:
+        name, *cells = row.strip("| ").split(" | ")
+        name, _, guard = name.partition(" in ")
+        kinds = {
+            "": "",
+            "a guard": "guard, ",
+            "the published guard": "published guard, ",
+        }
+        for scenario, cell in zip(scenarios, cells, strict=True):
+            result = found[kinds[guard] + names[name], scenario]
+            has_diverged = result["diverged"] == result["runs"]
+            assert cell == (
+                "diverged" if has_diverged else f"{result['final_loss']:.3f}"
+            )
 
 
 # ------------------------------------------------------------------------- the program
