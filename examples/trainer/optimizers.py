@@ -279,6 +279,15 @@ TABLE = {
 }
 
 
+def limit_logits(
+    transform: optax.GradientTransformation, config: RunConfig
+) -> optax.GradientTransformation:
+    """Puts QK-clip behind an optimizer, if the run has it."""
+    if config.model.qk_clip is None:
+        return transform
+    return optax.chain(transform, spam_optax.qk_clip(config.model.qk_clip))
+
+
 def make(name: str, config: RunConfig) -> Optimizer:
     """Makes the optimizer called `name`, with spike statistics in its state.
 
@@ -290,9 +299,7 @@ def make(name: str, config: RunConfig) -> Optimizer:
     entry = TABLE[name]
     learning_rate = schedule(config)
     try:
-        transform = entry.make(config, learning_rate)
-        if config.model.qk_clip is not None:
-            transform = optax.chain(transform, spam_optax.qk_clip(config.model.qk_clip))
+        transform = limit_logits(entry.make(config, learning_rate), config)
         is_guarded = config.guard or entry.guarded
         if is_guarded:
             transform = spam_optax.skip_spikes(transform, needs_loss=True)

@@ -136,6 +136,14 @@ def test_limits_on_the_logits_are_part_of_the_model():
     ]
 
 
+def test_qk_clip_changes_a_run_as_soon_as_a_logit_is_too_large():
+    losses = []
+    for threshold in (1e-3, 1e3):
+        run = run_of("adam", learning_rate=8e-3, qk_clip=threshold)
+        losses.append(Program(run)(run, lambda fraction: None)["losses"])
+    assert losses[0][:1] == losses[1][:1] and losses[0] != losses[1]
+
+
 def test_coordinate_spikes_hit_one_in_a_thousand():
     this = run_of("adam", "coordinates")
     assert this.config.spike_rate == 1e-3

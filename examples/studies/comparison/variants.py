@@ -159,6 +159,7 @@ def make(
     """Returns the transformation for a peak learning rate, which may be traced."""
     unit = optimizers.schedule(dataclasses.replace(config, learning_rate=1.0))
     try:
-        return row_of(label).make(config, lambda step: learning_rate * unit(step))
+        transform = row_of(label).make(config, lambda step: learning_rate * unit(step))
+        return optimizers.limit_logits(transform, config)
     except ValueError as error:
         raise UsageError(f"{label}: {error}") from error
