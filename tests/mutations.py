@@ -230,7 +230,7 @@ def first_failure(mistake: Mistake) -> str | None:
             )
         path.write_text(text.replace(mistake.right, mistake.wrong), encoding="utf-8")
         names = mistake.tests.split()
-        likely = [str(next(copy.glob(f"tests/*/{name}.py"))) for name in names]
+        likely = [str(next(copy.glob(f"tests/**/{name}.py"))) for name in names]
         return failure_of(copy, likely) or failure_of(copy, ["-n2"])
 
 
