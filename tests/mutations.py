@@ -68,7 +68,7 @@ MISTAKES = {
         "test_spam",
     ),
     "ramp before the first reset": Mistake(
-        "spam_optax/functional/reset.py",
+        "spam_optax/_schedule.py",
         "(position < warmup_steps) & (position < step)",
         "position < warmup_steps",
         "test_functional test_spam",
