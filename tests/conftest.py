@@ -31,7 +31,12 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Gives each file to one worker, so that no fixture of a file is made twice."""
+    """Gives each file to one worker, so that no fixture of a file is made twice.
+
+    Slow tests share little, and would leave a worker without work at the end.
+    """
+    if config.option.markexpr != "not slow":
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     return LoadFileScheduling(config, log)

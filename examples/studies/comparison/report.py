@@ -288,13 +288,17 @@ def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
     If there is one optimizer only, its models share a panel.
     """
     if len({result.label for result in results}) == 1:
-        results = [x._replace(label=x.model, model=x.label) for x in results]
+        common = common_beginning([x.model for x in results])
+        results = [
+            x._replace(label=x.model.removeprefix(common), model=x.label)
+            for x in results
+        ]
     panels = [(key, list(group)) for key, group in grouped(results)]
     labels = list(dict.fromkeys(result.label for result in results))
     drawn = matplotlib.figure.Figure(
         figsize=(5 * len(panels) + 2.6, 4.6), layout="constrained", dpi=150
     )
-    axes = drawn.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    axes = drawn.subplots(1, len(panels), squeeze=False)[0]
     for axis, ((scenario, model), rows) in zip(axes, panels, strict=True):
         for row in rows:
             draw_curve(axis, row, labels.index(row.label))
@@ -304,9 +308,12 @@ def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
         axis.set_xlabel("peak learning rate")
         axis.set_title(f"{scenario}; {model}", fontsize=10)
         axis.grid(alpha=0.3)
-    best = min(row.final_loss for row in results)
-    worst = max(max(row.curve[row.best_rate]) for row in results)
-    axes[0].set_ylim(best - 0.05, worst + max(0.5, 0.5 * (worst - best)))
+        best = min(row.final_loss for row in rows)
+        worst = max(max(row.curve[row.best_rate]) for row in rows)
+        highest = max(np.mean(losses) for row in rows for losses in row.curve.values())
+        margin = 0.05 * (highest - best)
+        top = min(highest, worst + max(0.5, 0.5 * (worst - best)))
+        axis.set_ylim(best - margin, top + margin)
     axes[0].set_ylabel("final evaluation loss, nats")
     handles = {}
     for axis in axes:
@@ -317,6 +324,13 @@ def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
         ordered.values(), ordered.keys(), loc="outside right upper", fontsize=8
     )
     return drawn
+
+
+def common_beginning(models: Sequence[str]) -> str:
+    """Returns the settings with which all models but the plain one begin."""
+    plain = min(models, key=len)
+    begins = all(x == plain or x.startswith(f"{plain}, ") for x in models)
+    return f"{plain}, " if begins else ""
 
 
 def draw_curve(axis, result: Result, number: int) -> None:

@@ -328,12 +328,12 @@ def draw_spikes(panel, curves: dict[str, Curves], config: RunConfig) -> None:
     bucket = summary.bucket_size(config.steps)
     sparse = bucket == 1
     panel.set_ylabel("coordinates" if sparse else f"most in {bucket:,} steps")
-    draw_resets(panel, config)
     points = {
         name: curve.thin("spikes_clipped", summary.largest)
         for name, curve in curves.items()
         if any(row["spikes_clipped"] for row in curve.steps)
     }
+    draw_resets(panel, config, any_skipped({name: curves[name] for name in points}))
     shown = zip(points.items(), MARKERS.items(), strict=False)
     for offset, ((name, (numbers, counts)), (marker, word)) in enumerate(shown):
         color = curves[name].color
@@ -362,8 +362,11 @@ def draw_spikes(panel, curves: dict[str, Curves], config: RunConfig) -> None:
     panel.set_ylim(0, 3 * highest)
 
 
-def draw_resets(panel, config: RunConfig) -> None:
-    """Lines where SPAM's momentum resets, and the title that explains them."""
+def draw_resets(panel, config: RunConfig, has_skips: bool) -> None:
+    """Lines where SPAM's momentum resets, and the title that explains them.
+
+    Inside a guard the resets come later, by the number of skipped steps.
+    """
     interval = config.spam_intervals["reset_interval"]
     resets = range(interval, config.steps, interval)
     if len(resets) <= MOST_RESETS:
@@ -373,8 +376,12 @@ def draw_resets(panel, config: RunConfig) -> None:
     else:
         when = f"Its momentum resets every {interval:,} steps"
     grace = config.spam_intervals["grace_steps"]
-    panel.set_title(
+    title = (
         f"Coordinates that SPAM clipped. {when};"
-        f" nothing is clipped in the {grace} steps after one.",
-        loc="left",
+        f" nothing is clipped in the {grace} steps after one."
     )
+    if has_skips:
+        title += (
+            "\nInside a guard, skipped steps do not count, and the resets come later."
+        )
+    panel.set_title(title, loc="left")
