@@ -311,7 +311,7 @@ def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
         best = min(row.final_loss for row in rows)
         worst = max(max(row.curve[row.best_rate]) for row in rows)
         highest = max(np.mean(losses) for row in rows for losses in row.curve.values())
-        margin = 0.05 * (highest - best)
+        margin = 0.05 * max(highest - best, 0.1)
         top = min(highest, worst + max(0.5, 0.5 * (worst - best)))
         axis.set_ylim(best - margin, top + margin)
     axes[0].set_ylabel("final evaluation loss, nats")
