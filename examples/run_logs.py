@@ -26,6 +26,13 @@ NORM = (
     "norm",
 )
 Row = dict[str, Any]
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    RecursionError,
+    csv.Error,
+    zipfile.BadZipFile,
+)
 
 
 class Log(NamedTuple):
@@ -57,7 +64,7 @@ def read(
     path = pathlib.Path(path)
     try:
         rows = [row for row in rows_of(path) if row]
-    except (ValueError, TypeError, csv.Error, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
@@ -109,8 +116,13 @@ def rows_of(path: pathlib.Path) -> Iterable[Row]:
                 rows = list(csv.DictReader(file))
             return [{k: v for k, v in row.items() if k and v} for row in rows]
         case ".npz":
+            with path.open("rb") as file:
+                if not zipfile.is_zipfile(file):
+                    raise ValueError("expected a file that numpy.savez wrote")
             with np.load(path) as arrays:
                 columns = {k: x.tolist() for k, x in arrays.items() if x.ndim == 1}
+            if len({len(x) for x in columns.values()}) > 1:
+                raise ValueError("expected arrays of one length")
             rows = zip(*columns.values(), strict=True)
             return [dict(zip(columns, row, strict=True)) for row in rows]
     raise ValueError("expected .jsonl, .json, .csv, .npz or TensorBoard's event files")
@@ -199,7 +211,7 @@ def merged(
         step = index
         if step_name is not None:
             try:
-                step = int(float(row[step_name]))
+                step = int(np.int64(float(row[step_name])))
             except (KeyError, ValueError, TypeError, OverflowError) as error:
                 raise UsageError(
                     f"{path}: the column {step_name} has {row.get(step_name)!r},"
@@ -234,6 +246,10 @@ def values(
     column = [row[name] for row in rows.values()]
     try:  # A null in JSON stands for NaN or infinity.
         numbers = [math.nan if x is None else float(x) for x in column]
+    except OverflowError as error:
+        raise UsageError(f"{path}: the column {name} has a number above 1e308") from (
+            error
+        )
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path}: the column {name} has no numbers") from error
     with np.errstate(over="ignore"):

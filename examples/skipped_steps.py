@@ -29,6 +29,7 @@ from run_logs import Log
 from spam_optax import SkipReason, functional
 from studies import engine
 from trainer import cli
+from trainer.errors import UsageError
 from trainer.metrics import reason_text
 
 CURVE, SKIPPED = "#777777", "#D55E00"
@@ -130,7 +131,10 @@ def show(options: argparse.Namespace) -> list[engine.Failure]:
     if options.picture is not None:
         figure = matplotlib.figure.Figure()
         draw(figure, log, reasons)
-        figure.savefig(options.picture)
+        try:
+            figure.savefig(options.picture)
+        except ValueError as error:
+            raise UsageError(f"{options.picture}: {error}") from error
     return []
 
 

@@ -156,6 +156,10 @@ BAD = {
     "state.json": ('{"step": 3}', "expected a trainer_state.json, with a log_history"),
     "bytes.csv": (b"\xff\xfe\x00", "cannot be read: 'utf-8' codec"),
     "text.npz": ("a", "cannot be read: "),
+    "empty.npz": ("", "expected a file that numpy.savez wrote"),
+    "deep.json": ("[" * 200_000, "cannot be read: "),
+    "huge.jsonl": (f'{{"loss": 1{"0" * 400}}}', "the column loss has a number above"),
+    "huge_step.csv": ("step,loss\n1e300,2\n", "the column step has '1e300'"),
     "a.tfevents": ("no events, but a text", "a.tfevents is no event file"),
 }
 
@@ -173,6 +177,19 @@ def test_mistakes_get_one_line_with_the_name_of_the_file(tmp_path, capsys, name)
         skipped_steps.main([str(tmp_path / name)])
     assert exit_.value.code == 2
     assert capsys.readouterr().err == f"skipped_steps.py: error: {caught.value}\n"
+
+
+def test_mistakes_in_arrays_and_pictures_get_one_line(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", loss=np.ones(3), step=np.arange(2))
+    with pytest.raises(UsageError, match=r"a\.npz cannot be read: expected arrays of"):
+        run_logs.read(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", loss=np.ones(3))
+    with pytest.raises(SystemExit) as exit_:
+        picture = str(tmp_path / "b.xyz")
+        skipped_steps.main([str(tmp_path / "b.npz"), "--picture", picture])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "b.xyz: Format 'xyz' is not supported" in error and error.count("\n") == 1
 
 
 def test_program_lists_the_steps_and_draws_them(tmp_path, capsys):
