@@ -54,8 +54,8 @@ def clip_update_norm(
     clipped because they grow.
 
     Args:
-      window: Number of updates that an update is compared with, at least 2. It decides
-        shapes, so it must be a Python number.
+      window: Number of updates that an update is compared with, from 2 to
+        65536. It decides shapes, so it must be a Python number.
       sigma: Number of deviations by which a norm may exceed the median, > 0.
       share: Share of the median norm by which a norm may always exceed it, >= 0.
       min_history: Number of updates in the window before one is clipped, from 2 to

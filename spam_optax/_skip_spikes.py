@@ -73,11 +73,14 @@ def skip_spikes(
 
     Inside ``optax.MultiSteps`` the norm is that of the accumulated gradient, and the
     loss is that of the last micro-batch. Pass no loss there, or the mean of the losses.
+    Also pass ``should_skip_update_fn=optax.skip_not_finite`` to ``optax.MultiSteps``.
+    Without it, one gradient that is not finite stays in its sum, and every later step
+    is skipped.
 
     Args:
       inner: The optimizer, for example ``spam(1e-3)``.
-      window: Number of accepted steps that a step is compared with, at least 2. It
-        decides shapes, so it must be a Python number.
+      window: Number of accepted steps that a step is compared with, from 2 to
+        65536. It decides shapes, so it must be a Python number.
       sigma: Number of deviations by which a spike exceeds the median, > 0.
       loss_share: Share of the median loss by which a spike must also exceed it, >= 0.
       norm_share: Share of the median norm by which a spike must also exceed it, >= 0.
@@ -201,7 +204,7 @@ def _scalar(name: str, value: Any) -> jax.Array:
         array = jnp.asarray(value)
     except (TypeError, ValueError):
         array = None
-    if array is None or array.ndim or not jnp.isrealobj(array):
+    if array is None or array.ndim or not _validate.is_real(array):
         raise TypeError(
             f"{_validate.caller()}: {name} must be a real scalar, got "
             f"{_validate.shown(value)}."

@@ -132,6 +132,12 @@ def _is_array(value: Any) -> bool:
     )
 
 
+def is_real(array: jax.Array) -> bool:
+    """Checks whether an array has real numbers or booleans, not PRNG keys."""
+    kinds = (jnp.bool_, jnp.integer, jnp.floating)
+    return any(jnp.issubdtype(array.dtype, kind) for kind in kinds)
+
+
 def _as_float32(value: int | float) -> float:
     """Returns `value` as float32 arithmetic treats it.
 

@@ -168,6 +168,8 @@ def test_the_names_under_which_trainers_pass_the_loss():
         tx.update(params, state, params, value=1.0, loss=1.0)
     with pytest.raises(TypeError, match="skip_spikes: value must be a real scalar"):
         tx.update(params, state, params, value=jnp.ones(2))
+    with pytest.raises(TypeError, match="skip_spikes: value must be a real scalar"):
+        tx.update(params, state, params, value=jax.random.key(0))
     strict = spam_optax.skip_spikes(optax.adam(0.1), needs_loss=True)
     with pytest.raises(ValueError, match="skip_spikes: update needs the loss"):
         strict.update(params, state, params)
@@ -214,6 +216,20 @@ def test_multi_steps_gives_it_the_accumulated_gradient_and_the_last_loss():
         _, state = tx.update(jnp.array([g]), state, params, value=loss)
     inner = state.inner_opt_state
     assert inner.history.skip_losses[0] == 2 and inner.history.skip_norms[0] == 4
+
+
+def test_multi_steps_needs_to_leave_out_gradients_that_are_not_finite():
+    """Otherwise they stay in its sum, and every later step is skipped."""
+    params = jnp.zeros(1)
+    for skip, reason in (
+        ({}, 8),
+        ({"should_skip_update_fn": optax.skip_not_finite}, 0),
+    ):
+        tx = optax.MultiSteps(spam_optax.skip_spikes(optax.sgd(0.1)), 2, **skip)
+        state = tx.init(params)
+        for g in (1.0, 1.0, jnp.nan, 1.0, 1.0, 1.0, 1.0, 1.0):
+            _, state = tx.update(jnp.array([g]), state, params)
+        assert state.inner_opt_state.skip_reason == reason
 
 
 def test_statistics_have_names_of_their_own():
