@@ -100,7 +100,8 @@ def qk_clip(
     Raises:
       ValueError: If an argument is out of range. ``update`` raises it if parameters or
         ``attention_logits`` are missing, or do not fit the tensors found.
-      TypeError: If an argument is of the wrong type.
+      TypeError: If an argument, or the dtype of a parameter, of an update or of
+        ``attention_logits``, is of the wrong type.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -151,9 +152,13 @@ def qk_clip(
     ) -> tuple[optax.Updates, QKClipState]:
         del extra_args
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError(
+                f"{_validate.caller()}: update needs the parameters, got None; pass "
+                "update(updates, state, params, ...)."
+            )
         structure = jax.tree.structure(params)
-        tensors = structure.flatten_up_to(find_tensors(params))
+        tensors = _tensors_of(find_tensors(params), params)
+        updates = _updates_of(updates, params, tensors)
         logits = _logits_of(attention_logits, tensors)
         factors: dict[tuple[str, str], jax.Array] = {}
         for name, of_attention in logits.items():
@@ -161,7 +166,7 @@ def qk_clip(
             pair = functional.qk_clip_factors(
                 of_attention,
                 num_kv_heads,
-                jnp.inf if threshold is None else threshold,
+                jnp.asarray(jnp.inf) if threshold is None else threshold,
                 balance,
             )
             factors |= zip(((name, kind) for kind in _KINDS), pair, strict=True)
@@ -175,12 +180,7 @@ def qk_clip(
             less = functional.scale_heads(moved, factor - 1, *_axes(tensor, factor))
             return (_arithmetic.widen(u) + less).astype(u.dtype)
 
-        rows = zip(
-            jax.tree.leaves(params),
-            structure.flatten_up_to(updates),
-            tensors,
-            strict=True,
-        )
+        rows = zip(jax.tree.leaves(params), updates, tensors, strict=True)
         clipped = structure.unflatten([clip(*row) for row in rows])
         largest = jnp.stack([jnp.max(x) for x in logits.values()]).max()
         count = jnp.zeros([], jnp.int32)
@@ -292,6 +292,47 @@ def _refuse_norms(params: optax.Params, attentions: Collection[str]) -> None:
                 )
 
 
+def _tensors_of(found: Any, params: optax.Params) -> list[HeadTensor | None]:
+    """Returns the description of each parameter. Raises if `found` is no such tree."""
+    structure = jax.tree.structure(params)
+    try:
+        tensors = structure.flatten_up_to(found)
+    except (KeyError, TypeError, ValueError):
+        tensors = [found]
+    wrong = [x for x in tensors if not isinstance(x, HeadTensor | None)]
+    if wrong or len(tensors) != structure.num_leaves or not any(tensors):
+        raise ValueError(
+            f"{_validate.caller()}: find must return a tree like params with at least "
+            f"one HeadTensor, and None for others, got {_validate.shown(found)}."
+        )
+    return tensors
+
+
+def _updates_of(
+    updates: optax.Updates, params: optax.Params, tensors: list[HeadTensor | None]
+) -> list[Any]:
+    """Returns the update of each parameter. Raises if one to clip does not fit."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    try:
+        got = structure.flatten_up_to(updates)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{_validate.caller()}: updates must be a tree like the parameters "
+            f"{structure}, got {jax.tree.structure(updates)}."
+        ) from None
+    for (path, p), u, tensor in zip(leaves, got, tensors, strict=True):
+        if u is None or tensor is None:
+            continue
+        _validate.check_inexact(path, p)
+        _validate.check_inexact(path, u, "update")
+        if jnp.shape(u) != jnp.shape(p):
+            raise ValueError(
+                f"{_validate.caller()}: the update at {_validate.place(path)} must "
+                f"have the shape {jnp.shape(p)} of its parameter, got {jnp.shape(u)}."
+            )
+    return got
+
+
 def _logits_of(given: Any, tensors: list[HeadTensor | None]) -> dict[str, jax.Array]:
     """Returns the logits of each attention layer, float32."""
     names = sorted({tensor.attention for tensor in tensors if tensor is not None})
@@ -303,14 +344,29 @@ def _logits_of(given: Any, tensors: list[HeadTensor | None]) -> dict[str, jax.Ar
     if not isinstance(given, Mapping):
         if len(names) > 1:
             raise ValueError(
-                f"{_validate.caller()}: {needed}, as a dictionary, got {type(given)}."
+                f"{_validate.caller()}: {needed}, as a dictionary, got "
+                f"{_validate.shown(given)}."
             )
         given = {names[0]: given}
     if set(given) != set(names):
         raise ValueError(
-            f"{_validate.caller()}: {needed}, got those of {', '.join(sorted(given))}."
+            f"{_validate.caller()}: {needed}, got those of "
+            f"{', '.join(sorted(map(str, given))) or 'no layer'}."
         )
-    return {name: jnp.asarray(given[name]).astype(jnp.float32) for name in names}
+    return {name: _read_logits(name, given[name]) for name in names}
+
+
+def _read_logits(name: str, value: Any) -> jax.Array:
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError):
+        array = None
+    if array is None or not _validate.is_real(array):
+        raise TypeError(
+            f"{_validate.caller()}: attention_logits of {name} must be an array of "
+            f"real numbers, got {_validate.shown(value)}."
+        )
+    return array.astype(jnp.float32)
 
 
 def _check_attention(
@@ -321,7 +377,7 @@ def _check_attention(
 ) -> int:
     """Checks shapes, and returns the number of heads of the keys."""
     sizes: dict[str, set[int]] = {kind: set() for kind in _KINDS}
-    if logits.ndim not in (1, 2):
+    if logits.ndim not in (1, 2) or not logits.size:
         raise ValueError(
             f"{_validate.caller()}: attention_logits of {name} must have shape "
             f"(heads,) or (layers, heads), got {logits.shape}."

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spam_optax import _spike_history
+from spam_optax import _spike_history, _validate
 from spam_optax._spike_history import SkipRule, StepHistory
 from spam_optax.functional._arrays import read
 
@@ -46,7 +46,8 @@ def spike_steps(
 
     Raises:
       ValueError: If neither losses nor norms are given, or an argument is out of range.
-      AssertionError: If the series are not vectors of one length.
+      TypeError: If a series is not an array.
+      AssertionError: If the series are not vectors of one length, or are complex.
 
     Examples:
       >>> import numpy as np
@@ -61,11 +62,7 @@ def spike_steps(
         window, sigma, loss_share, norm_share, min_history, max_consecutive, robust
     )
     given = {"losses": losses, "norms": norms}
-    series = [
-        read(name, x, np.generic).astype(jnp.float32)
-        for name, x in given.items()
-        if x is not None
-    ]
+    series = [_real(name, x) for name, x in given.items() if x is not None]
     if not series:
         raise ValueError("spike_steps: losses or norms must be given, got neither.")
     chex.assert_rank(
@@ -116,7 +113,10 @@ def qk_clip_factors(
       (..., num_kv_heads). Both are float32 and at most 1.
 
     Raises:
-      AssertionError: If `num_kv_heads` does not divide the number of heads.
+      ValueError: If a number is out of range.
+      TypeError: If an argument is of the wrong type.
+      AssertionError: If `num_kv_heads` does not divide the number of heads, or the
+        logits are complex.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -130,16 +130,33 @@ def qk_clip_factors(
     References:
       Kimi Team, `Kimi K2 <https://arxiv.org/abs/2507.20534>`_, 2025, section 2.1.
     """
+    threshold = _validate.check_number("threshold", threshold, above=0)
+    balance = _validate.check_number("balance", balance, at_least=0, at_most=1)
+    logits = _real("logits", logits)
     chex.assert_axis_dimension_gt(logits, -1, 0)
     heads = logits.shape[-1]
-    num_kv_heads = heads if num_kv_heads is None else num_kv_heads
+    if num_kv_heads is None:
+        num_kv_heads = heads
+    num_kv_heads = int(_validate.check_whole("num_kv_heads", num_kv_heads, low=1))
     chex.assert_is_divisible(heads, num_kv_heads)
-    logits = logits.astype(jnp.float32)
     is_above = jnp.isfinite(logits) & (logits > threshold)
     gamma = jnp.where(is_above, threshold / jnp.where(is_above, logits, 1), 1)
+    # A factor that rounds to 0 would make the factor of the queries 0 / 0.
+    gamma = jnp.maximum(gamma, jnp.finfo(jnp.float32).tiny)
     groups = gamma.reshape(*logits.shape[:-1], num_kv_heads, -1)
     keys = groups.max(-1) ** balance
     return (groups / keys[..., None]).reshape(logits.shape), keys
+
+
+def _real(name: str, value: jax.typing.ArrayLike) -> jax.Array:
+    """Returns `value` as float32. Raises unless it is an array of real numbers."""
+    array = read(name, value, np.generic)
+    if not _validate.is_real(array):
+        raise AssertionError(
+            f"{_validate.caller()}: {name} must have real numbers, got the dtype "
+            f"{array.dtype}."
+        )
+    return array.astype(jnp.float32)
 
 
 def scale_heads(
@@ -153,8 +170,8 @@ def scale_heads(
     Args:
       tensor: The kernel or bias.
       factors: The factors, shape (heads,), or (layers, heads) for a stack of layers.
-      head_axis: The axis of the heads, or of heads times head width.
-      layer_axis: The axis of the layers. None: there is none.
+      head_axis: The axis of the heads, or of heads times head width, >= 0.
+      layer_axis: The axis of the layers, >= 0. None: there is none.
 
     Returns:
       The scaled tensor.
@@ -171,6 +188,12 @@ def scale_heads(
        [1.  1.  0.5 0.5]]
     """
     chex.assert_rank(factors, 1 if layer_axis is None else 2)
+    axes = [axis for axis in (head_axis, layer_axis) if axis is not None]
+    if len(set(axes)) != len(axes) or not all(0 <= a < tensor.ndim for a in axes):
+        raise AssertionError(
+            "scale_heads: head_axis and layer_axis must be different axes of a tensor "
+            f"of {tensor.ndim} axes, got {head_axis} and {layer_axis}."
+        )
     chex.assert_is_divisible(tensor.shape[head_axis], factors.shape[-1])
     factors = jnp.repeat(factors, tensor.shape[head_axis] // factors.shape[-1], axis=-1)
     shape = [1] * tensor.ndim

@@ -233,6 +233,9 @@ MISTAKES = {
     "wrong rank": (GOOD, np.ones((1, 1, 2)), r"shape \(heads,\)"),
     "no such stack": (GOOD, np.ones((5, 2)), "for a stack"),
     "wrong name": (GOOD, {"other": np.ones(2)}, "got those of other"),
+    "no heads": (GOOD, np.ones(0), r"shape \(heads,\)"),
+    "no layer": (GOOD, {}, "got those of no layer"),
+    "number as a name": (GOOD, {1: np.ones(2)}, "got those of 1"),
     "fused": (FUSED, np.ones(2), "fused tensor qkv"),
     "nothing found": ({"mlp": np.ones((3, 8))}, np.ones(2), "pass find="),
     "no key": ({"query": np.ones((3, 8))}, np.ones(2), "no key"),
@@ -253,6 +256,33 @@ def test_mistakes_get_one_line(mistake):
         tx.update(params, tx.init(params), params, attention_logits=logits)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(("qk_clip: ", "query_key_tensors: "))
+
+
+@pytest.mark.parametrize("logits", ["high", None, [[1, 2], [3]], np.ones(2) * 1j])
+def test_logits_must_be_real_numbers(logits):
+    tx = spam_optax.qk_clip()
+    words = r"^qk_clip: attention_logits of  must be an array of real numbers, got .*$"
+    with pytest.raises(TypeError, match=words):
+        tx.update(GOOD, tx.init(GOOD), GOOD, attention_logits={"": logits})
+
+
+def test_parameters_and_updates_must_fit():
+    tx, logits = spam_optax.qk_clip(), np.ones(2)
+    whole = jax.tree.map(lambda x: x.astype(int), GOOD)
+    for updates, params, words in (
+        (GOOD, None, "update needs the parameters, got None"),
+        ({"key": GOOD["key"]}, GOOD, "updates must be a tree like the parameters"),
+        (GOOD | {"key": np.ones(8)}, GOOD, r"must have the shape \(3, 8\)"),
+        (whole, GOOD, "the update at .* must have a floating"),
+        (GOOD, whole, "the parameter at .* must have a floating"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^qk_clip: .*{words}.*$"):
+            tx.update(updates, tx.init(GOOD), params, attention_logits=logits)
+    for found in (None, {}, {"query": 1, "key": 2}, {"query": None, "key": None}):
+        with pytest.raises(ValueError, match="^qk_clip: find must return a tree"):
+            spam_optax.qk_clip(find=lambda params, found=found: found).update(
+                GOOD, tx.init(GOOD), GOOD, attention_logits=logits
+            )
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
@@ -279,6 +309,26 @@ def test_sharded_kernels_send_nothing(kind):
     np.testing.assert_allclose(np.asarray(updates["query"])[:, 4:8], 0, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(updates["query"])[:, :4], 1)
     assert updates["key"].sharding.spec == P("data", "model")
+
+
+def test_functions_refuse_what_they_cannot_use():
+    kernel, ones = jnp.ones((2, 4)), jnp.ones(2)
+    for number in ({"num_kv_heads": 0}, {"threshold": -1.0}, {"balance": 2.0}):
+        with pytest.raises(ValueError, match=f"qk_clip_factors: {next(iter(number))}"):
+            functional.qk_clip_factors(ones, **number)
+    with pytest.raises(AssertionError, match="logits must have real numbers"):
+        functional.qk_clip_factors(ones * 1j)
+    with pytest.raises(AssertionError, match="losses must have real numbers"):
+        functional.spike_steps(ones * 1j)
+    for factors, axes in ((ones, (2, None)), (ones, (-1, None)), (kernel, (0, 0))):
+        with pytest.raises(AssertionError, match="scale_heads: head_axis and layer_"):
+            functional.scale_heads(kernel, factors, *axes)
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+def test_factors_of_the_largest_logits_are_finite(balance):
+    factors = functional.qk_clip_factors(jnp.array([3e38]), None, 1e-5, balance)
+    assert all(np.isfinite(x) and 0 < x <= 1 for x in np.concatenate(factors))
 
 
 def test_factors_beside_numpy():
