@@ -161,18 +161,20 @@ def qk_clip(
         updates = _updates_of(updates, params, tensors)
         logits = _logits_of(attention_logits, tensors)
         factors: dict[tuple[str, str], jax.Array] = {}
+        count = jnp.zeros([], jnp.int32)
         for name, of_attention in logits.items():
             num_kv_heads = _check_attention(name, of_attention, tensors, params)
+            if threshold is None:
+                continue
             pair = functional.qk_clip_factors(
-                of_attention,
-                num_kv_heads,
-                jnp.asarray(jnp.inf) if threshold is None else threshold,
-                balance,
+                of_attention, num_kv_heads, threshold, balance
             )
             factors |= zip(((name, kind) for kind in _KINDS), pair, strict=True)
+            is_clipped = jnp.isfinite(of_attention) & (of_attention > threshold)
+            count += jnp.sum(is_clipped, dtype=jnp.int32)
 
         def clip(p: jax.Array, u: jax.Array | None, tensor: HeadTensor | None) -> Any:
-            if u is None or tensor is None:
+            if u is None or tensor is None or threshold is None:
                 return u
             factor = factors[tensor.attention, tensor.kind]
             moved = _arithmetic.widen(p) + _arithmetic.widen(u)
@@ -183,11 +185,6 @@ def qk_clip(
         rows = zip(jax.tree.leaves(params), updates, tensors, strict=True)
         clipped = structure.unflatten([clip(*row) for row in rows])
         largest = jnp.stack([jnp.max(x) for x in logits.values()]).max()
-        count = jnp.zeros([], jnp.int32)
-        if threshold is not None:
-            for x in logits.values():
-                is_clipped = jnp.isfinite(x) & (x > threshold)
-                count += jnp.sum(is_clipped, dtype=jnp.int32)
         total = _arithmetic.saturating_add(state.qk_clip_clipped_total, count)
         return clipped, QKClipState(largest, count, total)
 

@@ -121,6 +121,17 @@ def test_a_logit_that_is_not_finite_or_negative_clips_nothing(bad):
     assert state.qk_clip_clipped_count == 0
 
 
+def test_recording_alone_reads_no_parameter():
+    params = {"query": jnp.full((4, 8), jnp.nan), "key": jnp.full((4, 8), jnp.inf)}
+    updates = jax.tree.map(jnp.ones_like, params)
+    tx = spam_optax.qk_clip(None)
+    got, state = tx.update(
+        updates, tx.init(params), params, attention_logits=jnp.array([3.0, 5.0])
+    )
+    jax.tree.map(np.testing.assert_array_equal, got, updates)
+    assert state.max_attention_logit == 5
+
+
 def test_without_a_threshold_logits_are_only_recorded():
     params = {"q": jnp.ones((3, 8)), "k": jnp.ones((3, 8))}
     tx = spam_optax.qk_clip(None)
