@@ -1,6 +1,7 @@
 """Flags of the command line, which reports a mistake in one line."""
 
 import argparse
+import dataclasses
 import math
 import pathlib
 import sys
@@ -94,6 +95,8 @@ class SettingFlags:
         if name in self._fields:
             accepted = self._fields[name].metadata["accepted"]
             default = self._fields[name].default
+            if default is dataclasses.MISSING:
+                default = "that of the preset"
             if isinstance(accepted, Switch):
                 kwargs["action"] = argparse.BooleanOptionalAction
             elif isinstance(accepted, OneOf):
@@ -169,6 +172,10 @@ def add_task_flags(flags: SettingFlags) -> None:
 
 
 def add_model_flags(flags: SettingFlags) -> None:
+    flags.add("layers", "number of layers, each attention and a feed-forward layer")
+    flags.add("width", "width of the residual stream, a multiple of twice the heads")
+    flags.add("heads", "attention heads")
+    flags.add("ffn_width", "inner width of the feed-forward layers")
     flags.add(
         "embedding",
         "plain, scaled (by the square root of the width) or normed (by a LayerNorm);"

@@ -111,8 +111,14 @@ class RunConfig:
         return cls(model=dataclasses.replace(PRESETS[preset], **of_model), **own)
 
     def with_settings(self, **changes: Any) -> "RunConfig":
-        """Returns this run with other values of some settings."""
-        return self.from_settings(**(self.settings() | changes))
+        """Returns this run with other values of some settings.
+
+        Another preset brings its own shape.
+        """
+        kept = self.settings()
+        if changes.get("preset", self.model.preset) != self.model.preset:
+            kept = {name: x for name, x in kept.items() if name not in SHAPE}
+        return self.from_settings(**(kept | changes))
 
     def settings(self) -> dict[str, Any]:
         """Returns all settings by name, as `from_settings` takes them."""
@@ -192,6 +198,7 @@ class RunConfig:
 
 
 MODEL_SETTINGS = tuple(declared(ModelConfig))
+SHAPE = ("layers", "width", "heads", "ffn_width")
 
 # The settings of the papers that trained these shapes on C4: GaLore's steps, SPAM's
 # learning rates. They are the defaults of the preset.

@@ -23,7 +23,7 @@ import spam_optax.nnx
 from spam_optax import initializers
 from trainer import sharding
 from trainer.errors import UsageError
-from trainer.settings import OneOf, Real, Switch, check_settings, setting
+from trainer.settings import OneOf, Real, Switch, Whole, check_settings, setting
 
 EMBEDDINGS = {
     "plain": nnx.Embed,
@@ -49,10 +49,12 @@ REMAT = ("none", *REMAT_POLICIES)
 class ModelConfig:
     """Shape of a decoder, its options, and how it computes."""
 
-    layers: int  # residual blocks, N
-    width: int  # of the residual stream, D; divisible by twice the heads
-    heads: int  # attention heads, H
-    ffn_width: int  # inner width of the gated feed-forward layer
+    layers: int = setting(dataclasses.MISSING, Whole(1))  # residual blocks, N
+    # Of the residual stream, D; divisible by twice the heads.
+    width: int = setting(dataclasses.MISSING, Whole(2))
+    heads: int = setting(dataclasses.MISSING, Whole(1))  # attention heads, H
+    # Inner width of the gated feed-forward layer.
+    ffn_width: int = setting(dataclasses.MISSING, Whole(1))
     vocabulary: int = 32_000  # tokens, V; a run takes its tokenizer's number
     preset: str = "custom"  # the key of this shape in PRESETS
     rotary_base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi times this
@@ -83,6 +85,11 @@ class ModelConfig:
 
     def __post_init__(self):
         check_settings(self)
+        if self.width % (2 * self.heads):
+            raise UsageError(
+                f"width must be a multiple of twice the heads, which is"
+                f" {2 * self.heads}, not {self.width}"
+            )
         if self.norm == "scaled" and self.initialization in DEPTH_SCALED:
             raise UsageError(
                 f"--norm scaled and --initialization {self.initialization} both make"

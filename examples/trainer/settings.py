@@ -132,7 +132,11 @@ class Switch:
 
 
 def setting(default: Any, accepted: Any) -> Any:
-    """Declares a field of a dataclass. A default of None is accepted as well."""
+    """Declares a field of a dataclass.
+
+    A default of None is accepted as well. A field whose default is
+    `dataclasses.MISSING` has none.
+    """
     return dataclasses.field(default=default, metadata={"accepted": accepted})
 
 

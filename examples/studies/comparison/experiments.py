@@ -64,6 +64,40 @@ class Experiment(NamedTuple):
 
 PROSE = os.path.relpath(text_files.PROSE)
 STABLE = {"initialization": "stable", "embedding": "scaled"}
+# To a rate at which every model fails.
+HIGH_RATES = (*RATES, 3.2e-2, 6.4e-2)
+INITIALIZATIONS = (
+    {},
+    {"initialization": "stable"},
+    STABLE,
+    {"initialization": "stable", "embedding": "normed"},
+    {"initialization": "wesar"},
+    {"norm": "scaled"},
+    {"norm": "mixed"},
+    {"qk_norm": True},
+)
+DEPTHS = (3, 6, 12, 24, 48)
+DEEP = {"layers": 24, "width": 64, "heads": 2, "ffn_width": 172, "batch_size": 4}
+# Widths with about the parameters of 24 layers of width 64, and their heads.
+EQUAL_SIZES = {3: (192, 6), 6: (128, 4), 12: (96, 3), 48: (48, 2)}
+
+
+def deep(*models: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Returns each model at every depth, at the same width."""
+    return tuple(
+        DEEP | {"layers": layers} | model for layers in DEPTHS for model in models
+    )
+
+
+def equal_sizes(*models: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Returns each model at every other depth, with about the same parameters."""
+    shapes = (
+        {"layers": layers, "width": width, "heads": heads, "ffn_width": width * 8 // 3}
+        for layers, (width, heads) in EQUAL_SIZES.items()
+    )
+    return tuple(DEEP | shape | model for shape in shapes for model in models)
+
+
 EXPERIMENTS = {
     "main": Experiment(
         "Does SPAM beat Adam and clipped Adam, each at its best learning rate?", MAIN
@@ -106,7 +140,7 @@ EXPERIMENTS = {
         "Does Spike No More's initialization prevent spikes at high learning rates?",
         ("adam",),
         scenarios=("clean",),
-        rates=(*RATES, 3.2e-2, 6.4e-2),
+        rates=HIGH_RATES,
         models=(
             {},
             {"initialization": "stable"},
@@ -155,13 +189,45 @@ EXPERIMENTS = {
         "Do limits on the attention logits allow higher learning rates?",
         ("adam",),
         scenarios=("clean",),
-        rates=(*RATES, 3.2e-2, 6.4e-2),
+        rates=HIGH_RATES,
         models=(
             {},
             {"qk_norm": True},
             {"attention_softcap": 50.0},
             {"qk_clip": 100.0},
             {"qk_clip": 30.0},
+        ),
+    ),
+    "depth": Experiment(
+        "Does the initialization allow higher learning rates in deeper models?",
+        ("adam",),
+        scenarios=("clean",),
+        rates=HIGH_RATES,
+        models=deep(*INITIALIZATIONS),
+    ),
+    "depth clipped": Experiment(
+        "Does clipping the norm do for deep models what the initialization does?",
+        ("adam_clip",),
+        scenarios=("clean",),
+        rates=HIGH_RATES,
+        models=deep({}, STABLE),
+    ),
+    "equal size": Experiment(
+        "Is it the depth, if models of all depths have the same number of parameters?",
+        ("adam",),
+        scenarios=("clean",),
+        rates=HIGH_RATES,
+        models=equal_sizes({}, STABLE),
+    ),
+    "warm-up": Experiment(
+        "Does the initialization replace the warm-up of the learning rate?",
+        ("adam", "adam_clip"),
+        scenarios=("clean",),
+        rates=HIGH_RATES,
+        models=tuple(
+            DEEP | model | {"warmup_steps": steps}
+            for steps in (1, 100)
+            for model in ({}, STABLE)
         ),
     ),
 }

@@ -17,6 +17,7 @@ SPIKE_WINDOW = 100  # steps before a loss, which decide whether it is a spike
 RECOVERY_WINDOW = 10  # steps whose mean loss shows that a run has recovered
 HIGH_RATE_FACTOR = 4  # of the high rate in the table, times the best one
 LIMITS = {"attention_softcap": "attention softcap", "qk_clip": "QK-clip"}
+NORMS = {"scaled": "LayerNorm Scaling", "mixed": "Mix-LN"}
 
 
 class Result(NamedTuple):
@@ -122,10 +123,16 @@ def result(records: Sequence[Record]) -> Result:
 
 
 def model_of(record: Record) -> str:
-    """Returns the settings of model and data that the experiments change."""
+    """Returns the settings of model and data that the experiments change.
+
+    Layers and width are not part of it.
+    """
     changed = [record["initialization"], record["embedding"]]
     changed += ["untied head"] if record["untied_head"] else []
     changed += ["QK-norm"] if record["qk_norm"] else []
+    changed += [NORMS[record["norm"]]] if record["norm"] in NORMS else []
+    if record["warmup_steps"] is not None:
+        changed += [f"warm-up {record['warmup_steps']}"]
     for name, text in LIMITS.items():
         changed += [f"{text} {record[name]:g}"] if record[name] else []
     changed += [pathlib.Path(record["data"]).name] if record["data"] else []
