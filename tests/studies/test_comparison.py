@@ -11,7 +11,14 @@ import pytest
 
 import compare
 import pretrain
-from studies.comparison import experiments, report, statistics, study, variants
+from studies.comparison import (
+    experiments,
+    figures,
+    report,
+    statistics,
+    study,
+    variants,
+)
 from studies.comparison.statistics import Result
 from studies.comparison.study import Comparison, Program, Run
 from trainer import loop, optimizers, sharding, train_step
@@ -234,7 +241,7 @@ def test_an_incomplete_row_is_left_out(tmp_path):
         (tmp_path / f"{STUDY.name(run)}.json").write_text(text)
     records, unfinished = report.complete(STUDY, runs, tmp_path)
     assert [record["label"] for record in records] == ["adam", "adam"]
-    assert unfinished == ["spam (clean; standard, plain): 1 of 2"]
+    assert unfinished == ["spam (clean; standard, plain, 2 layers of width 32): 1 of 2"]
 
 
 def test_grids_of_the_experiments():
@@ -310,18 +317,39 @@ def test_the_best_results_come_first_and_an_edge_is_marked():
     assert "Unfinished runs: adam (clean): 1 of 15." in text
 
 
-def test_models_of_one_optimizer_share_a_panel():
+def test_the_figure_has_a_panel_for_each_optimizer_or_else_for_each_model():
     models = [{}, {"initialization": "stable"}]
     one = [record(**model) for model in models]
     two = [record(label=label, **model) for model in models for label in ("adam", "b")]
     for runs, panels, names in (
-        (one, ["clean; spam"], ["stable, plain", "standard, plain"]),
-        (two, ["clean; stable, plain", "clean; standard, plain"], ["adam", "b"]),
+        (one, ["stable, plain", "standard, plain"], []),
+        (two, ["adam", "b"], ["stable, plain", "standard, plain"]),
     ):
-        figure = report.figure(statistics.results(runs))
-        assert [axis.get_title() for axis in figure.axes] == panels
-        (legend,) = figure.legends
-        assert sorted(text.get_text() for text in legend.get_texts()) == names
+        figure = figures.draw(statistics.results(runs))
+        assert sorted(axis.get_title() for axis in figure.axes) == panels
+        texts = [text for legend in figure.legends for text in legend.get_texts()]
+        assert sorted(text.get_text() for text in texts) == names
+
+
+def test_the_figure_of_depth_shows_the_largest_usable_rate():
+    """A rate is usable if its loss, and those of lower rates, are near the lowest."""
+    losses = {3: (2.0, 2.15, 2.19), 6: (2.1, 2.4, 2.2), 12: (2.2, 2.3, 2.5)}
+    shape = {"width": 64, "heads": 2, "ffn_width": 172}
+    results = statistics.results(
+        record(rate, final=final, layers=layers, **shape)
+        for layers, finals in losses.items()
+        for rate, final in zip((1e-3, 2e-3, 4e-3), finals, strict=True)
+    )
+    assert [row.largest_rate for row in results] == [4e-3, 1e-3, 2e-3]
+    drawn = figures.draw(results)
+    panel, rates, lowest = drawn.axes
+    assert panel.get_title() == "standard, plain"
+    assert [x.get_label() for x in panel.lines] == ["3 layers", "6 layers", "12 layers"]
+    np.testing.assert_array_equal(rates.lines[0].get_xdata(), [3, 6, 12])
+    np.testing.assert_array_equal(rates.lines[0].get_ydata(), [4e-3, 1e-3, 2e-3])
+    np.testing.assert_array_equal(lowest.lines[0].get_ydata(), [2.0, 2.1, 2.2])
+    text = report.markdown("depth", results, [])
+    assert "### clean; initialization standard, plain, 6 layers of width 64" in text
 
 
 def test_the_figure_of_faults_shows_what_each_kind_costs():
@@ -337,8 +365,8 @@ def test_the_figure_of_faults_shows_what_each_kind_costs():
     results = statistics.results(
         [record(final=x, label=label, scenario=s) for (label, s), x in finals.items()]
     )
-    assert report.is_about_faults(results)
-    (axis,) = report.figure_of_costs(results).axes
+    assert figures.is_about_faults(results)
+    (axis,) = figures.draw(results).axes
     assert [x.get_text() for x in axis.get_yticklabels()] == ["spam", "adam"]
     drawn = {
         (x.get_label(), x.get_marker()): x.get_xdata()
@@ -427,8 +455,11 @@ def test_gradient_spikes_do_not_include_the_faults():
     calm = statistics.result(records[:1])._replace(label="calm")
     assert calm.spikes_from is None
     text = report.markdown("main", [clean, calm], [])
-    assert "| spam | clean | standard, plain | 0.0 | 1.0 | 3.0 |" in text
-    assert "| calm | clean | standard, plain | 0.0 |" not in text
+    assert (
+        "| spam | clean | standard, plain, 2 layers of width 32 | 0.0 | 1.0 | 3.0 |"
+        in text
+    )
+    assert "| calm | clean |" not in text
 
 
 # ---------------------------------------------------------------- the committed results

@@ -1,20 +1,20 @@
-"""Tables and figures of the comparison."""
+"""Tables of the comparison."""
 
 import itertools
 import json
 import pathlib
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
-import matplotlib.figure
 import numpy as np
 
 from studies import engine
-from studies.comparison import statistics
+from studies.comparison import figures, statistics
 from studies.comparison.experiments import EXPERIMENTS
 from studies.comparison.statistics import Result
-from studies.comparison.study import FAULTLESS, Comparison, Run
+from studies.comparison.study import Comparison, Run
 from trainer import files
+from trainer.model import PRESETS
 from trainer.output import summary
 
 COLUMNS = {  # heading and explanation
@@ -85,17 +85,6 @@ COLUMNS = {  # heading and explanation
         " machine disturbs it.",
     ),
 }
-COLORS = (
-    "#D55E00",
-    "#0072B2",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)
-STYLES = ("-", "--", ":")
-MARKERS = "osv"
 
 
 def write(study: Comparison, grids: dict[str, list[Run]], folder: pathlib.Path) -> None:
@@ -113,8 +102,7 @@ def write(study: Comparison, grids: dict[str, list[Run]], folder: pathlib.Path) 
         tables.append(markdown(name, found, unfinished))
         if found:
             numbers[name] = [result.to_json() for result in found]
-            draw = figure_of_costs if is_about_faults(found) else figure
-            draw(found).savefig(folder / f"{name}.png")
+            figures.draw(found).savefig(folder / f"{name}.png")
     text = "\n".join(["# Comparison\n", *tables, explanations()])
     files.replace(folder / "comparison.md", text)
     text = json.dumps(numbers, indent=1, allow_nan=False)
@@ -130,16 +118,16 @@ def complete(
     """
     groups = {}
     for run in runs:
-        key = run.scenario, statistics.model_of(study.settings(run)), run.label
+        key = (*statistics.panel_of(study.settings(run)), run.label)
         groups.setdefault(key, []).append(run)
     found, unfinished = [], []
-    for (scenario, model, label), group in groups.items():
+    for (scenario, *model, label), group in groups.items():
         there = [x for x in engine.read_all(study, group, folder) if x is not None]
         if len(there) == len(group):
             found += there
         else:
             of = f"{len(there)} of {len(group)}"
-            unfinished.append(f"{label} ({scenario}; {model}): {of}")
+            unfinished.append(f"{label} ({scenario}; {name_of_model(*model)}): {of}")
     return found, unfinished
 
 
@@ -153,16 +141,24 @@ def markdown(name: str, results: Sequence[Result], unfinished: Sequence[str]) ->
     for result in results:
         known = seconds.get(result.label, np.inf)
         seconds[result.label] = min(known, result.seconds_per_step or np.inf)
-    for (scenario, model), group in grouped(results):
+    for (scenario, *model), group in itertools.groupby(results, lambda x: x.panel):
         rows = [cells(result, seconds) for result in group]
         shown = [key for key in COLUMNS if any(row[key] != "-" for row in rows)]
         table = [[COLUMNS[key][0] for key in shown]]
         table += [[row[key] for key in shown] for row in rows]
-        parts += [f"### {scenario}; initialization {model}\n", *table_lines(table), ""]
+        title = f"### {scenario}; initialization {name_of_model(*model)}\n"
+        parts += [title, *table_lines(table), ""]
     parts += spikes_by_rate(results)
     if unfinished:
         parts.append(f"Unfinished runs: {'; '.join(unfinished)}.\n")
     return "\n".join(parts) + "\n"
+
+
+def name_of_model(layers: int, width: int, model: str) -> str:
+    """Returns initialization and options, and a shape that is not the preset tiny's."""
+    tiny = PRESETS["tiny"]
+    is_tiny = (layers, width) == (tiny.layers, tiny.width)
+    return model if is_tiny else f"{model}, {layers} layers of width {width}"
 
 
 def cells(result: Result, seconds: dict[str, float]) -> dict[str, str]:
@@ -205,7 +201,7 @@ def spikes_by_rate(results: Sequence[Result]) -> list[str]:
     table = [["optimizer", "scenario", "initialization", *(f"{r:g}" for r in rates)]]
     for result in spiking:
         counts = (result.gradient_spikes.get(rate) for rate in rates)
-        row = [result.label, result.scenario, result.model]
+        row = [result.label, result.scenario, name_of_model(*result.panel[1:])]
         table.append([*row, *(summary.number(count, ".1f") for count in counts)])
     title = "### Gradient spikes per run at each rate, mean over the seeds\n"
     return [title, *table_lines(table), ""]
@@ -215,140 +211,3 @@ def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns a table's lines in Markdown; the first row has the headings."""
     heading, *lines = (f"| {' | '.join(row)} |" for row in rows)
     return [heading, "|---" * len(rows[0]) + "|", *lines]
-
-
-def grouped(
-    results: Iterable[Result],
-) -> Iterator[tuple[tuple[str, str], Iterator[Result]]]:
-    return itertools.groupby(results, lambda result: (result.scenario, result.model))
-
-
-# ------------------------------------------------------------------------ the figures
-
-
-def is_about_faults(results: Sequence[Result]) -> bool:
-    """Returns whether an experiment has several kinds of faults to compare."""
-    scenarios = {result.scenario for result in results}
-    return "clean" in scenarios and len(scenarios - {"clean", *FAULTLESS}) > 1
-
-
-def figure_of_costs(results: Sequence[Result]) -> matplotlib.figure.Figure:
-    """Draws how much each kind of fault raises the final loss of each optimizer."""
-    clean = {x.label: x.final_loss for x in results if x.scenario == "clean"}
-    rows = [x for x in results if x.scenario not in FAULTLESS and x.label in clean]
-    kinds = sorted({x.scenario for x in rows})
-    labels = sorted(clean, key=lambda label: worst_cost(label, rows, clean))
-    going = [x.final_loss - clean[x.label] for x in rows if x.diverged < x.runs]
-    edge = 1.15 * max([*going, 0.01])
-    drawn = matplotlib.figure.Figure(
-        figsize=(9, 1.4 + 0.32 * len(labels)), layout="constrained", dpi=150
-    )
-    axis = drawn.subplots()
-    for number, kind in enumerate(kinds):
-        shift = (number - (len(kinds) - 1) / 2) * 0.16
-        for has_diverged, marker in ((False, "o"), (True, ">")):
-            of_kind = [
-                x
-                for x in rows
-                if x.scenario == kind and (x.diverged == x.runs) == has_diverged
-            ]
-            axis.plot(
-                [
-                    edge if has_diverged else x.final_loss - clean[x.label]
-                    for x in of_kind
-                ],
-                [labels.index(x.label) + shift for x in of_kind],
-                marker,
-                color=COLORS[number],
-                markersize=6,
-                clip_on=False,
-                label=kind if not has_diverged else None,
-            )
-    axis.set_yticks(range(len(labels)), labels)
-    axis.set_ylim(len(labels) - 0.5, -0.5)
-    axis.set_xlim(min([*going, 0]) - 0.01, edge)
-    axis.set_xlabel("final loss with the faults minus that without, nats; > diverged")
-    axis.grid(alpha=0.3)
-    drawn.legend(loc="outside right upper", fontsize=8)
-    return drawn
-
-
-def worst_cost(
-    label: str, rows: Sequence[Result], clean: dict[str, float]
-) -> tuple[bool, float]:
-    """Returns whether an optimizer ever diverged, and what the worst faults cost it."""
-    own = [x for x in rows if x.label == label]
-    ended = [x.final_loss for x in own if x.diverged < x.runs]
-    return len(ended) < len(own), max(ended, default=clean[label]) - clean[label]
-
-
-def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
-    """Draws final loss over learning rate, one panel for each scenario and model.
-
-    If there is one optimizer only, its models share a panel.
-    """
-    if len({result.label for result in results}) == 1:
-        common = common_beginning([x.model for x in results])
-        results = [
-            x._replace(label=x.model.removeprefix(common), model=x.label)
-            for x in results
-        ]
-    panels = [(key, list(group)) for key, group in grouped(results)]
-    labels = list(dict.fromkeys(result.label for result in results))
-    drawn = matplotlib.figure.Figure(
-        figsize=(5 * len(panels) + 2.6, 4.6), layout="constrained", dpi=150
-    )
-    axes = drawn.subplots(1, len(panels), squeeze=False)[0]
-    for axis, ((scenario, model), rows) in zip(axes, panels, strict=True):
-        for row in rows:
-            draw_curve(axis, row, labels.index(row.label))
-        axis.set_xscale("log", base=2)
-        rates = sorted({rate for row in rows for rate in row.curve})
-        axis.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=45)
-        axis.set_xlabel("peak learning rate")
-        axis.set_title(f"{scenario}; {model}", fontsize=10)
-        axis.grid(alpha=0.3)
-        best = min(row.final_loss for row in rows)
-        worst = max(max(row.curve[row.best_rate]) for row in rows)
-        highest = max(np.mean(losses) for row in rows for losses in row.curve.values())
-        margin = 0.05 * max(highest - best, 0.1)
-        top = min(highest, worst + max(0.5, 0.5 * (worst - best)))
-        axis.set_ylim(best - margin, top + margin)
-    axes[0].set_ylabel("final evaluation loss, nats")
-    handles = {}
-    for axis in axes:
-        lines, names = axis.get_legend_handles_labels()
-        handles |= dict(zip(names, lines, strict=True))
-    ordered = {name: handles[name] for name in labels}
-    drawn.legend(
-        ordered.values(), ordered.keys(), loc="outside right upper", fontsize=8
-    )
-    return drawn
-
-
-def common_beginning(models: Sequence[str]) -> str:
-    """Returns the settings with which all models but the plain one begin."""
-    plain = min(models, key=len)
-    begins = all(x == plain or x.startswith(f"{plain}, ") for x in models)
-    return f"{plain}, " if begins else ""
-
-
-def draw_curve(axis, result: Result, number: int) -> None:
-    """Draws the mean over the seeds, and the area between the lowest and the highest.
-
-    The number decides color, style and marker.
-    """
-    rates = np.array(list(result.curve))
-    losses = [np.array(x) for x in result.curve.values()]
-    color = COLORS[number % len(COLORS)]
-    axis.plot(
-        rates,
-        np.array([x.mean() for x in losses]),
-        color=color,
-        linestyle=STYLES[number // len(COLORS)],
-        marker=MARKERS[number // len(COLORS)],
-        markersize=4,
-        label=result.label,
-    )
-    low, high = (np.array([f(x) for x in losses]) for f in (np.min, np.max))
-    axis.fill_between(rates, low, high, color=color, alpha=0.12, linewidth=0)

@@ -11,10 +11,12 @@ from spam_optax import functional
 from studies.comparison.study import FAULTLESS
 from studies.engine import Record
 from trainer.config import BURST_LENGTH, RunConfig
+from trainer.model import PRESETS
 from trainer.output import summary
 
 SPIKE_WINDOW = 100  # steps before a loss, which decide whether it is a spike
 RECOVERY_WINDOW = 10  # steps whose mean loss shows that a run has recovered
+USABLE_MARGIN = 0.2  # nats above the lowest loss, at a learning rate that is usable
 HIGH_RATE_FACTOR = 4  # of the high rate in the table, times the best one
 LIMITS = {"attention_softcap": "attention softcap", "qk_clip": "QK-clip"}
 NORMS = {"scaled": "LayerNorm Scaling", "mixed": "Mix-LN"}
@@ -50,6 +52,27 @@ class Result(NamedTuple):
     # Fault steps and other steps that a guard skipped, at the best rate, mean over the
     # seeds. None: there is no guard.
     skipped: list[float] | None = None
+    # The shape of the model, which `model` leaves out.
+    layers: int = PRESETS["tiny"].layers
+    width: int = PRESETS["tiny"].width
+
+    @property
+    def largest_rate(self) -> float:
+        """Returns the largest rate, from the best one on, that keeps the loss low.
+
+        The mean final loss at this rate, and at all rates between, is at most
+        USABLE_MARGIN above the lowest.
+        """
+        higher = sorted(rate for rate in self.curve if rate >= self.best_rate)
+        limit = self.final_loss + USABLE_MARGIN
+        return max(
+            itertools.takewhile(lambda rate: np.mean(self.curve[rate]) <= limit, higher)
+        )
+
+    @property
+    def panel(self) -> tuple[Any, ...]:
+        """Returns what the rows of one table have in common, as `panel_of`."""
+        return self.scenario, self.layers, self.width, self.model
 
     @property
     def spikes_from(self) -> float | None:
@@ -73,12 +96,12 @@ class Result(NamedTuple):
 def results(records: Iterable[Record]) -> list[Result]:
     """Returns a result for each scenario, model and optimizer, the best one first."""
 
-    def key(record):
-        return record["scenario"], model_of(record), record["label"]
-
-    groups = itertools.groupby(sorted(records, key=key), key)
-    found = [result(list(group)) for _, group in groups]
-    return sorted(found, key=lambda x: (x.scenario, x.model, x.final_loss))
+    groups = {}
+    for record in records:
+        key = (*panel_of(record), record["label"])
+        groups.setdefault(key, []).append(record)
+    found = [result(group) for group in groups.values()]
+    return sorted(found, key=lambda x: (x.panel, x.final_loss))
 
 
 def result(records: Sequence[Record]) -> Result:
@@ -119,7 +142,19 @@ def result(records: Sequence[Record]) -> Result:
             for rate, rs in by_rate.items()
         },
         skipped=skipped_steps(at_best),
+        **shape_of(first),
     )
+
+
+def panel_of(record: Record) -> tuple[Any, ...]:
+    """Returns what the rows of one table have in common: all but the optimizer."""
+    return (record["scenario"], *shape_of(record).values(), model_of(record))
+
+
+def shape_of(record: Record) -> dict[str, int]:
+    """Returns layers and width. Records have them if they are not the preset's."""
+    preset = PRESETS[record["preset"]]
+    return {x: record.get(x, getattr(preset, x)) for x in ("layers", "width")}
 
 
 def model_of(record: Record) -> str:

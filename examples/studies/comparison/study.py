@@ -16,7 +16,7 @@ import spam_optax
 from studies import engine
 from studies.comparison import variants
 from trainer import data, model, train_step
-from trainer.config import RunConfig
+from trainer.config import SHAPE, RunConfig
 from trainer.data import text_files
 from trainer.data.tokenization import BYTES
 from trainer.errors import UsageError
@@ -51,6 +51,8 @@ class Comparison(engine.Study):
         So a new setting changes no name.
         """
         defaults = RunConfig().settings()
+        shape = RunConfig().with_settings(preset=run.config.model.preset).settings()
+        defaults |= {name: shape[name] for name in SHAPE}
         settings = self.settings(run).items()
         digest = engine.digest({k: v for k, v in settings if v != defaults.get(k)})
         rate, seed = run.config.learning_rate, run.config.seed
