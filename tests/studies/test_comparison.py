@@ -6,6 +6,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -191,6 +192,27 @@ def test_the_warm_up_keeps_its_share_of_the_interval(monkeypatch):
     assert intervals("spam, interval 0.67 of the run", 300) == (201, 60)
     assert intervals("spam, warm-up 0.9 of the interval", 300) == (75, round(0.9 * 75))
     assert intervals("spam: clip", 300)[0] is None
+
+
+def test_the_control_takes_the_steps_of_spam():
+    """They are equal where the gradient is constant, and differ from Adam's."""
+    config = dataclasses.replace(BASE, steps=200, reset_interval=100)
+    params, gradient = jnp.zeros(3), jnp.array([1.0, -2.0, 0.5])
+
+    def updates_of(label):
+        tx = variants.make(label, config, 1.0)
+        state, update = tx.init(params), jax.jit(tx.update)
+        updates = []
+        for _ in range(config.steps):
+            step, state = update(gradient, state, params)
+            updates.append(step)
+        return np.array(updates)
+
+    ours = updates_of("adam, SPAM's steps")
+    np.testing.assert_allclose(ours, updates_of("spam"), rtol=1e-4)
+    ratios = ours[1:] / updates_of("adam")[1:]  # the warm-up begins at 0
+    assert ratios[:98] == pytest.approx(1, rel=1e-4)
+    assert ratios.max() > 1.8 and ratios.min() < 0.05
 
 
 def test_faults_come_when_gradients_are_clipped(monkeypatch):

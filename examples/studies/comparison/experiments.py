@@ -66,6 +66,7 @@ PROSE = os.path.relpath(text_files.PROSE)
 STABLE = {"initialization": "stable", "embedding": "scaled"}
 # To a rate at which every model fails.
 HIGH_RATES = (*RATES, 3.2e-2, 6.4e-2)
+DEPTH_RATES = (5e-4, *HIGH_RATES)
 INITIALIZATIONS = (
     {},
     {"initialization": "stable"},
@@ -198,36 +199,72 @@ EXPERIMENTS = {
             {"qk_clip": 30.0},
         ),
     ),
+    "controls": Experiment(
+        "How much of SPAM's gain do longer steps or another b2 give to Adam?",
+        ("adam", "adam_clip", *variants.CONTROLS, "spam", "clip_spam", "stable_spam"),
+        scenarios=("clean",),
+    ),
+    "natural": Experiment(
+        "What makes gradients spike without any fault, and what prevents it?",
+        (
+            *("adam", "adam_clip", "spam", "clip_spam", "stable_spam"),
+            *("stabilizer_adam", "zclip_adam", "guard, adam", "guard, adam_clip"),
+            *variants.MOMENTS,
+            "adam, b2 0.95",
+        ),
+        scenarios=("clean",),
+        rates=HIGH_RATES[2:6],
+        models=(
+            {},
+            {"warmup_steps": 1},
+            {"batch_size": 2},
+            {"compute_dtype": "bfloat16"},
+        ),
+    ),
     "depth": Experiment(
         "Does the initialization allow higher learning rates in deeper models?",
         ("adam",),
         scenarios=("clean",),
-        rates=HIGH_RATES,
+        rates=DEPTH_RATES,
         models=deep(*INITIALIZATIONS),
     ),
     "depth clipped": Experiment(
         "Does clipping the norm do for deep models what the initialization does?",
         ("adam_clip",),
         scenarios=("clean",),
-        rates=HIGH_RATES,
+        rates=DEPTH_RATES,
         models=deep({}, STABLE),
     ),
     "equal size": Experiment(
         "Is it the depth, if models of all depths have the same number of parameters?",
         ("adam",),
         scenarios=("clean",),
-        rates=HIGH_RATES,
+        rates=DEPTH_RATES,
         models=equal_sizes({}, STABLE),
     ),
     "warm-up": Experiment(
         "Does the initialization replace the warm-up of the learning rate?",
         ("adam", "adam_clip"),
         scenarios=("clean",),
-        rates=HIGH_RATES,
+        rates=DEPTH_RATES,
         models=tuple(
             DEEP | model | {"warmup_steps": steps}
             for steps in (1, 100)
             for model in ({}, STABLE)
+        ),
+    ),
+    "cliff": Experiment(
+        "Which method allows a higher rate, less warm-up or a larger b1 in a deep"
+        " model, and what does it cost where the model is stable?",
+        (
+            *("adam", "adam_clip", "spam", "clip_spam", "stable_spam"),
+            *("stabilizer_adam", "zclip_adam", "guard, adam_clip", "muon"),
+            *("adam, b1 0.98", "adam, b2 0.95", "adam, SPAM's steps"),
+        ),
+        scenarios=("clean",),
+        rates=DEPTH_RATES,
+        models=tuple(
+            DEEP | {"tokenizer": "bpe:512", "warmup_steps": steps} for steps in (1, 30)
         ),
     ),
 }

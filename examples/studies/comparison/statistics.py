@@ -168,6 +168,8 @@ def model_of(record: Record) -> str:
     changed += [NORMS[record["norm"]]] if record["norm"] in NORMS else []
     if record["warmup_steps"] is not None:
         changed += [f"warm-up {record['warmup_steps']}"]
+    if record["compute_dtype"] != "float32":
+        changed += [record["compute_dtype"]]
     for name, text in LIMITS.items():
         changed += [f"{text} {record[name]:g}"] if record[name] else []
     changed += [pathlib.Path(record["data"]).name] if record["data"] else []

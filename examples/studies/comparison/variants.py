@@ -4,9 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 import spam_optax
+from spam_optax import functional
 from trainer import optimizers
 from trainer.config import RunConfig
 from trainer.errors import UsageError
@@ -82,6 +84,52 @@ def with_history(threshold: float) -> Entry:
     return Entry(make, resets=True)
 
 
+def adam_with(name: str = "adam", **changes) -> Entry:
+    """Returns Adam with other arguments; `name` is "adam" or "adam_clip"."""
+
+    def make(config, learning_rate):
+        arguments = {"b1": optimizers.B1, "b2": optimizers.B2} | changes
+        adam = optax.adam(learning_rate, **arguments)
+        if name == "adam":
+            return adam
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adam)
+
+    return Entry(make)
+
+
+def with_spam_steps(name: str) -> Entry:
+    """Returns Adam whose steps are as long as SPAM's: a control.
+
+    A reset shortens SPAM's moments, because its bias correction goes on counting from
+    the first step. Where the gradient is constant, that changes Adam's step by the
+    factor :math:`(1 - b_1^k) / \\sqrt{1 - b_2^k}`, over the same of :math:`t`, in step
+    :math:`t` with :math:`k` gradients in the moments. The ramp after a reset is another
+    factor. The control has both factors and no reset.
+    """
+    adam = adam_with(name)
+
+    def make(config, learning_rate):
+        spam = config.spam_intervals
+        interval, ramp_steps = spam["reset_interval"], spam["warmup_steps"]
+
+        def as_long(count):
+            step = count + 1
+            position = functional.reset_position(step, interval)
+            held = jnp.where(position < step, position + 1, step)
+
+            def share(decay):
+                whole = functional.bias_correction(decay, step)
+                return functional.bias_correction(decay, held) / whole
+
+            factor = share(optimizers.B1) / jnp.sqrt(share(optimizers.B2))
+            ramp = functional.reset_ramp(step, interval, ramp_steps)
+            return learning_rate(count) * ramp * factor
+
+        return adam.make(config, as_long)
+
+    return Entry(make, resets=True)
+
+
 def sparse(density: float) -> Entry:
     """Returns sparse momentum for another fraction of each matrix."""
 
@@ -128,7 +176,24 @@ UPDATES = {
         resets=True,
     ),
 }
+CONTROLS = {
+    "adam, b2 0.95": adam_with(b2=0.95),
+    "adam, b2 0.99": adam_with(b2=0.99),
+    "adam, SPAM's steps": with_spam_steps("adam"),
+    "adam_clip, b2 0.95": adam_with("adam_clip", b2=0.95),
+    "adam_clip, b2 0.99": adam_with("adam_clip", b2=0.99),
+    "adam_clip, SPAM's steps": with_spam_steps("adam_clip"),
+}
+MOMENTS = {
+    "adam, b1 0.95": adam_with(b1=0.95),
+    "adam, b1 0.98": adam_with(b1=0.98),
+    "adam, b2 0.9": adam_with(b2=0.9),
+    "adam, eps 1e-15": adam_with(eps=1e-15),
+    "adam, eps 1e-4": adam_with(eps=1e-4),
+}
 VARIANTS = {
+    **CONTROLS,
+    **MOMENTS,
     **GUARDED,
     **PUBLISHED,
     **UPDATES,
