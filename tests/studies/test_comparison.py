@@ -252,6 +252,18 @@ def test_names_of_runs_stay_the_same():
     assert STUDY.name(run) == "clip_spam-noise-0.008-seed0-8a4dfcc3b87a"
 
 
+def test_names_of_runs_do_not_depend_on_the_folder(tmp_path, monkeypatch):
+    def runs():
+        return experiments.runs_of("false alarms", experiments.BASE, [0])
+
+    before = [STUDY.name(run) for run in runs()]
+    monkeypatch.chdir(tmp_path)
+    assert [STUDY.name(run) for run in runs()] == before
+    texts = {STUDY.settings(run)["data"] for run in runs()}
+    assert texts == {None, "examples/data/prose_pd.txt.xz"}
+    assert all(len(STUDY.data_digest(run)) == 64 for run in runs())
+
+
 def test_an_incomplete_row_is_left_out(tmp_path):
     runs = [
         run_of(label, learning_rate=rate)

@@ -1,7 +1,6 @@
 """The experiments of the comparison: each is a question and a grid of runs."""
 
 import itertools
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -62,7 +61,7 @@ class Experiment(NamedTuple):
     models: tuple[dict[str, Any], ...] = ({},)  # settings of RunConfig that differ
 
 
-PROSE = os.path.relpath(text_files.PROSE)
+PROSE = str(text_files.PROSE)
 STABLE = {"initialization": "stable", "embedding": "scaled"}
 # To a rate at which every model fails.
 HIGH_RATES = (*RATES, 3.2e-2, 6.4e-2)

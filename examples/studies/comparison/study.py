@@ -23,6 +23,8 @@ from trainer.errors import UsageError
 
 FAULTLESS = ("clean", "shift")
 SCENARIOS = (*FAULTLESS, "noise", "coordinates", "nan", "batches")
+# In a record, so that it does not depend on the folder of this repository.
+EMBEDDED_PROSE = "examples/data/prose_pd.txt.xz"
 DIGITS = 6  # of the losses in a record: the others are noise
 
 
@@ -43,6 +45,8 @@ class Comparison(engine.Study):
     def settings(self, run: Run) -> dict[str, Any]:
         settings = run.config.settings()
         del settings["optimizers"], settings["bad_batches"]
+        if settings["data"] == str(text_files.PROSE):
+            settings["data"] = EMBEDDED_PROSE
         return {"label": run.label, "scenario": run.scenario} | settings
 
     def name(self, run: Run) -> str:
