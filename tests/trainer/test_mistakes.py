@@ -37,6 +37,8 @@ from trainer_process import without_timing
         (["--tokenizer=nobody/nothing"], ["nobody/nothing"]),
         (["--accumulate=5"], ["--accumulate", "--batch-size", "12"]),
         (["--embedding=odd"], ["--embedding", "odd", "scaled"]),
+        (["--width=50"], ["width", "twice the heads", "6, not 50"]),
+        (["--layers=0"], ["--layers", ">= 1"]),
         (["--remat=some"], ["--remat", "some", "full"]),
         (["--density=0", "--optimizer=sparse_spam"], ["--density", "> 0"]),
         (["--density=1.5"], ["--density", "<= 1"]),

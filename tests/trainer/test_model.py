@@ -395,6 +395,22 @@ def test_flags_reach_the_model_and_the_folder_of_a_run():
 # ----------------------------------------------------------- shape and computation
 
 
+def test_flags_give_a_preset_another_shape():
+    shape = {"layers": 5, "width": 48, "heads": 3, "ffn_width": 100}
+    flags = [f"--{name.replace('_', '-')}={x}" for name, x in shape.items()]
+    _, options = pretrain.parse(flags)
+    ours = RunConfig.from_settings(**cli.run_settings(options))
+    run = run_folder.Run(ours, None, 1)
+    assert run_folder.Run.from_json(run.to_json()) == run
+    assert ours.settings().items() >= shape.items()
+    leaves = jax.tree.leaves(abstract_model(ours.model))
+    assert sum(leaf.size for leaf in leaves) == parameter_count(ours.model)
+    assert ours.with_settings(seed=1).model == ours.model
+    assert ours.with_settings(preset="nano").model == model.PRESETS["nano"]
+    older = {name: x for name, x in run.to_json().items() if name not in shape}
+    assert run_folder.Run.from_json(older).config == RunConfig()
+
+
 @nnx.jit
 def run_decoder(decoder, tokens):
     return decoder(tokens)

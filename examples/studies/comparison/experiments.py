@@ -59,6 +59,7 @@ class Experiment(NamedTuple):
     scenarios: tuple[str, ...] = ("clean", "noise")
     rates: tuple[float, ...] = RATES
     models: tuple[dict[str, Any], ...] = ({},)  # settings of RunConfig that differ
+    seeds: int | None = None  # the largest number of seeds
 
 
 PROSE = str(text_files.PROSE)
@@ -203,6 +204,16 @@ EXPERIMENTS = {
         ("adam", "adam_clip", *variants.CONTROLS, "spam", "clip_spam", "stable_spam"),
         scenarios=("clean",),
     ),
+    "long": Experiment(
+        "Is it the same in runs ten times as long, with SPAM's published intervals?",
+        (
+            *("adam", "adam_clip", "adam_clip, b2 0.99", "adam, SPAM's steps"),
+            *("adam_clip, SPAM's steps", "spam", "clip_spam", "stable_spam"),
+        ),
+        scenarios=("clean",),
+        rates=RATES[:3],
+        models=({"steps": 3000, "data": PROSE, "reset_interval": 500},),
+    ),
     "natural": Experiment(
         "What makes gradients spike without any fault, and what prevents it?",
         (
@@ -225,7 +236,22 @@ EXPERIMENTS = {
         ("adam",),
         scenarios=("clean",),
         rates=DEPTH_RATES,
+        models=deep({}, STABLE, {"initialization": "stable", "embedding": "normed"}),
+    ),
+    "deep": Experiment(
+        "Which initialization or norm allows the highest rates with 24 layers?",
+        ("adam",),
+        scenarios=("clean",),
+        rates=DEPTH_RATES,
+        models=tuple(DEEP | model for model in INITIALIZATIONS),
+    ),
+    "depths": Experiment(
+        "How do the other initializations and norms change with depth?",
+        ("adam",),
+        scenarios=("clean",),
+        rates=DEPTH_RATES,
         models=deep(*INITIALIZATIONS),
+        seeds=1,
     ),
     "depth clipped": Experiment(
         "Does clipping the norm do for deep models what the initialization does?",
@@ -242,29 +268,27 @@ EXPERIMENTS = {
         models=equal_sizes({}, STABLE),
     ),
     "warm-up": Experiment(
-        "Does the initialization replace the warm-up of the learning rate?",
+        "Does the initialization, or QK-norm, replace the warm-up?",
         ("adam", "adam_clip"),
         scenarios=("clean",),
-        rates=DEPTH_RATES,
+        rates=HIGH_RATES[:6],
         models=tuple(
             DEEP | model | {"warmup_steps": steps}
             for steps in (1, 100)
-            for model in ({}, STABLE)
+            for model in ({}, STABLE, {"qk_norm": True})
         ),
     ),
     "cliff": Experiment(
-        "Which method allows a higher rate, less warm-up or a larger b1 in a deep"
-        " model, and what does it cost where the model is stable?",
+        "Which optimizer allows a higher rate or less warm-up in a deep model, and what"
+        " does it cost where the model is stable?",
         (
-            *("adam", "adam_clip", "spam", "clip_spam", "stable_spam"),
-            *("stabilizer_adam", "zclip_adam", "guard, adam_clip", "muon"),
-            *("adam, b1 0.98", "adam, b2 0.95", "adam, SPAM's steps"),
+            *("adam", "adam_clip", "spam", "clip_spam", "stable_spam", "muon"),
+            *("stabilizer_adam", "guard, adam_clip", "adam, b1 0.98"),
+            *("adam, b2 0.95", "adam, SPAM's steps"),
         ),
         scenarios=("clean",),
-        rates=DEPTH_RATES,
-        models=tuple(
-            DEEP | {"tokenizer": "bpe:512", "warmup_steps": steps} for steps in (1, 30)
-        ),
+        rates=HIGH_RATES[:6],
+        models=(DEEP, DEEP | {"warmup_steps": 1}),
     ),
 }
 
@@ -298,7 +322,7 @@ def runs_of(
         kept_scenarios,
         kept,
         dict.fromkeys(rates or experiment.rates),
-        seeds,
+        seeds[: experiment.seeds],
     )
     return [
         Run(
@@ -307,8 +331,7 @@ def runs_of(
             base.with_settings(
                 learning_rate=rate if rates else rate * RATE_SCALES.get(label, 1),
                 seed=seed,
-                **(model | faults(scenario)),
-                **resets(label, model.get("steps", base.steps)),
+                **(model | faults(scenario) | resets(label, model, base.steps)),
             ),
         )
         for model, scenario, label, rate, seed in grid
@@ -324,8 +347,9 @@ def faults(scenario: str) -> dict[str, Any]:
     return {}
 
 
-def resets(label: str, steps: int) -> dict[str, Any]:
-    """Returns the settings of RunConfig for an optimizer with momentum resets."""
-    if variants.row_of(label).resets:
-        return {"reset_interval": round(RESET_SHARE * steps)}
-    return {}
+def resets(label: str, model: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Returns the interval of momentum resets, if the optimizer has any."""
+    if not variants.row_of(label).resets:
+        return {"reset_interval": None}
+    share = round(RESET_SHARE * model.get("steps", steps))
+    return {"reset_interval": model.get("reset_interval", share)}
