@@ -34,7 +34,8 @@ from collections.abc import Sequence
 from studies import engine
 from studies.comparison import experiments, report
 from studies.comparison.experiments import EXPERIMENTS
-from studies.comparison.study import SCENARIOS, Comparison, Run
+from studies.comparison.study import SCENARIOS, Comparison
+from studies.task import Run
 from trainer import cli
 from trainer.errors import UsageError
 from trainer.model import PRESETS

@@ -21,7 +21,8 @@ from studies.comparison import (
     variants,
 )
 from studies.comparison.statistics import Result
-from studies.comparison.study import Comparison, Program, Run
+from studies.comparison.study import Comparison, Program
+from studies.task import Run
 from trainer import loop, optimizers, sharding, train_step
 from trainer.config import BURST_LENGTH, RunConfig
 from trainer.errors import UsageError

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from studies.comparison import variants
-from studies.comparison.study import SCENARIOS, Run
+from studies.comparison.study import SCENARIOS
+from studies.task import Run
 from trainer.config import RunConfig
 from trainer.data import text_files
 

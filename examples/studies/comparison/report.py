@@ -12,7 +12,8 @@ from studies import engine
 from studies.comparison import figures, statistics
 from studies.comparison.experiments import EXPERIMENTS
 from studies.comparison.statistics import Result
-from studies.comparison.study import Comparison, Run
+from studies.comparison.study import Comparison
+from studies.task import Run
 from trainer import files
 from trainer.model import PRESETS
 from trainer.output import summary

@@ -1,20 +1,16 @@
-"""One run of the comparison, and the compiled program that trains it."""
+"""The study of optimizers and models on text, without and with faults."""
 
 import dataclasses
-import functools
 import re
-import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
-import spam_optax
-from studies import engine
-from studies.comparison import variants
+from studies import engine, task
+from studies.task import Run
 from trainer import data, model, train_step
 from trainer.config import SHAPE, RunConfig
 from trainer.data import text_files
@@ -25,15 +21,6 @@ FAULTLESS = ("clean", "shift")
 SCENARIOS = (*FAULTLESS, "noise", "coordinates", "nan", "batches")
 # In a record, so that it does not depend on the folder of this repository.
 EMBEDDED_PROSE = "examples/data/prose_pd.txt.xz"
-DIGITS = 6  # of the losses in a record: the others are noise
-
-
-class Run(NamedTuple):
-    """One run."""
-
-    label: str  # the row of the table: an optimizer of the trainer, or a variant
-    scenario: str  # one of SCENARIOS
-    config: RunConfig  # its `optimizers` and `bad_batches` are not used
 
 
 class Comparison(engine.Study):
@@ -81,25 +68,21 @@ class Comparison(engine.Study):
         return Program(run)
 
     def decode(self, record: engine.Record) -> engine.Record:
-        """Returns the results with the settings beside them."""
-        results = {name: record[name] for name in RESULTS}
-        reasons = record.get("skip_reasons")  # None: there is no guard
-        return record["settings"] | results | {"skip_reasons": reasons}
+        return task.decode(record)
 
 
-RESULTS = ("first_eval_loss", "final_eval_loss", "losses", "gradient_norms")
-RESULTS += ("optimizer_bytes", "parameters", "seconds_per_step")
-
-
-class Program:
-    """Trains runs that differ in learning rate, seed and fault steps only.
-
-    A whole run is one compiled program.
-    """
+class Program(task.Program):
+    """Trains language models that differ in rate, seed and fault steps only."""
 
     def __init__(self, run: Run):
-        self._label, _, self._config = run
-        config = run.config
+        super().__init__(LanguageModel(run), run)
+
+
+class LanguageModel(task.Task):
+    """Predicts the next token of a text, with the trainer's model."""
+
+    def __init__(self, run: Run):
+        self._config = config = run.config
         tokenizer, self._tokens, _ = text_files.load(
             config.data, config.tokenizer, config.separator
         )
@@ -115,34 +98,8 @@ class Program:
         self._validation = data.evaluation_batches(
             self._tokens.validation, tokenizer, config
         )
-        self._train = jax.jit(self._run).lower(*self._inputs(run)).compile()
 
-    def __call__(self, run: Run, progress: engine.Progress) -> engine.Record:
-        """Returns the losses and gradient norms of a run, its memory and its time."""
-        del progress  # one call trains the whole run
-        inputs = self._inputs(run)
-        start = time.perf_counter()
-        results = jax.device_get(self._train(*inputs))
-        seconds = time.perf_counter() - start
-        return {
-            **{name: engine.to_json(x, DIGITS) for name, x in results.items()},
-            **self._sizes(),
-            "seconds_per_step": seconds / run.config.steps,
-        }
-
-    def _sizes(self) -> dict[str, int]:
-        """Returns the bytes of the optimizer's state and the number of parameters."""
-        params = jax.eval_shape(self._initial_params, 0)
-        state = jax.eval_shape(lambda x: self._transform(0, 1.0).init(x), params)
-        return {
-            "optimizer_bytes": sum(
-                x.size * x.dtype.itemsize for x in jax.tree.leaves(state)
-            ),
-            "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        }
-
-    def _inputs(self, run: Run) -> tuple:
-        """Returns seed, rate, batches, fault steps and validation batches of a run."""
+    def inputs(self, run: Run) -> tuple[np.ndarray, np.ndarray]:
         config = run.config
         source = text_files.batches(
             self._tokens.train, config.sequence_length, config.batch_size, config.seed
@@ -154,61 +111,22 @@ class Program:
                 self._later, config.sequence_length, config.batch_size, config.seed
             )
             batches[half:] = [source[step] for step in range(config.steps - half)]
-        is_fault_step = np.zeros(config.steps, bool)
         if run.scenario == "batches":
             corrupt(batches, config, self._vocabulary)
-        elif run.scenario not in FAULTLESS:
-            is_fault_step[np.array(config.fault_steps) - 1] = True
-        return (
-            jnp.uint32(config.seed),
-            jnp.float32(config.learning_rate),
-            batches,
-            is_fault_step,
-            self._validation,
-        )
+        return batches, self._validation
 
-    def _initial_params(self, seed: jax.typing.ArrayLike) -> optax.Params:
+    def init(self, seed: jax.typing.ArrayLike) -> optax.Params:
         decoder = model.Decoder(self._model, rngs=nnx.Rngs(jax.random.key(seed)))
         return nnx.to_pure_dict(nnx.state(decoder))
 
-    def _transform(self, seed, rate) -> optax.GradientTransformation:
-        config = dataclasses.replace(self._config, seed=seed)
-        return variants.make(self._label, config, rate)
-
-    def _faults(self, seed, is_fault_step) -> optax.GradientTransformation:
-        return spam_optax.testing.inject_spikes(
-            seed,
-            self._config.spike_rate,
-            self._config.spike_factor,
-            kind=self._config.spike_kind,
-            steps=lambda step: is_fault_step[step - 1],
+    def gradient(self, params, batch):
+        loss, gradient, logits = train_step.gradient_of_batch(
+            params, batch[None], self._graphdef, self._config.z_loss
         )
+        return loss, gradient, {"attention_logits": logits}
 
-    def _run(self, seed, rate, batches, is_fault_step, validation):
-        """Trains a run; this is what is compiled."""
-        params = self._initial_params(seed)
-        faults = self._faults(seed, is_fault_step)
-        tx = self._transform(seed, rate)
-
-        def step(carry, batch):
-            loss, gradient, logits = train_step.gradient_of_batch(
-                carry[0], batch[None], self._graphdef, self._config.z_loss
-            )
-            gradient, *carry = train_step.apply_gradient(
-                gradient, *carry, tx, faults, value=loss, attention_logits=logits
-            )
-            curves = {"losses": loss, "gradient_norms": optax.tree.norm(gradient)}
-            reason = optax.tree.get(carry[1], "skip_reason")
-            if reason is not None:
-                curves["skip_reasons"] = reason
-            return tuple(carry), curves
-
-        evaluate = functools.partial(train_step.evaluate, graphdef=self._graphdef)
-        first = evaluate(params, validation)
-        carry = params, tx.init(params), faults.init(params)
-        carry, curves = jax.lax.scan(step, carry, batches)
-        last = evaluate(carry[0], validation)
-        return {"first_eval_loss": first, "final_eval_loss": last, **curves}
+    def evaluate(self, params, test):
+        return train_step.evaluate(params, test, graphdef=self._graphdef)
 
 
 def check_bytes(config: RunConfig) -> None:

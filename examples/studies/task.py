@@ -1,0 +1,169 @@
+"""Trains any task under any optimizer: one compiled program is a whole run.
+
+A task has data, a model and a loss. Its subclass of `Task` describes them:
+
+    class Line(task.Task):
+        '''Fits a line through points.'''
+
+        def inputs(self, run):  # batches, with one row per step, and what to test on
+            rng = np.random.default_rng(run.config.seed)
+            x = rng.normal(size=(run.config.steps, 8))
+            return np.stack([x, 3 * x + 1], axis=1), x[0]
+
+        def init(self, seed):  # the first parameters
+            return {"slope": jnp.zeros([]), "offset": jnp.zeros([])}
+
+        def gradient(self, params, batch):  # loss, gradient, and what else is measured
+            def loss(params):
+                x, y = batch
+                return jnp.mean((params["slope"] * x + params["offset"] - y) ** 2)
+
+            return *jax.value_and_grad(loss)(params), {}
+
+        def evaluate(self, params, test):  # what is compared: lower is better
+            return (params["slope"] - 3) ** 2
+
+    record = task.Program(Line(), run)(run, lambda fraction: None)
+"""
+
+import abc
+import dataclasses
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import spam_optax
+from studies import engine
+from studies.comparison import variants
+from trainer import train_step
+from trainer.config import RunConfig
+
+DIGITS = 6  # of the losses in a record: the others are noise
+# Scenarios in which the gradients of the fault steps are corrupted. The others, if they
+# have faults, have them in the data.
+GRADIENT_FAULTS = ("noise", "coordinates", "nan")
+RESULTS = ("first_eval_loss", "final_eval_loss", "losses", "gradient_norms")
+RESULTS += ("optimizer_bytes", "parameters", "seconds_per_step")
+
+
+class Run(NamedTuple):
+    """One run."""
+
+    label: str  # the row of the table: an optimizer of the trainer, or a variant
+    scenario: str  # which faults there are; "clean": none
+    config: RunConfig  # its `optimizers` and `bad_batches` are not used
+
+
+class Task(abc.ABC):
+    """What is trained."""
+
+    @abc.abstractmethod
+    def inputs(self, run: Run) -> tuple[Any, Any]:
+        """Returns the batches, with a leading axis of steps, and the data of tests."""
+
+    @abc.abstractmethod
+    def init(self, seed: jax.typing.ArrayLike) -> optax.Params:
+        """Draws the first parameters."""
+
+    @abc.abstractmethod
+    def gradient(
+        self, params: optax.Params, batch: Any
+    ) -> tuple[jax.Array, optax.Updates, dict[str, Any]]:
+        """Returns loss, gradient, and other arguments of the optimizer's update."""
+
+    @abc.abstractmethod
+    def evaluate(self, params: optax.Params, test: Any) -> jax.Array:
+        """Returns the number that is compared. The lowest one is the best."""
+
+
+class Program:
+    """Trains runs that differ in learning rate, seed and fault steps only.
+
+    A whole run is one compiled program.
+    """
+
+    def __init__(self, task: Task, run: Run):
+        self._task = task
+        self._label, _, self._config = run
+        self._train = jax.jit(self._run).lower(*self._inputs(run)).compile()
+
+    def __call__(self, run: Run, progress: engine.Progress) -> engine.Record:
+        """Returns the losses and gradient norms of a run, its memory and its time."""
+        del progress  # one call trains the whole run
+        inputs = self._inputs(run)
+        start = time.perf_counter()
+        results = jax.device_get(self._train(*inputs))
+        seconds = time.perf_counter() - start
+        return {
+            **{name: engine.to_json(x, DIGITS) for name, x in results.items()},
+            **self._sizes(),
+            "seconds_per_step": seconds / run.config.steps,
+        }
+
+    def _sizes(self) -> dict[str, int]:
+        """Returns the bytes of the optimizer's state and the number of parameters."""
+        params = jax.eval_shape(self._task.init, 0)
+        state = jax.eval_shape(lambda x: self._transform(0, 1.0).init(x), params)
+        return {
+            "optimizer_bytes": sum(
+                x.size * x.dtype.itemsize for x in jax.tree.leaves(state)
+            ),
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        }
+
+    def _inputs(self, run: Run) -> tuple:
+        """Returns seed, rate, batches, fault steps and test data of a run."""
+        config = run.config
+        batches, test = self._task.inputs(run)
+        is_fault_step = np.zeros(config.steps, bool)
+        if run.scenario in GRADIENT_FAULTS:
+            is_fault_step[np.array(config.fault_steps) - 1] = True
+        rate = jnp.float32(config.learning_rate)
+        return jnp.uint32(config.seed), rate, batches, is_fault_step, test
+
+    def _transform(self, seed, rate) -> optax.GradientTransformation:
+        config = dataclasses.replace(self._config, seed=seed)
+        return variants.make(self._label, config, rate)
+
+    def _faults(self, seed, is_fault_step) -> optax.GradientTransformation:
+        return spam_optax.testing.inject_spikes(
+            seed,
+            self._config.spike_rate,
+            self._config.spike_factor,
+            kind=self._config.spike_kind,
+            steps=lambda step: is_fault_step[step - 1],
+        )
+
+    def _run(self, seed, rate, batches, is_fault_step, test):
+        """Trains a run; this is what is compiled."""
+        params = self._task.init(seed)
+        faults = self._faults(seed, is_fault_step)
+        tx = self._transform(seed, rate)
+
+        def step(carry, batch):
+            loss, gradient, measured = self._task.gradient(carry[0], batch)
+            gradient, *carry = train_step.apply_gradient(
+                gradient, *carry, tx, faults, value=loss, **measured
+            )
+            curves = {"losses": loss, "gradient_norms": optax.tree.norm(gradient)}
+            reason = optax.tree.get(carry[1], "skip_reason")
+            if reason is not None:
+                curves["skip_reasons"] = reason
+            return tuple(carry), curves
+
+        first = self._task.evaluate(params, test)
+        carry = params, tx.init(params), faults.init(params)
+        carry, curves = jax.lax.scan(step, carry, batches)
+        last = self._task.evaluate(carry[0], test)
+        return {"first_eval_loss": first, "final_eval_loss": last, **curves}
+
+
+def decode(record: engine.Record) -> engine.Record:
+    """Returns the results of a record with the settings beside them."""
+    results = {name: record[name] for name in RESULTS}
+    reasons = record.get("skip_reasons")  # None: there is no guard
+    return record["settings"] | results | {"skip_reasons": reasons}
