@@ -142,7 +142,8 @@ def compare(options: argparse.Namespace) -> list[engine.Failure]:
         raise UsageError("the chosen experiments have no such optimizer or scenario")
     study, folder = Comparison(), options.output
     failures = engine.run_all(study, runs, folder / "runs", options.workers)
-    report.write(study, grids, folder)
+    questions = {name: EXPERIMENTS[name].question for name in grids}
+    report.write(study, grids, questions, folder)
     print(f"Tables are in {folder / 'comparison.md'}")
     return failures
 

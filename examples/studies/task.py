@@ -28,6 +28,7 @@ A task has data, a model and a loss. Its subclass of `Task` describes them:
 
 import abc
 import dataclasses
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -167,3 +168,51 @@ def decode(record: engine.Record) -> engine.Record:
     results = {name: record[name] for name in RESULTS}
     reasons = record.get("skip_reasons")  # None: there is no guard
     return record["settings"] | results | {"skip_reasons": reasons}
+
+
+# -------------------------------------------------------------------------- the study
+
+# The settings of RunConfig that decide how a task is trained.
+TRAINING = ("steps", "seed", "batch_size", "learning_rate", "warmup_steps")
+TRAINING += ("weight_decay", "clip_norm", "threshold", "reset_interval", "density")
+TRAINING += ("bursts", "spike_rate", "spike_factor", "spike_kind")
+
+
+class TaskStudy(engine.Study):
+    """Trains one task under several optimizers.
+
+    A study of a task is a subclass with the scenarios and the class of the task, which
+    is made of `options`, a dataclass with the task's own settings.
+    """
+
+    def __init__(self, options: Any):
+        self.options = options
+
+    @abc.abstractmethod
+    def task(self, run: Run) -> Task:
+        """Makes the task. It is the same for all runs with the same `program`."""
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        training = {name: getattr(run.config, name) for name in TRAINING}
+        given = {"label": run.label, "scenario": run.scenario} | training
+        return given | dataclasses.asdict(self.options)
+
+    def name(self, run: Run) -> str:
+        return file_name(run, engine.digest(self.settings(run)))
+
+    def program(self, run: Run) -> tuple[str, RunConfig]:
+        """Returns what is compiled: rate, seed and faults are its inputs."""
+        return run.label, dataclasses.replace(run.config, learning_rate=1.0, seed=0)
+
+    def compile(self, run: Run) -> engine.Train:
+        return Program(self.task(run), run)
+
+    def decode(self, record: engine.Record) -> engine.Record:
+        return decode(record)
+
+
+def file_name(run: Run, digest: str) -> str:
+    """Returns the name of a record, which begins with what one looks for."""
+    label, scenario = (re.sub("[^a-z0-9_.]+", "_", x) for x in run[:2])
+    rate, seed = run.config.learning_rate, run.config.seed
+    return f"{label}-{scenario}-{rate:g}-seed{seed}-{digest}"

@@ -345,7 +345,7 @@ def test_the_best_results_come_first_and_an_edge_is_marked():
     records = [record(final=2.0), record(final=1.5, label="lion")]
     lines = statistics.results(records)
     assert [line.label for line in lines] == ["lion", "spam"]
-    text = report.markdown("main", lines, ["adam (clean): 1 of 15"])
+    text = report.markdown("main: Which?", lines, ["adam (clean): 1 of 15"])
     assert "| lion | 0.001* | 1.500 |" in text
     assert "worst jump" not in text
     assert "LR sensitivity" not in text  # a single rate has none
@@ -508,7 +508,8 @@ def test_the_committed_page_has_the_tables_of_the_committed_numbers():
         results = [Result.from_json(content) for content in contents]
         again = json.loads(json.dumps([result.to_json() for result in results]))
         assert again == contents
-        lines = report.markdown(name, results, []).splitlines()
+        heading = f"{name}: {experiments.EXPERIMENTS[name].question}"
+        lines = report.markdown(heading, results, []).splitlines()
         assert set(lines) <= set(page)
     assert set(report.explanations().splitlines()) <= set(page)
 

@@ -10,9 +10,7 @@ import numpy as np
 
 from studies import engine
 from studies.comparison import figures, statistics
-from studies.comparison.experiments import EXPERIMENTS
 from studies.comparison.statistics import Result
-from studies.comparison.study import Comparison
 from studies.task import Run
 from trainer import files
 from trainer.model import PRESETS
@@ -88,30 +86,37 @@ COLUMNS = {  # heading and explanation
 }
 
 
-def write(study: Comparison, grids: dict[str, list[Run]], folder: pathlib.Path) -> None:
+def write(
+    study: engine.Study,
+    grids: dict[str, list[Run]],
+    questions: dict[str, str],
+    folder: pathlib.Path,
+    title: str = "Comparison",
+) -> None:
     """Writes the tables, numbers and figures of the finished runs of experiments.
 
     Args:
       study: The study that made the records.
       grids: The runs of each experiment.
+      questions: What each experiment asks.
       folder: The folder to write to. The records are in its folder `runs`.
     """
     tables, numbers = [], {}
     for name, runs in grids.items():
         finished, unfinished = complete(study, runs, folder / "runs")
         found = statistics.results(finished)
-        tables.append(markdown(name, found, unfinished))
+        tables.append(markdown(f"{name}: {questions[name]}", found, unfinished))
         if found:
             numbers[name] = [result.to_json() for result in found]
             figures.draw(found).savefig(folder / f"{name}.png")
-    text = "\n".join(["# Comparison\n", *tables, explanations()])
-    files.replace(folder / "comparison.md", text)
+    text = "\n".join([f"# {title}\n", *tables, explanations()])
+    files.replace(folder / f"{title.lower()}.md", text)
     text = json.dumps(numbers, indent=1, allow_nan=False)
     files.replace(folder / "summary.json", text + "\n")
 
 
 def complete(
-    study: Comparison, runs: Sequence[Run], folder: pathlib.Path
+    study: engine.Study, runs: Sequence[Run], folder: pathlib.Path
 ) -> tuple[list[engine.Record], list[str]]:
     """Returns the records of complete rows, and the progress of the other rows.
 
@@ -135,9 +140,9 @@ def complete(
 # ------------------------------------------------------------------------- the tables
 
 
-def markdown(name: str, results: Sequence[Result], unfinished: Sequence[str]) -> str:
-    """Returns an experiment's question, and a table for each scenario and model."""
-    parts = [f"## {name}: {EXPERIMENTS[name].question}\n"]
+def markdown(heading: str, results: Sequence[Result], unfinished: Sequence[str]) -> str:
+    """Returns a heading, and a table for each scenario and model."""
+    parts = [f"## {heading}\n"]
     seconds = {}  # of the fastest run of any scenario: the program is the same
     for result in results:
         known = seconds.get(result.label, np.inf)
@@ -147,8 +152,9 @@ def markdown(name: str, results: Sequence[Result], unfinished: Sequence[str]) ->
         shown = [key for key in COLUMNS if any(row[key] != "-" for row in rows)]
         table = [[COLUMNS[key][0] for key in shown]]
         table += [[row[key] for key in shown] for row in rows]
-        title = f"### {scenario}; initialization {name_of_model(*model)}\n"
-        parts += [title, *table_lines(table), ""]
+        name = name_of_model(*model)
+        title = f"### {scenario}" + (f"; initialization {name}" if name else "")
+        parts += [title, "", *table_lines(table), ""]
     parts += spikes_by_rate(results)
     if unfinished:
         parts.append(f"Unfinished runs: {'; '.join(unfinished)}.\n")

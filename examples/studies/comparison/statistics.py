@@ -19,6 +19,7 @@ RECOVERY_WINDOW = 10  # steps whose mean loss shows that a run has recovered
 USABLE_MARGIN = 0.2  # nats above the lowest loss, at a learning rate that is usable
 HIGH_RATE_FACTOR = 4  # of the high rate in the table, times the best one
 LIMITS = {"attention_softcap": "attention softcap", "qk_clip": "QK-clip"}
+BATCHES = (8, 4)  # sequences in a batch of the small and of the deep models
 NORMS = {"scaled": "LayerNorm Scaling", "mixed": "Mix-LN"}
 
 
@@ -153,27 +154,28 @@ def panel_of(record: Record) -> tuple[Any, ...]:
 
 def shape_of(record: Record) -> dict[str, int]:
     """Returns layers and width. Records have them if they are not the preset's."""
-    preset = PRESETS[record["preset"]]
+    preset = PRESETS[record.get("preset", "tiny")]
     return {x: record.get(x, getattr(preset, x)) for x in ("layers", "width")}
 
 
 def model_of(record: Record) -> str:
     """Returns the settings of model and data that the experiments change.
 
-    Layers and width are not part of it.
+    Layers and width are not part of it. Other tasks have none of these settings.
     """
-    changed = [record["initialization"], record["embedding"]]
-    changed += ["untied head"] if record["untied_head"] else []
-    changed += ["QK-norm"] if record["qk_norm"] else []
-    changed += [NORMS[record["norm"]]] if record["norm"] in NORMS else []
-    if record["warmup_steps"] is not None:
-        changed += [f"warm-up {record['warmup_steps']}"]
-    if record["compute_dtype"] != "float32":
-        changed += [record["compute_dtype"]]
+    get = record.get
+    changed = [get("initialization"), get("embedding")]
+    changed += ["untied head" if get("untied_head") else None]
+    changed += ["QK-norm" if get("qk_norm") else None, NORMS.get(get("norm"))]
+    if "initialization" in record:
+        steps, batch = get("warmup_steps"), get("batch_size")
+        changed += [None if steps is None else f"warm-up {steps}"]
+        changed += [None if batch in BATCHES else f"batch {batch}"]
+    changed += ["bfloat16" if get("compute_dtype") == "bfloat16" else None]
     for name, text in LIMITS.items():
-        changed += [f"{text} {record[name]:g}"] if record[name] else []
-    changed += [pathlib.Path(record["data"]).name] if record["data"] else []
-    return ", ".join(changed)
+        changed += [f"{text} {get(name):g}" if get(name) else None]
+    changed += [pathlib.Path(get("data")).name if get("data") else None]
+    return ", ".join(filter(None, changed))
 
 
 def skipped_steps(records: Sequence[Record]) -> list[float] | None:

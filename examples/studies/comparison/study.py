@@ -1,7 +1,6 @@
 """The study of optimizers and models on text, without and with faults."""
 
 import dataclasses
-import re
 from typing import Any
 
 import jax
@@ -45,10 +44,8 @@ class Comparison(engine.Study):
         shape = RunConfig().with_settings(preset=run.config.model.preset).settings()
         defaults |= {name: shape[name] for name in SHAPE}
         settings = self.settings(run).items()
-        digest = engine.digest({k: v for k, v in settings if v != defaults.get(k)})
-        rate, seed = run.config.learning_rate, run.config.seed
-        label = re.sub("[^a-z0-9_.]+", "_", run.label)
-        return f"{label}-{run.scenario}-{rate:g}-seed{seed}-{digest}"
+        changed = {k: v for k, v in settings if v != defaults.get(k)}
+        return task.file_name(run, engine.digest(changed))
 
     def program(self, run: Run) -> tuple[str, bool, RunConfig]:
         """Returns what is compiled: rate, seed and fault steps are its inputs."""
