@@ -28,8 +28,10 @@ A task has data, a model and a loss. Its subclass of `Task` describes them:
 
 import abc
 import dataclasses
+import itertools
 import re
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +45,8 @@ from studies.comparison import variants
 from trainer import train_step
 from trainer.config import RunConfig
 
+# Part of the run between two momentum resets.
+RESET_SHARE = 1 / 3
 DIGITS = 6  # of the losses in a record: the others are noise
 # Scenarios in which the gradients of the fault steps are corrupted. The others, if they
 # have faults, have them in the data.
@@ -216,3 +220,25 @@ def file_name(run: Run, digest: str) -> str:
     label, scenario = (re.sub("[^a-z0-9_.]+", "_", x) for x in run[:2])
     rate, seed = run.config.learning_rate, run.config.seed
     return f"{label}-{scenario}-{rate:g}-seed{seed}-{digest}"
+
+
+def grid(
+    base: RunConfig,
+    labels: Sequence[str],
+    scenarios: Sequence[str],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+) -> list[Run]:
+    """Returns the runs of every optimizer, scenario, learning rate and seed."""
+    combinations = itertools.product(labels, scenarios, rates, seeds)
+    return [
+        Run(label, scenario, with_training(base, label, learning_rate=rate, seed=seed))
+        for label, scenario, rate, seed in combinations
+    ]
+
+
+def with_training(base: RunConfig, label: str, **changes: Any) -> RunConfig:
+    """Returns `base` with changes, and resets after every third of the run."""
+    if variants.row_of(label).resets:
+        changes["reset_interval"] = max(2, round(RESET_SHARE * base.steps))
+    return dataclasses.replace(base, **changes)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from studies.comparison import variants
 from studies.comparison.study import SCENARIOS
-from studies.task import Run
+from studies.task import RESET_SHARE, Run
 from trainer.config import RunConfig
 from trainer.data import text_files
 
@@ -39,9 +39,8 @@ RATE_SCALES = {
 }
 SEEDS = (0, 1, 2)
 STEPS = 300
-# Part of the run between two momentum resets. Bursts begin after 1/4, 1/2 and 3/4 of
-# the run, so none falls into the steps after a reset in which SPAM clips nothing.
-RESET_SHARE = 1 / 3
+# Bursts begin after 1/4, 1/2 and 3/4 of the run. SPAM resets its momentum after 1/3 and
+# 2/3, so none falls into the steps after a reset in which it clips nothing.
 BASE = RunConfig(
     optimizers=("adam",),
     steps=STEPS,

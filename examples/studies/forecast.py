@@ -1,0 +1,264 @@
+"""Time-series forecasting with corrupted inputs: data, model and study.
+
+The model is in the style of PatchTST (Nie et al., 2023, arXiv 2211.14730). The
+corruption is that of SPAM (arXiv 2501.06842): a share of the input values gets normal
+noise, whose deviation is the severity times the largest value.
+
+Letters in shape comments: B windows, C columns, L hours of input, H hours of forecast,
+N patches, D width.
+"""
+
+import csv
+import dataclasses
+import lzma
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from studies import task
+from studies.task import Run
+from trainer.errors import UsageError
+
+WEATHER = pathlib.Path(__file__).parents[1] / "data" / "weather_nyc_2013.csv.xz"
+TRAIN, VALIDATION = 0.7, 0.1  # shares of the rows; the rest are tests, as published
+TEST_WINDOWS = 200  # at most, evenly spaced
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is forecast, from what, and by which model."""
+
+    csv: str | None = None  # None: the weather that comes with the example
+    share: float = 0.1  # of the input values that are corrupted
+    lookback: int = 192  # rows of input, L
+    horizon: int = 96  # rows of forecast, H
+    patch: int = 16  # rows of a patch; patches overlap by half
+    width: int = 32  # D
+    heads: int = 4
+    layers: int = 2
+
+    def __post_init__(self):
+        if self.lookback < self.patch:
+            raise UsageError(
+                f"--lookback must be at least --patch, which is {self.patch}, not"
+                f" {self.lookback}"
+            )
+        if self.width % self.heads:
+            raise UsageError(
+                f"--width must be a multiple of --heads, which is {self.heads}, not"
+                f" {self.width}"
+            )
+
+
+# --------------------------------------------------------------------------- the data
+
+
+def read_csv(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
+    """Reads the columns of a CSV file, which may be packed as .xz.
+
+    The first row has their names. A column that is called date or time is left out.
+
+    Returns:
+      The names, and the values as float32 of shape (rows, columns).
+
+    Raises:
+      UsageError: If a value is not a finite number, or there are no rows.
+      OSError: If the file cannot be read.
+    """
+    unpack = lzma.open if path.suffix == ".xz" else open
+    try:
+        with unpack(path, "rt", encoding="utf-8", newline="") as file:
+            names, *rows = csv.reader(file)
+    except (ValueError, csv.Error, lzma.LZMAError) as error:
+        raise UsageError(f"{path} is not a CSV file ({error})") from error
+    if not rows:
+        raise UsageError(f"{path} has no rows")
+    kept = [n for n, name in enumerate(names) if name.lower() not in ("date", "time")]
+    values = np.empty((len(rows), len(kept)), np.float32)
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(names):
+            raise UsageError(
+                f"{path}, line {number}: {len(row)} values for {len(names)} columns"
+            )
+        for place, column in enumerate(kept):
+            values[number - 2, place] = read_number(row[column])
+            if not math.isfinite(values[number - 2, place]):
+                raise UsageError(
+                    f"{path}, line {number}: {names[column]} must be a finite number,"
+                    f" not {row[column]!r}"
+                )
+    return [names[n] for n in kept], values
+
+
+def read_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits rows in time, into training and test.
+
+    The columns are standardized by mean and deviation of the training rows. The rows of
+    validation between the two are not used, since every row of the table is reported.
+    """
+    train_end = round(TRAIN * len(values))
+    test_start = round((TRAIN + VALIDATION) * len(values))
+    train = values[:train_end]
+    deviation = train.std(axis=0)
+    scaled = (values - train.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    return scaled[:train_end], scaled[test_start:]
+
+
+def windows(rows: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """Returns the windows that begin at `starts`, of shape (..., length, C)."""
+    return rows[starts[..., None] + np.arange(length)]
+
+
+def corrupt(
+    inputs: np.ndarray, share: float, severity: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Adds noise to a random share of the values.
+
+    Its deviation is the severity times the largest value of all inputs.
+    """
+    is_hit = rng.random(inputs.shape) < share
+    noise = rng.normal(size=inputs.shape) * severity * np.abs(inputs).max()
+    return (inputs + is_hit * noise).astype(np.float32)
+
+
+# -------------------------------------------------------------------------- the model
+
+
+class Block(nnx.Module):
+    """Attention over the patches of one column, then a feed-forward layer."""
+
+    def __init__(self, options: Options, *, rngs: nnx.Rngs):
+        width = options.width
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            options.heads, width, decode=False, rngs=rngs
+        )
+        self.ffn_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.up = nnx.Linear(width, 2 * width, rngs=rngs)
+        self.down = nnx.Linear(2 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.down(nnx.gelu(self.up(self.ffn_norm(x))))
+
+
+class PatchForecaster(nnx.Module):
+    """Forecasts each column from its own past, with weights that all columns share.
+
+    Each window is normalized by its own mean and deviation, and the forecast is scaled
+    back by the same (reversible instance normalization).
+    """
+
+    def __init__(self, options: Options, columns: int, *, rngs: nnx.Rngs):
+        self.options = options
+        self.stride = options.patch // 2
+        patches = (options.lookback - options.patch) // self.stride + 1
+        self.gain = nnx.Param(jnp.ones(columns))
+        self.offset = nnx.Param(jnp.zeros(columns))
+        self.embed = nnx.Linear(options.patch, options.width, rngs=rngs)
+        self.position = nnx.Param(
+            0.02 * jax.random.normal(rngs.params(), (patches, options.width))
+        )
+        self.blocks = nnx.List(
+            [Block(options, rngs=rngs) for _ in range(options.layers)]
+        )
+        self.norm = nnx.LayerNorm(options.width, rngs=rngs)
+        self.head = nnx.Linear(patches * options.width, options.horizon, rngs=rngs)
+
+    def __call__(self, x_BLC: jax.Array) -> jax.Array:
+        mean = x_BLC.mean(axis=1, keepdims=True)
+        deviation = jnp.sqrt(x_BLC.var(axis=1, keepdims=True) + 1e-5)
+        gain, offset = self.gain[None, None], self.offset[None, None]
+        x_BLC = (x_BLC - mean) / deviation * gain + offset
+        y_BHC = self.forecast(x_BLC.swapaxes(1, 2)).swapaxes(1, 2)
+        return (y_BHC - offset) / (gain + 1e-10) * deviation + mean
+
+    def forecast(self, x_BCL: jax.Array) -> jax.Array:
+        B, C, L = x_BCL.shape
+        starts = np.arange(0, L - self.options.patch + 1, self.stride)
+        places = starts[:, None] + np.arange(self.options.patch)
+        patches = x_BCL.reshape(B * C, L)[:, places]  # (B C, N, patch)
+        x = self.embed(patches) + self.position[None]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).reshape(B * C, -1)).reshape(B, C, -1)
+
+
+# -------------------------------------------------------------------------- the study
+
+
+def severity_of(scenario: str) -> float:
+    return float(scenario.removeprefix("severity "))
+
+
+class Forecast(task.Task):
+    """Minimizes the squared error of the forecast of standardized columns."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.names, values = read_csv(pathlib.Path(options.csv or WEATHER))
+        self.train, test = split(values)
+        length = options.lookback + options.horizon
+        for part, rows in (("training", self.train), ("test", test)):
+            if len(rows) < length:
+                raise UsageError(
+                    f"the {part} part has {len(rows)} rows, and a window needs {length}"
+                )
+        starts = np.linspace(0, len(test) - length, TEST_WINDOWS).round().astype(int)
+        self.test = windows(test, np.unique(starts), length)
+        self.graphdef, _ = nnx.split(nnx.eval_shape(lambda: self.model(0)))
+
+    def model(self, seed: jax.typing.ArrayLike) -> PatchForecaster:
+        rngs = nnx.Rngs(jax.random.key(seed))
+        return PatchForecaster(self.options, len(self.names), rngs=rngs)
+
+    def inputs(self, run: Run) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+        config, options = run.config, self.options
+        rng = np.random.default_rng(config.seed)
+        length = options.lookback + options.horizon
+        starts = rng.integers(
+            len(self.train) - length + 1, size=(config.steps, config.batch_size)
+        )
+        rows = windows(self.train, starts, length)
+        inputs, targets = np.split(rows, [options.lookback], axis=2)
+        inputs = corrupt(inputs, options.share, severity_of(run.scenario), rng)
+        return (inputs, targets), self.test
+
+    def init(self, seed: jax.typing.ArrayLike) -> optax.Params:
+        return nnx.to_pure_dict(nnx.state(self.model(seed)))
+
+    def error(self, params: optax.Params, inputs, targets) -> jax.Array:
+        forecast = nnx.merge(self.graphdef, params)(inputs)
+        return jnp.mean((forecast - targets) ** 2)
+
+    def gradient(self, params, batch):
+        return *jax.value_and_grad(self.error)(params, *batch), {}
+
+    def evaluate(self, params, test):
+        """Returns the mean squared error on clean windows after the training rows."""
+        lookback = self.options.lookback
+
+        def of_window(window):
+            return self.error(params, window[None, :lookback], window[None, lookback:])
+
+        return jax.lax.map(of_window, test, batch_size=16).mean()
+
+
+class ForecastStudy(task.TaskStudy):
+    """Trains forecasters under several optimizers and severities."""
+
+    def task(self, run: Run) -> Forecast:
+        del run
+        return Forecast(self.options)
