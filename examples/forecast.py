@@ -3,8 +3,8 @@
     python examples/forecast.py
 
 trains a small model in the style of PatchTST on the weather of three airports: 21
-columns, hourly, of the year 2013. It reads 192 hours and forecasts the next 96. In a
-share of the training inputs the values get noise, as in the SPAM paper. Its deviation is
+columns, hourly, of the year 2013. It reads 192 hours and forecasts the next 96. A share
+of the training inputs gets noise, as in the SPAM paper. The deviation of the noise is
 --severity times the largest value. The test windows have no noise.
 
 Every optimizer is trained with every learning rate, severity and seed. A run leaves a
@@ -33,8 +33,9 @@ examples:
   a sweep with three seeds        forecast.py --severity 0 1 2 3 4 5 --seeds 3
                                     --learning-rate 5e-4 1e-3 2e-3 4e-3 8e-3
   your own columns                forecast.py --csv measurements.csv
-  the published size              forecast.py --csv weather.csv --lookback 336 --width 128
-                                    --heads 16 --layers 3 --batch-size 128 --steps 20000
+  the published size              forecast.py --csv weather.csv --lookback 336
+                                    --width 128 --heads 16 --layers 3 --batch-size 128
+                                    --steps 20000
 """
 
 
@@ -62,7 +63,8 @@ def make_parser():
         "--csv",
         metavar="FILE",
         help="a CSV file with one column per series, such as ETTh1.csv or the Weather"
-        " file of Jena; .xz may be packed (default: the weather of New York's airports)",
+        " file of Jena, also packed as .xz (default: the weather of New York's"
+        " airports)",
     )
     for name, text in (
         ("lookback", "rows that the model reads"),

@@ -149,12 +149,15 @@ def result(records: Sequence[Record]) -> Result:
 
 def panel_of(record: Record) -> tuple[Any, ...]:
     """Returns what the rows of one table have in common: all but the optimizer."""
-    return (record["scenario"], *shape_of(record).values(), model_of(record))
+    shape = shape_of(record) or shape_of({"preset": "tiny"})
+    return (record["scenario"], *shape.values(), model_of(record))
 
 
 def shape_of(record: Record) -> dict[str, int]:
-    """Returns layers and width. Records have them if they are not the preset's."""
-    preset = PRESETS[record.get("preset", "tiny")]
+    """Returns layers and width of a language model, if they are not the preset's."""
+    if "preset" not in record:
+        return {}
+    preset = PRESETS[record["preset"]]
     return {x: record.get(x, getattr(preset, x)) for x in ("layers", "width")}
 
 
