@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from studies import task
+from studies import encoder, task
 from studies.task import Run
 from trainer.errors import UsageError
 
@@ -48,11 +48,7 @@ class Options:
                 f"--lookback must be at least --patch, which is {self.patch}, not"
                 f" {self.lookback}"
             )
-        if self.width % self.heads:
-            raise UsageError(
-                f"--width must be a multiple of --heads, which is {self.heads}, not"
-                f" {self.width}"
-            )
+        encoder.check_heads(self.width, self.heads)
 
 
 # --------------------------------------------------------------------------- the data
@@ -136,24 +132,6 @@ def corrupt(
 # -------------------------------------------------------------------------- the model
 
 
-class Block(nnx.Module):
-    """Attention over the patches of one column, then a feed-forward layer."""
-
-    def __init__(self, options: Options, *, rngs: nnx.Rngs):
-        width = options.width
-        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(
-            options.heads, width, decode=False, rngs=rngs
-        )
-        self.ffn_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.up = nnx.Linear(width, 2 * width, rngs=rngs)
-        self.down = nnx.Linear(2 * width, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.down(nnx.gelu(self.up(self.ffn_norm(x))))
-
-
 class PatchForecaster(nnx.Module):
     """Forecasts each column from its own past, with weights that all columns share.
 
@@ -172,7 +150,10 @@ class PatchForecaster(nnx.Module):
             0.02 * jax.random.normal(rngs.params(), (patches, options.width))
         )
         self.blocks = nnx.List(
-            [Block(options, rngs=rngs) for _ in range(options.layers)]
+            [
+                encoder.Block(options.width, options.heads, rngs=rngs)
+                for _ in range(options.layers)
+            ]
         )
         self.norm = nnx.LayerNorm(options.width, rngs=rngs)
         self.head = nnx.Linear(patches * options.width, options.horizon, rngs=rngs)
