@@ -108,16 +108,14 @@ class Digits(task.Task):
     def init(self, seed: jax.typing.ArrayLike) -> optax.Params:
         return nnx.to_pure_dict(nnx.state(self.model(seed)))
 
-    def loss(self, params: optax.Params, images, labels) -> jax.Array:
+    def loss(self, params, batch):
+        images, labels = batch
         logits = nnx.merge(self.graphdef, params)(images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.mean(losses)
 
-    def gradient(self, params, batch):
-        return *jax.value_and_grad(self.loss)(params, *batch), {}
-
     def evaluate(self, params, test):
-        return self.loss(params, *test)
+        return self.loss(params, test)
 
 
 class DigitsStudy(task.TaskStudy):

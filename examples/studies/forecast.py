@@ -224,8 +224,8 @@ class Forecast(task.Task):
         forecast = nnx.merge(self.graphdef, params)(inputs)
         return jnp.mean((forecast - targets) ** 2)
 
-    def gradient(self, params, batch):
-        return *jax.value_and_grad(self.error)(params, *batch), {}
+    def loss(self, params, batch):
+        return self.error(params, *batch)
 
     def evaluate(self, params, test):
         """Returns the mean squared error on clean windows after the training rows."""

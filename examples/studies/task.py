@@ -13,12 +13,9 @@ A task has data, a model and a loss. Its subclass of `Task` describes them:
         def init(self, seed):  # the first parameters
             return {"slope": jnp.zeros([]), "offset": jnp.zeros([])}
 
-        def gradient(self, params, batch):  # loss, gradient, and what else is measured
-            def loss(params):
-                x, y = batch
-                return jnp.mean((params["slope"] * x + params["offset"] - y) ** 2)
-
-            return *jax.value_and_grad(loss)(params), {}
+        def loss(self, params, batch):
+            x, y = batch
+            return jnp.mean((params["slope"] * x + params["offset"] - y) ** 2)
 
         def evaluate(self, params, test):  # what is compared: lower is better
             return (params["slope"] - 3) ** 2
@@ -74,11 +71,24 @@ class Task(abc.ABC):
     def init(self, seed: jax.typing.ArrayLike) -> optax.Params:
         """Draws the first parameters."""
 
-    @abc.abstractmethod
+    def loss(self, params: optax.Params, batch: Any) -> jax.Array:
+        """Returns the loss of a batch. `gradient` may be defined instead."""
+        raise NotImplementedError
+
+    def start(self, params: optax.Params, seed: jax.typing.ArrayLike) -> Any:
+        """Returns the state of the task, which `gradient` changes. Most have none."""
+        del params, seed
+
     def gradient(
-        self, params: optax.Params, batch: Any
-    ) -> tuple[jax.Array, optax.Updates, dict[str, Any]]:
-        """Returns loss, gradient, and other arguments of the optimizer's update."""
+        self, params: optax.Params, state: Any, batch: Any
+    ) -> tuple[jax.Array, optax.Updates, Any, dict[str, Any]]:
+        """Returns loss, gradient, new state, and more arguments of the optimizer."""
+        return *jax.value_and_grad(self.loss)(params, batch), state, {}
+
+    def curves(self, state: Any) -> dict[str, jax.Array]:
+        """Returns numbers of each step to record, besides losses and norms."""
+        del state
+        return {}
 
     @abc.abstractmethod
     def evaluate(self, params: optax.Params, test: Any) -> jax.Array:
@@ -150,20 +160,25 @@ class Program:
         tx = self._transform(seed, rate)
 
         def step(carry, batch):
-            loss, gradient, measured = self._task.gradient(carry[0], batch)
+            state, *carry = carry
+            loss, gradient, state, measured = self._task.gradient(
+                carry[0], state, batch
+            )
             gradient, *carry = train_step.apply_gradient(
                 gradient, *carry, tx, faults, value=loss, **measured
             )
             curves = {"losses": loss, "gradient_norms": optax.tree.norm(gradient)}
+            curves |= self._task.curves(state)
             reason = optax.tree.get(carry[1], "skip_reason")
             if reason is not None:
                 curves["skip_reasons"] = reason
-            return tuple(carry), curves
+            return (state, *carry), curves
 
         first = self._task.evaluate(params, test)
-        carry = params, tx.init(params), faults.init(params)
-        carry, curves = jax.lax.scan(step, carry, batches)
-        last = self._task.evaluate(carry[0], test)
+        state = self._task.start(params, seed)
+        carry = state, params, tx.init(params), faults.init(params)
+        (_, params, *_), curves = jax.lax.scan(step, carry, batches)
+        last = self._task.evaluate(params, test)
         return {"first_eval_loss": first, "final_eval_loss": last, **curves}
 
 

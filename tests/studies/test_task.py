@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,12 +28,18 @@ class Line(task.Task):
     def init(self, seed):
         return {"slope": jnp.zeros([]), "offset": jnp.zeros([])}
 
-    def gradient(self, params, batch):
-        def loss(params):
-            x, y = batch
-            return jnp.mean((params["slope"] * x + params["offset"] - y) ** 2)
+    def start(self, params, seed):
+        return jnp.int32(0)
 
-        return *jax.value_and_grad(loss)(params), {}
+    def loss(self, params, batch):
+        x, y = batch
+        return jnp.mean((params["slope"] * x + params["offset"] - y) ** 2)
+
+    def gradient(self, params, state, batch):
+        return *super().gradient(params, state, batch)[:2], state + 1, {}
+
+    def curves(self, state):
+        return {"numbers": state}
 
     def evaluate(self, params, test):
         return (params["slope"] - test) ** 2
@@ -79,6 +84,12 @@ def test_seeds_and_scenarios_differ(records):
     first = min(BASE.fault_steps)
     assert losses["clean", 0.3, 0][:first] == losses["nan", 0.3, 0][:first]
     assert losses["nan", 0.3, 0][first:] == [None] * (BASE.steps - first)
+
+
+def test_the_state_of_a_task_goes_from_step_to_step():
+    (run,) = task.grid(BASE, ["adam"], ["clean"], [0.1], [0])
+    record = task.Program(Line(Options()), run)(run, lambda fraction: None)
+    assert record["numbers"] == list(range(1, BASE.steps + 1))
 
 
 def test_resets_come_after_a_third_of_the_run():

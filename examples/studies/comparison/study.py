@@ -116,11 +116,11 @@ class LanguageModel(task.Task):
         decoder = model.Decoder(self._model, rngs=nnx.Rngs(jax.random.key(seed)))
         return nnx.to_pure_dict(nnx.state(decoder))
 
-    def gradient(self, params, batch):
+    def gradient(self, params, state, batch):
         loss, gradient, logits = train_step.gradient_of_batch(
             params, batch[None], self._graphdef, self._config.z_loss
         )
-        return loss, gradient, {"attention_logits": logits}
+        return loss, gradient, state, {"attention_logits": logits}
 
     def evaluate(self, params, test):
         return train_step.evaluate(params, test, graphdef=self._graphdef)
