@@ -12,7 +12,7 @@ near ones the even one:
     asymmetric   low = min(x, 0),  s = (max(x, 0) - low) / 15,  z = round(-8 - low / s)
                  y = s * (clip(round(x / s + z), -8, 7) - z)
 
-    format     values                                L     weights      kept exactly
+    format     values of either sign                 L     weights      kept exactly
     int8       whole numbers                         127   symmetric    0
     int4       whole numbers                         7     asymmetric   2
     fp4        0, 1/2, 1, 3/2, 2, 3, 4, 6 (E2M1)     6     symmetric    2
@@ -24,7 +24,8 @@ straight through: with respect to x it is the gradient with respect to y. E1M2 h
 values of int4 at another scale, so these two differ in the weights alone.
 
 The rules are those of the 4-bit runs of Stable-SPAM (arXiv 2502.17055), which have
-groups of 256. They keep large activations in INT4; here FP4 keeps them too.
+groups of 256. They keep large activations in INT4; here FP4 keeps them too. That z is
+whole and that kept activations do not count for s are choices made here.
 """
 
 import dataclasses
