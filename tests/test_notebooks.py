@@ -75,7 +75,10 @@ def test_there_is_a_notebook():
 @pytest.mark.slow
 @each_notebook
 def test_runs_in_its_own_folder(path, kernel):
+    """The runs of the second notebook are shorter here than in the committed one."""
     notebook = read(path)
+    for cell in code_cells(notebook):
+        cell.source = cell.source.replace("=600", "=200")
     execute(notebook, path.parent)
     assert_sound(notebook)
 

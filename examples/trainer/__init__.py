@@ -4,7 +4,8 @@ To change one thing, start with the file that holds it:
 
 - a setting: `config` (of a run), `model` (of the model), and its flag in `cli`
 - the model: `model`, with the table of its shapes; `config.PUBLISHED` has their
-  settings, and `sharding.RULES` splits its matrices among devices
+  settings, `sharding.RULES` splits its matrices among devices, and `quantization`
+  rounds them
 - an optimizer: `optimizers`, one entry of a table
 - the step: `train_step`, on one screen; what it records: `metrics`
 - the loop around the step: `loop`

@@ -232,6 +232,18 @@ def add_model_flags(flags: SettingFlags) -> None:
         " are float32",
     )
     flags.add(
+        "quantize",
+        "round the weights and activations of the linear layers in the blocks: none,"
+        " int8, int4, fp4 (E2M1) or fp4_e1m2; a simulation, which saves nothing",
+        metavar="FORMAT",
+    )
+    flags.add(
+        "quantize_group",
+        "inputs of a layer that share a scale, at least 4; a layer whose number of"
+        " inputs is not a multiple has one scale for all of them",
+        metavar="N",
+    )
+    flags.add(
         "remat",
         "activations that the backward pass computes again instead of keeping them:"
         " none, dots (all but matrix products) or full (every layer)",

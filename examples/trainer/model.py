@@ -3,7 +3,7 @@
 Options against instability: the embeddings and initializers of Spike No More, WeSaR,
 LayerNorm Scaling (arXiv 2502.05795), Mix-LN (2412.13795), gated attention (2505.06708),
 normalized queries and keys (2302.05442), soft caps of logits (2408.00118), and QK-clip
-(2507.20534).
+(2507.20534). Quantized linear layers are an option that makes training less stable.
 
 Letters in shape comments: B sequences, T tokens, D width, H heads, K head width,
 V vocabulary.
@@ -21,7 +21,7 @@ from flax import nnx
 import spam_optax
 import spam_optax.nnx
 from spam_optax import initializers
-from trainer import sharding
+from trainer import quantization, sharding
 from trainer.errors import UsageError
 from trainer.settings import OneOf, Real, Switch, Whole, check_settings, setting
 
@@ -36,6 +36,7 @@ INITIALIZATIONS = ("standard", "stable", "wesar")
 DEPTH_SCALED = ("stable", "wesar")
 NORMS = ("pre", "scaled", "mixed")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+QUANTIZATIONS = ("none", *quantization.FORMATS)
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -80,6 +81,10 @@ class ModelConfig:
     untied_head: bool = setting(False, Switch())
     # Of activations; parameters are float32.
     compute_dtype: str = setting("float32", OneOf(COMPUTE_DTYPES))
+    # Of the weights and activations of the linear layers in the blocks.
+    quantize: str = setting("none", OneOf(QUANTIZATIONS))
+    # The inputs of a layer that share a scale. Of three, no activation is rounded.
+    quantize_group: int = setting(256, Whole(4))
     # The activations that the backward pass computes again.
     remat: str = setting("none", OneOf(REMAT))
 
@@ -212,12 +217,17 @@ def linear(
         init = make_initializers(config)
         kernel_init = init.residual if residual else init.kernel
         layer = functools.partial(nnx.Linear, kernel_init=kernel_init)
+    dot_general = flat_dot_general
+    if config.quantize != "none":
+        dot_general = quantization.DotGeneral(
+            config.quantize, config.quantize_group, flat_dot_general
+        )
     return layer(
         inputs,
         outputs,
         use_bias=use_bias,
         dtype=config.compute_dtype,
-        dot_general=flat_dot_general,
+        dot_general=dot_general,
         rngs=rngs,
     )
 
@@ -387,7 +397,8 @@ class Decoder(nnx.Module):
         self.blocks = stack_blocks(self.block, config, rngs)
         self.norm = self.make_norm(config, rngs)
         if config.untied_head:
-            self.head = linear(config, config.width, config.vocabulary, rngs)
+            precise = dataclasses.replace(config, quantize="none")
+            self.head = linear(precise, config.width, config.vocabulary, rngs)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = sharding.constrain_batch(self.look_up(tokens_BT))

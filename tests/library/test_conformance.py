@@ -58,7 +58,16 @@ OPTIMIZERS = {
     "adam_mini": functools.partial(spam_optax.adam_mini),
 }
 REFUSE_COMPLEX = ("sparse", "adam_mini")
-EVERY = pytest.mark.parametrize("name", TRANSFORMATIONS)
+# Built of the same parts as the others, so that CI tests them on one Python only.
+RELATIVES = ("adaclip", "adagn", "gradient_stabilizer", "zclip", "adagc")
+RELATIVES += ("stable_adamw", "adam_mini")
+EVERY = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in RELATIVES else name
+        for name in TRANSFORMATIONS
+    ],
+)
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64"]
 
 

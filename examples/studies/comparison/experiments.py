@@ -214,6 +214,23 @@ EXPERIMENTS = {
         rates=RATES[:3],
         models=({"steps": 3000, "data": PROSE, "reset_interval": 500},),
     ),
+    "precision": Experiment(
+        "Does SPAM or Stable-SPAM help when linear layers compute with few bits?",
+        (
+            *("adam", "adam_clip", "spam", "clip_spam", "stable_spam"),
+            *("stabilizer_adam", "guard, adam_clip"),
+        ),
+        scenarios=("clean",),
+        rates=HIGH_RATES[:6],
+        models=(
+            {},
+            {"compute_dtype": "bfloat16"},
+            *(
+                {"quantize": name, "quantize_group": 32}
+                for name in ("int8", "int4", "fp4", "fp4_e1m2")
+            ),
+        ),
+    ),
     "natural": Experiment(
         "What makes gradients spike without any fault, and what prevents it?",
         (

@@ -20,6 +20,7 @@ USABLE_MARGIN = 0.2  # nats above the lowest loss, at a learning rate that is us
 HIGH_RATE_FACTOR = 4  # of the high rate in the table, times the best one
 LIMITS = {"attention_softcap": "attention softcap", "qk_clip": "QK-clip"}
 BATCHES = (8, 4)  # sequences in a batch of the small and of the deep models
+QUANTIZATIONS = {"none": "", "fp4": "fp4 E2M1", "fp4_e1m2": "fp4 E1M2"}
 NORMS = {"scaled": "LayerNorm Scaling", "mixed": "Mix-LN"}
 
 
@@ -174,6 +175,8 @@ def model_of(record: Record) -> str:
         steps, batch = get("warmup_steps"), get("batch_size")
         changed += [None if steps is None else f"warm-up {steps}"]
         changed += [None if batch in BATCHES else f"batch {batch}"]
+    quantize = get("quantize", "none")
+    changed += [QUANTIZATIONS.get(quantize, quantize) or None]
     changed += ["bfloat16" if get("compute_dtype") == "bfloat16" else None]
     for name, text in LIMITS.items():
         changed += [f"{text} {get(name):g}" if get(name) else None]
