@@ -384,6 +384,16 @@ def test_the_figure_of_depth_shows_the_largest_usable_rate():
     np.testing.assert_array_equal(rates.lines[0].get_xdata(), [3, 6, 12])
     np.testing.assert_array_equal(rates.lines[0].get_ydata(), [4e-3, 1e-3, 2e-3])
     np.testing.assert_array_equal(lowest.lines[0].get_ydata(), [2.0, 2.1, 2.2])
+    losses = figures.figure_of_losses(
+        [
+            record(rate, losses=[3.0] * 20, layers=24, **shape, **model)
+            for rate in (1e-3, 4e-3)
+            for model in ({}, {"initialization": "stable"})
+        ]
+    )
+    titles = [axis.get_title() for axis in losses.axes]
+    assert titles == ["learning rate 0.001", "learning rate 0.004"]
+    assert all(len(axis.lines) == 2 for axis in losses.axes)
     text = report.markdown("depth", results, [])
     assert "### clean; initialization standard, plain, 6 layers of width 64" in text
 
@@ -475,8 +485,8 @@ def test_losses_of_corrupted_batches_do_not_count(scenario, jump):
 
 
 def test_gradient_spikes_do_not_include_the_faults():
-    norms = [1.0] * 200
-    norms[BURSTS[1] - 1] = norms[150] = 11.0
+    norms = np.random.default_rng(0).normal(1, 0.1, 200).tolist()
+    norms[BURSTS[1] - 1] = norms[150] = 12.0
     records = [
         record(1e-3),
         record(2e-3, seed=0, gradient_norms=norms),
@@ -488,12 +498,15 @@ def test_gradient_spikes_do_not_include_the_faults():
     assert clean.spikes_from == 2e-3
     (noise,) = statistics.results([r | {"scenario": "noise"} for r in records])
     assert noise.gradient_spikes == {1e-3: 0, 2e-3: 0.5, 4e-3: 2}
+    # (12 - 1) / 0.1, in one of two seeds.
+    assert clean.deviations[2e-3] == pytest.approx(110 / 2, rel=0.2)
+    assert clean.deviations[1e-3] == 0
     calm = statistics.result(records[:1])._replace(label="calm")
     assert calm.spikes_from is None
     text = report.markdown("main", [clean, calm], [])
     assert (
-        "| spam | clean | standard, plain, 2 layers of width 32 | 0.0 | 1.0 | 3.0 |"
-        in text
+        "| spam | clean | standard, plain, 2 layers of width 32"
+        f" | 0.0 (0) | 1.0 ({clean.deviations[2e-3]:.0f}) |" in text
     )
     assert "| calm | clean |" not in text
 

@@ -8,8 +8,10 @@ import numpy as np
 from studies.comparison import statistics
 from studies.comparison.statistics import Result
 from studies.comparison.study import FAULTLESS
+from studies.engine import Record
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+SMOOTH = 10  # steps
 GREY = "#C8C8C8"  # of the other rows in a panel
 COLUMNS = (4, 5, 3)  # of small panels: the first number that leaves fewest gaps
 LOSS_LABEL = "final evaluation loss, nats"
@@ -18,9 +20,14 @@ RATE_LABEL = "peak learning rate"
 
 def draw(results: Sequence[Result]) -> matplotlib.figure.Figure:
     """Draws the results of an experiment in the form that suits it."""
-    if len({result.layers for result in results}) > 2:
+    if has_depths(results):
         return figure_of_depth(results)
     return figure_of_costs(results) if is_about_faults(results) else figure(results)
+
+
+def has_depths(results: Sequence[Result]) -> bool:
+    """Returns whether an experiment compares models of several depths."""
+    return len({result.layers for result in results}) > 2
 
 
 def is_about_faults(results: Sequence[Result]) -> bool:
@@ -118,6 +125,37 @@ def figure_of_depth(results: Sequence[Result]) -> matplotlib.figure.Figure:
             )
     handles, names = axis.get_legend_handles_labels()
     below.legend(handles, names, loc="outside right upper", fontsize=8)
+    return drawn
+
+
+def figure_of_losses(records: Sequence[Record]) -> matplotlib.figure.Figure:
+    """Draws the training losses of deep models, one line for each run.
+
+    One panel shows the best learning rate of the model that ends worst, and the other
+    one four times this rate.
+    """
+    worst = max(statistics.results(records), key=lambda x: x.final_loss)
+    models = sorted({statistics.model_of(x) for x in records} - {worst.model})
+    drawn = matplotlib.figure.Figure(figsize=(10, 3.6), layout="constrained", dpi=150)
+    axes = drawn.subplots(1, 2, sharey=True)
+    for axis, factor in zip(axes, (1, statistics.HIGH_RATE_FACTOR), strict=True):
+        rate = factor * worst.best_rate
+        for record in records:
+            if not np.isclose(record["learning_rate"], rate):
+                continue
+            model = statistics.model_of(record)
+            number = 1 if model == worst.model else 2 * models.index(model)
+            losses = statistics.losses_of(record)
+            smooth = np.convolve(losses, np.ones(SMOOTH) / SMOOTH, "valid")
+            steps = np.arange(len(smooth)) + (SMOOTH + 1) / 2
+            axis.plot(steps, smooth, color=COLORS[number], linewidth=1.2, label=model)
+        axis.set_title(f"learning rate {rate:g}", fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"training loss, nats, mean of {SMOOTH} steps", fontsize=9)
+    first = min(statistics.losses_of(x)[0] for x in records)
+    axes[0].set_ylim(top=first)
+    add_legend(drawn, axes)
     return drawn
 
 

@@ -16,6 +16,7 @@ from trainer import files
 from trainer.model import PRESETS
 from trainer.output import summary
 
+LAYERS_OF_CURVES = 24  # of the models whose losses are drawn step by step
 COLUMNS = {  # heading and explanation
     "label": ("optimizer", "the trainer's optimizer, or a variant of it."),
     "best_rate": (
@@ -109,6 +110,10 @@ def write(
         if found:
             numbers[name] = [result.to_json() for result in found]
             figures.draw(found).savefig(folder / f"{name}.png")
+            if figures.has_depths(found):
+                deep = [x for x in finished if x["layers"] == LAYERS_OF_CURVES]
+                drawn = figures.figure_of_losses(deep or finished)
+                drawn.savefig(folder / f"{name}_losses.png")
     text = "\n".join([f"# {title}\n", *tables, explanations()])
     files.replace(folder / f"{title.lower()}.md", text)
     text = json.dumps(numbers, indent=1, allow_nan=False)
@@ -207,11 +212,20 @@ def spikes_by_rate(results: Sequence[Result]) -> list[str]:
     rates = sorted({rate for result in spiking for rate in result.gradient_spikes})
     table = [["optimizer", "scenario", "initialization", *(f"{r:g}" for r in rates)]]
     for result in spiking:
-        counts = (result.gradient_spikes.get(rate) for rate in rates)
+        counts = [spikes_at(result, rate) for rate in rates]
         row = [result.label, result.scenario, name_of_model(*result.panel[1:])]
-        table.append([*row, *(summary.number(count, ".1f") for count in counts)])
+        table.append([*row, *counts])
     title = "### Gradient spikes per run at each rate, mean over the seeds\n"
-    return [title, *table_lines(table), ""]
+    note = ["In brackets: the largest norm, in robust deviations from the median.", ""]
+    has_deviations = any(result.deviations for result in spiking)
+    return [title, *(note if has_deviations else []), *table_lines(table), ""]
+
+
+def spikes_at(result: Result, rate: float) -> str:
+    """Returns the number of gradient spikes at a rate, and the largest one's size."""
+    count = summary.number(result.gradient_spikes.get(rate), ".1f")
+    deviation = (result.deviations or {}).get(rate)
+    return count if deviation is None else f"{count} ({deviation:.0f})"
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:

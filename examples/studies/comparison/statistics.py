@@ -15,6 +15,7 @@ from trainer.model import PRESETS
 from trainer.output import summary
 
 SPIKE_WINDOW = 100  # steps before a loss, which decide whether it is a spike
+DEVIATION_WINDOW, SHORTEST_HISTORY = 128, 32  # steps, as in skip_spikes
 RECOVERY_WINDOW = 10  # steps whose mean loss shows that a run has recovered
 USABLE_MARGIN = 0.2  # nats above the lowest loss, at a learning rate that is usable
 HIGH_RATE_FACTOR = 4  # of the high rate in the table, times the best one
@@ -54,6 +55,9 @@ class Result(NamedTuple):
     # Fault steps and other steps that a guard skipped, at the best rate, mean over the
     # seeds. None: there is no guard.
     skipped: list[float] | None = None
+    # Rate -> the largest gradient norm of a run in robust deviations, mean over the
+    # seeds. None: it was not computed.
+    deviations: dict[float, float] | None = None
     # The shape of the model, which `model` leaves out.
     layers: int = PRESETS["tiny"].layers
     width: int = PRESETS["tiny"].width
@@ -90,8 +94,9 @@ class Result(NamedTuple):
     def from_json(cls, content: dict[str, Any]) -> "Result":
         """Returns the result that `to_json` converted."""
         values = {k: np.inf if v == "inf" else v for k, v in content.items()}
-        for name in ("curve", "gradient_spikes"):  # JSON's keys are texts
-            values[name] = {float(rate): x for rate, x in values[name].items()}
+        for name in ("curve", "gradient_spikes", "deviations"):  # JSON's keys are texts
+            if values.get(name) is not None:
+                values[name] = {float(rate): x for rate, x in values[name].items()}
         return cls(**values)
 
 
@@ -144,6 +149,10 @@ def result(records: Sequence[Record]) -> Result:
             for rate, rs in by_rate.items()
         },
         skipped=skipped_steps(at_best),
+        deviations={
+            rate: float(np.mean([largest_deviation(r) for r in rs]))
+            for rate, rs in by_rate.items()
+        },
         **shape_of(first),
     )
 
@@ -278,6 +287,25 @@ def gradient_spikes(record: Record) -> int:
     """
     norms = np.array(record["gradient_norms"], np.float64)
     return int(np.delete(summary.find_spikes(norms), fault_steps(record)).sum())
+
+
+def largest_deviation(record: Record) -> float:
+    """Returns the largest gradient norm in robust deviations from those before it.
+
+    A robust deviation is 1.4826 times the median distance from the median, of up to
+    DEVIATION_WINDOW norms. Steps with a fault are left out, and the first
+    SHORTEST_HISTORY steps, and norms that are not finite.
+    """
+    norms = np.array(record["gradient_norms"], np.float64)
+    norms = np.delete(norms, fault_steps(record))
+    norms = norms[np.isfinite(norms)]
+    largest = 0.0
+    for step in range(SHORTEST_HISTORY, len(norms)):
+        before = norms[max(0, step - DEVIATION_WINDOW) : step]
+        median = np.median(before)
+        deviation = 1.4826 * np.median(np.abs(before - median))
+        largest = max(largest, (norms[step] - median) / max(deviation, 1e-12))
+    return largest
 
 
 def worst_jump(record: Record) -> float | None:
