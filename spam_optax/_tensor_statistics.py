@@ -173,7 +173,9 @@ def split(*vectors: jax.Array) -> tuple[list[jax.Array], ...]:
     tensors = vectors[0].shape[0]
     if not isinstance(vectors[0], jax.core.Tracer):
         return tuple(list(vector) for vector in vectors)
-    places = jax.lax.optimization_barrier(list(map(np.uint32, range(tensors))))
+    places, vectors = jax.lax.optimization_barrier(
+        (list(map(np.uint32, range(tensors))), vectors)
+    )
     pick = jax.jit(
         lambda i, *vectors: tuple(
             jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in vectors
