@@ -168,7 +168,8 @@ def split(*vectors: jax.Array) -> tuple[list[jax.Array], ...]:
     XLA fuses a slice with the computation that uses its number. That computation would
     be another program for each tensor, because slices are at different places. The
     barrier hides the places from the compiler, which then compiles one program for all
-    tensors of a shape.
+    tensors of a shape. The vectors are behind it too, or XLA:CPU would compute the last
+    operations on them again in each program.
     """
     tensors = vectors[0].shape[0]
     if not isinstance(vectors[0], jax.core.Tracer):
