@@ -159,23 +159,24 @@ def _join(layout: Layout, x: jax.Array) -> jax.Array:
     return x[..., : layout.rows, :].reshape(layout.shape)
 
 
-def tensor_seeds(seed: jax.Array, names: Sequence[str]) -> tuple[jax.Array, jax.Array]:
-    """Returns two hashes of the seed and the name of each tensor, as two vectors.
+def salts(names: Sequence[str]) -> list[jax.Array]:
+    """Returns a number for each name, by which tensors differ in their lanes.
 
-    Both are needed. With one, two tensors could have the same sequence of lanes.
+    XLA compiles one kernel for all tensors of a shape if the numbers are not constants
+    in it. The barrier hides that they are.
     """
-    salts = np.asarray([zlib.crc32(name.encode()) for name in names], np.uint32)
-    return _mix(seed ^ salts), _mix(seed + salts)
+    numbers = [jnp.uint32(zlib.crc32(name.encode())) for name in names]
+    return jax.lax.optimization_barrier(numbers)
 
 
 def random_lanes(
-    layout: Layout, seeds: tuple[jax.Array, jax.Array], moment: jax.Array
+    layout: Layout, seed: jax.Array, salt: jax.Array, moment: jax.Array
 ) -> jax.Array:
     """Returns the selected member of each group. All members are equally likely.
 
-    The selection is a hash of the tensor's two seeds and the place of the group. It is
-    computed elementwise, so it takes no memory, and on a mesh every device computes its
-    own part.
+    The selection is a hash of the seed, the tensor's name and the place of the group.
+    It is computed elementwise, so it takes no memory, and on a mesh every device
+    computes its own part.
     """
     shape = layout.blocked_shape
     sharding = jax.typeof(moment.reshape(shape)).sharding
@@ -192,7 +193,8 @@ def random_lanes(
     for size, place in zip(reversed(shape[1:]), reversed(outer), strict=True):
         stride *= size
         index = index + place * np.uint32(stride % 2**32)
-    bits = (index ^ seeds[0]) * _FACTORS[0] ^ seeds[1]
+    # Both numbers are needed. With one, two tensors could have the same sequence.
+    bits = (index ^ _mix(seed ^ salt)) * _FACTORS[0] ^ _mix(seed + salt)
     choices: jax.Array | np.uint32 = np.uint32(layout.lanes)
     if layout.missing_rows:
         in_last_slab = layout.kept - layout.missing_rows

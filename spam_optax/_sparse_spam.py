@@ -18,7 +18,6 @@ from spam_optax import (
     _schedule,
     _spam,
     _sparse_layout,
-    _tensor_statistics,
     _validate,
 )
 
@@ -391,11 +390,10 @@ def select(
     seed = seeds.sum(dtype=jnp.uint32)  # A scalar, because the seeds may be sharded.
     # JAX traces the function once for each layout.
     random_lanes = jax.jit(_sparse_layout.random_lanes, static_argnums=0)
-    tensor_seeds = _sparse_layout.tensor_seeds(seed, names)
     return [
-        random_lanes(layout, pair, moment) if layout else None
-        for layout, moment, *pair in zip(
-            layouts, moments, *_tensor_statistics.split(*tensor_seeds), strict=True
+        random_lanes(layout, seed, salt, moment) if layout else None
+        for layout, salt, moment in zip(
+            layouts, _sparse_layout.salts(names), moments, strict=True
         )
     ]
 

@@ -163,7 +163,7 @@ def add_nonfinite(
 
 
 def split(*vectors: jax.Array) -> tuple[list[jax.Array], ...]:
-    """Returns the numbers of each vector as a list of scalars.
+    """Returns the numbers of each float32 vector as a list of scalars.
 
     XLA fuses a slice with the computation that uses its number. That computation would
     be another program for each tensor, because slices are at different places. The

@@ -269,8 +269,8 @@ def lanes_of(layout, seeds, name="kernel"):
     moment = jnp.zeros(layout.moment_shape)
 
     def draw(seed):
-        (pair,) = zip(*_sparse_layout.tensor_seeds(seed, [name]), strict=True)
-        return _sparse_layout.random_lanes(layout, pair, moment)
+        (salt,) = _sparse_layout.salts([name])
+        return _sparse_layout.random_lanes(layout, seed, salt, moment)
 
     return np.asarray(jax.jit(jax.vmap(draw))(jnp.asarray(seeds, jnp.uint32)))
 
