@@ -126,14 +126,15 @@ class Limits(NamedTuple):
     Attributes:
       limit: Coordinates above it are clipped.
       factor: Factor on these coordinates.
-      nonfinite: Number of non-finite coordinates; 1 for a missing gradient.
+      usable: Whether the gradient enters the statistics: not if it is missing, and not
+        if it has non-finite coordinates and no others than 0.
       steps: Number of steps in the running mean.
       mean: Running mean of the largest absolute value.
     """
 
     limit: jax.Array
     factor: jax.Array
-    nonfinite: jax.Array
+    usable: jax.Array
     steps: jax.Array
     mean: jax.Array
 
@@ -145,22 +146,25 @@ def find_limits(
     gamma3: jax.typing.ArrayLike,
 ) -> Limits:
     """Returns the limits of this step, from the statistics before it."""
+    # This number stands for non-finite coordinates and for missing gradients. One
+    # maximum then also tells whether it is that of finite coordinates. Two reductions
+    # take longer to compile.
+    unknown = float(jnp.finfo(jnp.float32).tiny)
 
-    def measure(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        (nonfinite,) = _arithmetic.totals(_tensor_statistics.is_nonfinite(g))
-        return nonfinite, jnp.abs(widen_finite(g)).max(initial=0)
+    def measure(g: jax.Array) -> tuple[jax.Array]:
+        bad = _tensor_statistics.is_nonfinite(g)
+        size = jnp.abs(jnp.where(bad, unknown, _arithmetic.widen(g)))
+        return (jax.lax.reduce_max(size, tuple(range(size.ndim))),)
 
-    # The statistics of a missing gradient do not change.
-    nonfinite, largest = _tensor_statistics.measure(
-        measure, gradients, missing=(1, 0.0)
-    )
+    (largest,) = _tensor_statistics.measure(measure, gradients, missing=(unknown,))
     largest = largest.astype(jnp.float32)
-    usable = (nonfinite == 0) | (largest > 0)
+    usable = largest != unknown
+    largest = jnp.where(largest > unknown, largest, 0)
     steps = steps + usable.astype(jnp.int32)
     mean = _tensor_statistics.average(mean, largest, gamma3, usable)
     limit = _tensor_statistics.corrected(mean, gamma3, steps)
     factor = limit / _tensor_statistics.or_one(largest)
-    return Limits(limit, factor, nonfinite, steps, mean)
+    return Limits(limit, factor, usable, steps, mean)
 
 
 def widen_finite(g: jax.Array) -> jax.Array:

@@ -115,7 +115,7 @@ def adagn(
         norm, nonfinite = _tensor_statistics.finite_norms(gradients)
         scaling = find_factors(
             norm,
-            nonfinite,
+            _tensor_statistics.is_usable(norm, nonfinite),
             NormStatistics(state.adagn_steps, state.adagn_mean, state.adagn_square),
             gamma1 * decay_scale(step, total_steps),
             gamma2,
@@ -149,14 +149,13 @@ class NormStatistics(NamedTuple):
 
 def find_factors(
     norm: jax.Array,
-    nonfinite: jax.Array,
+    usable: jax.Array,
     statistics: NormStatistics,
     gamma1: jax.typing.ArrayLike,
     gamma2: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike,
 ) -> tuple[jax.Array, NormStatistics]:
     """Returns the factor on every tensor, and the new statistics."""
-    usable = _tensor_statistics.is_usable(norm, nonfinite)
     steps = statistics.steps + usable.astype(jnp.int32)
     average, corrected = _tensor_statistics.average, _tensor_statistics.corrected
     mean = average(statistics.mean, norm, gamma1, usable)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _paths, _validate, functional
+from spam_optax import _arithmetic, _paths, _validate
+from spam_optax.functional import guards
 
 _KINDS = ("query", "key")
 
@@ -166,9 +167,7 @@ def qk_clip(
             num_kv_heads = _check_attention(name, of_attention, tensors, params)
             if threshold is None:
                 continue
-            pair = functional.qk_clip_factors(
-                of_attention, num_kv_heads, threshold, balance
-            )
+            pair = guards.head_factors(of_attention, num_kv_heads, threshold, balance)
             factors |= zip(((name, kind) for kind in _KINDS), pair, strict=True)
             is_clipped = jnp.isfinite(of_attention) & (of_attention > threshold)
             count += jnp.sum(is_clipped, dtype=jnp.int32)
@@ -179,7 +178,7 @@ def qk_clip(
             factor = factors[tensor.attention, tensor.kind]
             moved = _arithmetic.widen(p) + _arithmetic.widen(u)
             # A head that is not clipped keeps every bit of its update.
-            less = functional.scale_heads(moved, factor - 1, *_axes(tensor, factor))
+            less = guards.scale_heads(moved, factor - 1, *_axes(tensor, factor))
             return (_arithmetic.widen(u) + less).astype(u.dtype)
 
         rows = zip(jax.tree.leaves(params), updates, tensors, strict=True)

@@ -136,9 +136,10 @@ def scale_by_stable_spam(
         (squares,) = _tensor_statistics.measure(
             clipped_square, *(gradients, limit, clip_factor), missing=(0.0,)
         )
+        norm = _tensor_statistics.roots(squares, gradients)
         factor, norms = _adagn.find_factors(
-            _tensor_statistics.roots(squares, gradients),
-            limits.nonfinite,
+            norm,
+            limits.usable & jnp.isfinite(norm**2),
             _adagn.NormStatistics(state.norm_steps, state.norm_mean, state.norm_square),
             gamma1 * decay_scale,
             gamma2,

@@ -168,12 +168,15 @@ def split(*vectors: jax.Array) -> tuple[list[jax.Array], ...]:
     XLA fuses a slice with the computation that uses its number. That computation would
     be another program for each tensor, because slices are at different places. The
     barrier hides the places from the compiler, which then compiles one program for all
-    tensors of a shape.
+    tensors of a shape. The vectors are behind it too, or XLA:CPU would compute the last
+    operations on them again in each program.
     """
     tensors = vectors[0].shape[0]
     if not isinstance(vectors[0], jax.core.Tracer):
         return tuple(list(vector) for vector in vectors)
-    places = jax.lax.optimization_barrier(list(map(np.uint32, range(tensors))))
+    places, vectors = jax.lax.optimization_barrier(
+        (list(map(np.uint32, range(tensors))), vectors)
+    )
     pick = jax.jit(
         lambda i, *vectors: tuple(
             jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in vectors

@@ -66,8 +66,11 @@ def check_number(
     below: float | None = None,
     at_most: float | None = None,
     whole: bool = False,
+    many: bool = False,
 ) -> Any:
-    """Raises unless `value` is an array or a finite number within the given bounds.
+    """Raises unless `value` is a finite number within bounds, or an array of one.
+
+    The values of arrays are not checked, since they may be traced.
 
     Args:
       name: Name of the argument.
@@ -77,16 +80,22 @@ def check_number(
       below: Open upper bound.
       at_most: Closed upper bound.
       whole: Whether only whole numbers are allowed.
+      many: Whether arrays of several numbers are allowed.
 
     Returns:
       `value`. A NumPy or ml_dtypes scalar becomes a Python number. JAX would otherwise
       round to the dtype of the scalar, or could not add it to an array.
 
     Raises:
-      TypeError: If `value` is neither a real number nor an array.
-      ValueError: If it is a number out of bounds.
+      TypeError: If `value` is neither a real number nor an array of real numbers.
+      ValueError: If it is a number out of bounds, or an array of several numbers.
     """
     if _is_array(value):
+        if value.ndim and not many:
+            raise ValueError(
+                f"{caller()}: {name} must be one number, got an array of shape"
+                f" {value.shape}."
+            )
         return value
 
     def message(note: str = "") -> str:
@@ -200,9 +209,9 @@ def check_static(name: str, value: Any) -> None:
         )
 
 
-def check_decay(name: str, value: Any) -> Any:
+def check_decay(name: str, value: Any, *, many: bool = False) -> Any:
     """Raises unless `value` is an array or a number in [0, 1)."""
-    return check_number(name, value, at_least=0, below=1)
+    return check_number(name, value, at_least=0, below=1, many=many)
 
 
 def check_key(key: Any) -> None:

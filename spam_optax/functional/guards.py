@@ -139,6 +139,16 @@ def qk_clip_factors(
         num_kv_heads = heads
     num_kv_heads = int(_validate.check_whole("num_kv_heads", num_kv_heads, low=1))
     chex.assert_is_divisible(heads, num_kv_heads)
+    return head_factors(logits, num_kv_heads, threshold, balance)
+
+
+def head_factors(
+    logits: jax.Array,
+    num_kv_heads: int,
+    threshold: jax.typing.ArrayLike,
+    balance: jax.typing.ArrayLike,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the `qk_clip_factors` of arguments that were checked before."""
     is_above = jnp.isfinite(logits) & (logits > threshold)
     gamma = jnp.where(is_above, threshold / jnp.where(is_above, logits, 1), 1)
     # A factor that rounds to 0 would make the factor of the queries 0 / 0.

@@ -264,7 +264,7 @@ def ffn_jacobian_bound(
         "residual_std": residual_std,
     }
     width, ffn_width, std_in, std_out, residual_std = (
-        _validate.check_number(name, value, above=0)
+        _validate.check_number(name, value, above=0, many=True)
         for name, value in arguments.items()
     )
     matrices = (jnp.sqrt(width) + jnp.sqrt(ffn_width)) ** 2
@@ -311,10 +311,12 @@ def attention_jacobian_bound(
       Takase et al., `Spike No More <https://arxiv.org/abs/2312.16903>`_, 2025,
       section 3.
     """
-    width = _validate.check_number("width", width, above=0)
-    std_out = _validate.check_number("std_out", std_out, above=0)
-    residual_std = _validate.check_number("residual_std", residual_std, above=0)
+    width = _validate.check_number("width", width, above=0, many=True)
+    std_out = _validate.check_number("std_out", std_out, above=0, many=True)
+    residual_std = _validate.check_number(
+        "residual_std", residual_std, above=0, many=True
+    )
     attention_norm = _validate.check_number(
-        "attention_norm", attention_norm, at_least=0
+        "attention_norm", attention_norm, many=True, at_least=0
     )
     return 1 + std_out / residual_std * 2 * jnp.sqrt(width) * attention_norm  # type: ignore[return-value]

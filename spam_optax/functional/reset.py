@@ -96,7 +96,7 @@ def bias_correction(
     of 1e-5 in float32.
 
     Args:
-      decay: The decay :math:`\beta` in [0, 1).
+      decay: The decay :math:`\beta` in [0, 1), or an array of decays.
       step: Number of the step, from 1; whole numbers of any shape.
 
     Returns:
@@ -113,5 +113,5 @@ def bias_correction(
     References:
       Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2015, algorithm 1.
     """
-    decay = _validate.check_decay("decay", decay)
+    decay = _validate.check_decay("decay", decay, many=True)
     return _schedule.bias_correction(decay, read("step", step, np.generic))

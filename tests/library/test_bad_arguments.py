@@ -1025,6 +1025,17 @@ def test_arrays_pass_unchecked(value):
                 function(*arguments, **dict.fromkeys(numbers, array))
 
 
+def test_an_array_of_several_numbers_is_refused():
+    for function, arguments, sorts in FUNCTIONS:
+        if not inspect.isfunction(function):
+            continue  # `bias_correction` takes several decays
+        for name, sort in sorts.items():
+            if sort != "key" and not sort.endswith((" dtype", "flag")):
+                print(function, name)
+                with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+                    function(*arguments, **{name: jnp.ones(2)})
+
+
 @pytest.mark.parametrize("b1", [0, 0.0])
 def test_whole_numbers_may_be_injected(b1):
     """``b1=0`` becomes an integer array. It turns momentum off and is no error."""
