@@ -253,7 +253,7 @@ EXPERIMENTS = {
         ("adam",),
         scenarios=("clean",),
         rates=DEPTH_RATES,
-        models=deep({}, STABLE, {"initialization": "stable", "embedding": "normed"}),
+        models=deep({}, STABLE),
     ),
     "deep": Experiment(
         "Which initialization or norm allows the highest rates with 24 layers?",
@@ -270,12 +270,12 @@ EXPERIMENTS = {
         models=deep(*INITIALIZATIONS),
         seeds=1,
     ),
-    "depth clipped": Experiment(
-        "Does clipping the norm do for deep models what the initialization does?",
-        ("adam_clip",),
+    "deep clipped": Experiment(
+        "Does clipping the norm do for a deep model what the initialization does?",
+        ("adam", "adam_clip"),
         scenarios=("clean",),
         rates=DEPTH_RATES,
-        models=deep({}, STABLE),
+        models=(DEEP, DEEP | STABLE),
     ),
     "equal size": Experiment(
         "Is it the depth, if models of all depths have the same number of parameters?",
