@@ -46,7 +46,10 @@ def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
     optimizers are grey. If there is one optimizer only, a panel shows a model.
     """
     if len({result.label for result in results}) == 1:
-        results = [x._replace(label=x.model, model="") for x in results]
+        common = common_beginning([x.model for x in results])
+        results = [
+            x._replace(label=x.model.removeprefix(common), model="") for x in results
+        ]
     panels = by_label(results)
     kinds = sorted({x.panel for x in results})
     texts = names_of(kinds)
@@ -165,6 +168,13 @@ def by_label(results: Iterable[Result]) -> dict[str, list[Result]]:
     for row in sorted(results, key=lambda x: x.final_loss):
         groups.setdefault(row.label, []).append(row)
     return groups
+
+
+def common_beginning(models: Sequence[str]) -> str:
+    """Returns the settings with which all models but the plain one begin."""
+    plain = min(models, key=len)
+    begins = all(x == plain or x.startswith(f"{plain}, ") for x in models)
+    return f"{plain}, " if begins else ""
 
 
 def names_of(kinds: Sequence[tuple]) -> list[str]:
