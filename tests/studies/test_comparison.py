@@ -542,6 +542,20 @@ def test_experiments_without_committed_results_are_named():
     assert named == missing
 
 
+def test_the_table_of_depths_shows_the_committed_numbers():
+    stored = json.loads((RESULTS / "stability.json").read_text())["depth"]
+    found = {(r.layers, r.model): r for r in map(Result.from_json, stored)}
+    page = (RESULTS / "stability.md").read_text()
+    table = page.partition("| layers | standard,")[2].partition("\n\n")[0]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    assert [int(row[0]) for row in rows] == list(experiments.DEPTHS)
+    for layers, *cells in rows:
+        both = [found[int(layers), x] for x in ("standard, plain", "stable, scaled")]
+        want = [(f"{x.final_loss:.3f}", f"{x.largest_rate:g}") for x in both]
+        assert cells == [cell for pair in want for cell in pair]
+        assert both[1].high < both[0].low  # every seed is better
+
+
 def test_the_table_of_faults_shows_the_committed_numbers():
     names = {
         "Adam": "adam",

@@ -81,9 +81,9 @@ def figure_of_depth(results: Sequence[Result]) -> matplotlib.figure.Figure:
     shades = matplotlib.colormaps["viridis_r"](np.linspace(0.15, 1, len(depths)))
     rows = rows_for(len(panels))
     drawn = matplotlib.figure.Figure(
-        figsize=(10, 2.1 * rows + 3.4), layout="constrained", dpi=150
+        figsize=(10, 2.1 * rows + 4.3), layout="constrained", dpi=150
     )
-    above, below = drawn.subfigures(2, height_ratios=[2.1 * rows, 3.2])
+    above, below = drawn.subfigures(2, height_ratios=[2.1 * rows + 0.9, 3.4])
     axes = add_panels(above, len(panels))
     for axis, (model, own) in zip(axes, panels.items(), strict=True):
         for row in sorted(own, key=lambda x: x.layers):
