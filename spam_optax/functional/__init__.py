@@ -14,6 +14,7 @@ from spam_optax.functional.guards import qk_clip_factors, scale_heads, spike_ste
 from spam_optax.functional.metrics import (
     attention_jacobian_bound,
     ffn_jacobian_bound,
+    jacobian_norm,
     layer_gradient_norms,
     spike_score,
     token_embedding_variability,
@@ -38,6 +39,7 @@ __all__ = (
     "clip_spikes",
     "ffn_jacobian_bound",
     "gradient_spike_score",
+    "jacobian_norm",
     "layer_gradient_norms",
     "nonfinite_mask",
     "online_spike_score",

@@ -1,12 +1,15 @@
 """Metrics of curves, gradients, embeddings and layers."""
 
+import functools
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from spam_optax import _arithmetic, _paths, _validate
 from spam_optax.functional._arrays import read
@@ -320,3 +323,96 @@ def attention_jacobian_bound(
         "attention_norm", attention_norm, many=True, at_least=0
     )
     return 1 + std_out / residual_std * 2 * jnp.sqrt(width) * attention_norm  # type: ignore[return-value]
+
+
+def jacobian_norm(
+    f: Callable[[Any], Any], x: Any, *, iterations: jax.typing.ArrayLike = 100
+) -> jax.Array:
+    r"""Returns the spectral norm of the Jacobian of a function.
+
+    .. math::
+      \|J\|_2 = \max_{\|v\|_2 = 1} \|J v\|_2, \qquad
+      J = \frac{\partial f(x)}{\partial x}
+
+    It is found by power iteration on :math:`J^\top J`. An iteration costs one product
+    with :math:`J` and one with :math:`J^\top`, and :math:`J` is never stored. The first
+    :math:`v` has fixed pseudo-random normal numbers, so results are reproducible.
+
+    The result is never above the norm but for rounding, and approaches it from below.
+    It approaches the norm slowly if other singular values are almost as large.
+
+    Args:
+      f: A function of `x` that JAX can differentiate forward. It returns a floating
+        array or a tree of them, of any shapes.
+      x: A floating array or a tree of them. All arrays together are one vector. They
+        are passed to `f` as float32, or float64 if one of them is 64-bit.
+      iterations: Number of iterations, 1 or more.
+
+    Returns:
+      The norm: a scalar of the dtype that is passed to `f`, in units of `f` per unit of
+      `x`. It is 0 for a Jacobian of zeros, and not finite if an entry of the Jacobian
+      is not.
+
+    Raises:
+      AssertionError: If an array in `x` or in the result of `f` is not floating.
+      ValueError: If `iterations` is not a whole number >= 1.
+      TypeError: If `f` is not a function, or a leaf of a tree is not an array.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from spam_optax import functional
+      >>> matrix = jnp.array([[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+      >>> print(functional.jacobian_norm(lambda x: matrix @ x, jnp.ones(3)))
+      4.0
+      >>> stretch = jax.vmap(lambda x: functional.jacobian_norm(jnp.square, x))
+      >>> print(stretch(jnp.array([[1.0, 2.0], [5.0, 0.0]])))
+      [ 4. 10.]
+
+    .. seealso:: :func:`ffn_jacobian_bound` and :func:`attention_jacobian_bound` for
+      bounds on it at initialization.
+    """
+    if not callable(f):
+        raise TypeError(
+            f"jacobian_norm: f must be a function, got {_validate.shown(f)}."
+        )
+    iterations = _validate.check_steps("iterations", iterations, low=1)
+    x = jax.tree.map(lambda leaf: read("x", leaf, jnp.floating), x)
+    dtype = functools.reduce(
+        _arithmetic.promote_types,
+        map(_arithmetic.compute_dtype, jax.tree.leaves(x)),
+        np.dtype(jnp.float32),
+    )
+
+    def cast(tree: Any, name: str) -> Any:
+        return jax.tree.map(
+            lambda leaf: read(name, leaf, jnp.floating).astype(dtype), tree
+        )
+
+    x = cast(x, "x")
+    _, push = jax.linearize(lambda x: cast(f(x), "the result of f"), x)
+    pull = jax.linear_transpose(push, x)
+
+    def iterate(_: Any, v: Any) -> Any:
+        along, _ = _direction(push(v), dtype)
+        (back,) = pull(along)
+        return _direction(back, dtype)[0]
+
+    start = optax.tree.random_like(jax.random.key(0), x)
+    v = jax.lax.fori_loop(0, iterations, iterate, _direction(start, dtype)[0])
+    return _direction(push(v), dtype)[1]
+
+
+def _direction(tree: Any, dtype: Any) -> tuple[Any, jax.Array]:
+    """Divides a tree by its norm and returns both. A tree of zeros stays as it is.
+
+    It is first divided by its largest entry, so that no square over- or underflows.
+    """
+    sizes = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(tree)]
+    largest = functools.reduce(jnp.maximum, sizes, jnp.zeros([], dtype))
+    divisor = jnp.where(largest == 0, 1, largest)
+    tree = jax.tree.map(lambda x: x / divisor, tree)
+    squares = [jnp.sum(x * x) for x in jax.tree.leaves(tree)]
+    norm = _arithmetic.root(sum(squares, start=jnp.zeros([], dtype)))
+    length = jnp.where(norm == 0, 1, norm)
+    return jax.tree.map(lambda x: x / length, tree), largest * norm

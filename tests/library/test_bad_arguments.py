@@ -223,6 +223,7 @@ FUNCTIONS = (
         (jnp.ones(9),),
         {"window": "window", "deviations": "positive"},
     ),
+    (functional.jacobian_norm, (jnp.sin, jnp.ones(3)), {"iterations": "interval"}),
     *(
         (functools.partial(function, **others), (), sorts)
         for function, good, sorts in (

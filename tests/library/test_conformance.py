@@ -544,6 +544,7 @@ def test_strict_promotion():
         functional.bias_correction(0.9, jnp.arange(1, 9))
         functional.token_embedding_variability(x)
         functional.layer_gradient_norms({"blocks": {"kernel": x}}, ["blocks"])
+        functional.jacobian_norm(lambda t: t, {"a": x, "b": steps.astype(jnp.bfloat16)})
         functional.ffn_jacobian_bound(8, 32, 0.1, 0.1, 1.0)
         functional.attention_jacobian_bound(8, 0.1, 1.0, 1.0)
         for layer in (

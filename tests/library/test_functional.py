@@ -600,6 +600,109 @@ def test_attention_bound_is_the_formula():
     np.testing.assert_allclose(bound, 1 + 0.01 / 0.4 * 2 * 30 * norms, rtol=1e-6)
 
 
+# The norm of a Jacobian.
+
+
+def dense_norm(f, x):
+    """The largest singular value, by NumPy, of the Jacobian of arrays to arrays."""
+    jacobian = np.asarray(jax.jacobian(f)(x), np.float64)
+    return np.linalg.norm(jacobian.reshape(-1, x.size), 2)
+
+
+@pytest.mark.parametrize("shape", [(7, 11), (11, 7), (9, 9), (1, 5), (5, 1)])
+def test_jacobian_norm_is_the_largest_singular_value(shape):
+    """Of a nonlinear function, with more outputs than inputs or fewer."""
+    matrix, x = draw("float32", shape), draw("float32", shape[1:], 1)
+
+    def f(x):
+        return jnp.tanh(matrix @ x) + jnp.sin(x).sum()
+
+    norm = run(lambda x: functional.jacobian_norm(f, x), x)
+    assert (norm.dtype, norm.shape) == (jnp.float32, ())
+    np.testing.assert_allclose(norm, dense_norm(f, x), rtol=1e-5)
+
+
+def test_jacobian_norm_of_trees_is_that_of_all_arrays_together():
+    rng = np.random.default_rng(0)
+    x = {"a": rng.normal(size=(2, 3)), "b": [rng.normal(size=4), None]}
+    x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), x)
+    flat, unravel = jax.flatten_util.ravel_pytree(x)
+
+    def f(x):
+        a, b = x["a"], x["b"][0]
+        return (a @ a.T, {"c": jnp.outer(b, a[0]), "d": b.sum()})
+
+    want = dense_norm(lambda y: jax.flatten_util.ravel_pytree(f(unravel(y)))[0], flat)
+    got = run(lambda x: functional.jacobian_norm(f, x), x)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", REAL_DTYPES)
+def test_jacobian_norm_is_float32_or_wider(dtype):
+    """The function gets wide numbers, and may return narrow ones."""
+    matrix = draw(dtype, (6, 6))
+    with enabled(dtype):
+        x = jnp.ones(6, dtype)
+        norm = run(lambda x: functional.jacobian_norm(lambda x: matrix @ x, x), x)
+        narrow = functional.jacobian_norm(lambda x: (2 * x).astype(dtype), x)
+    assert norm.dtype == narrow.dtype == wide_dtype(dtype)
+    np.testing.assert_allclose(norm, np.linalg.norm(precise(matrix), 2), rtol=1e-5)
+    np.testing.assert_allclose(narrow, 2, rtol=NARROW_RTOL.get(dtype, 1e-6))
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-20, 1e20, 1e35])
+def test_jacobian_norm_of_tiny_and_huge_jacobians(scale):
+    """Guards the squares of a product against under- and overflow."""
+    matrix = np.array([[3.0, 1.0], [0.0, 2.0], [1.0, 1.0]])
+    f = functools.partial(jnp.matmul, np.float32(scale * matrix))
+    norm = functional.jacobian_norm(f, jnp.ones(2))
+    want = scale * np.linalg.norm(matrix, 2)
+    np.testing.assert_allclose(norm, want, rtol=1e-5)
+
+
+def test_jacobian_norm_of_zero_empty_and_nonfinite_jacobians():
+    x = jnp.ones(3)
+    assert functional.jacobian_norm(jnp.zeros_like, x) == 0
+    assert functional.jacobian_norm(jnp.square, jnp.zeros(3)) == 0
+    assert functional.jacobian_norm(lambda x: x[:0], x) == 0
+    assert functional.jacobian_norm(jnp.square, x[:0]) == 0
+    assert functional.jacobian_norm(lambda x: {}, x) == 0
+    assert functional.jacobian_norm(lambda x: jnp.ones(2), {}) == 0
+    for bad in (jnp.nan, jnp.inf):
+        norm = functional.jacobian_norm(lambda x, bad=bad: x.at[1].mul(bad), x)
+        assert not jnp.isfinite(norm)
+
+
+def test_jacobian_norm_rises_with_the_iterations_to_the_norm():
+    """Each estimate is a lower bound, and the same in every call."""
+    matrix = np.random.default_rng(0).normal(size=(40, 40)).astype(np.float32)
+    estimate = jax.jit(
+        lambda n: functional.jacobian_norm(
+            lambda x: matrix @ x, jnp.ones(40), iterations=n
+        )
+    )
+    estimates = [estimate(n) for n in (1, 2, 5, 20, 300)]
+    assert estimates == sorted(estimates)
+    assert estimates[0] < 0.95 * estimates[-1]
+    np.testing.assert_allclose(estimates[-1], np.linalg.norm(matrix, 2), rtol=1e-5)
+    assert estimate(5) == estimates[2]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f, x: f(1, x), "f must be a function, got 1."),
+        (lambda f, x: f(jnp.sin, "x"), "x must be an array, got 'x'."),
+        (lambda f, x: f(lambda x: "y", x), "the result of f must be an array, got 'y'"),
+    ],
+)
+def test_jacobian_norm_of_no_function_or_no_array_is_a_type_error(call, message):
+    with pytest.raises(TypeError) as caught:
+        call(functional.jacobian_norm, jnp.ones(2))
+    assert str(caught.value).startswith(f"jacobian_norm: {message}")
+    assert "\n" not in str(caught.value)
+
+
 # Norms of layers, and the spread of embeddings.
 
 layer_norms = jax.jit(functional.layer_gradient_norms, static_argnums=1)
@@ -707,6 +810,10 @@ CALLS = {
         [NU],
     ),
     "token_embedding_variability": (functional.token_embedding_variability, [NU]),
+    "jacobian_norm": (
+        lambda x: functional.jacobian_norm(lambda x: x * jnp.cumsum(x), x),
+        [POSITIVE],
+    ),
     "ffn_jacobian_bound": (functional.ffn_jacobian_bound, list(POSITIVE)),
     "attention_jacobian_bound": (
         functional.attention_jacobian_bound,
@@ -776,6 +883,10 @@ VECTOR, WHOLE = np.ones(3, np.float32), np.ones(3, np.int32)
         (F.layer_gradient_norms, [{"w": WHOLE}]),
         (functools.partial(F.layer_gradient_norms, stacked=["w"]), [{"w": VECTOR[0]}]),
         (functools.partial(F.layer_gradient_norms, stacked=["w"]), [{"w": VECTOR[:0]}]),
+        (functools.partial(F.jacobian_norm, jnp.sin), [WHOLE]),
+        (functools.partial(F.jacobian_norm, jnp.sin), [VECTOR.astype(np.complex64)]),
+        (functools.partial(F.jacobian_norm, jnp.sign), [{"x": VECTOR, "y": WHOLE}]),
+        (functools.partial(F.jacobian_norm, jnp.isfinite), [VECTOR]),
         (F.token_embedding_variability, [VECTOR]),
         (F.token_embedding_variability, [NU]),
         (F.token_embedding_variability, [VECTOR[:, None].astype(np.complex64)]),
