@@ -116,22 +116,21 @@ def from_brax(name: str) -> Environment:
             f"brax has no environment {name!r}, only {', '.join(sorted(envs._envs))}"
         )
     longest = 1000
-    environment = envs.training.wrap(envs.get_environment(name), longest)
-
-    def only(tree):  # brax steps a batch of environments
-        return jax.tree.map(lambda x: x[0], tree)
+    environment = envs.create(name, episode_length=longest, auto_reset=False)
 
     def reset(key):
-        state = only(environment.reset(key[None]))
-        return state.obs, state
+        first = environment.reset(key)
+        return first.obs, (first, first)
 
     def step(key, state, action):
         del key
-        batch = jax.tree.map(lambda x: x[None], state)
-        after = only(environment.step(batch, jnp.tanh(action)[None]))
+        first, now = state
+        after = environment.step(now, jnp.tanh(action))
         ended = after.done > 0
         terminated = ended & (after.info["truncation"] == 0)
-        return after.obs, after, after.reward, terminated, ended, after.obs
+        # As in brax's own wrapper, an episode begins where the first one did.
+        begun = jax.tree.map(lambda x, y: jnp.where(ended, x, y), first, after)
+        return begun.obs, (first, begun), after.reward, terminated, ended, after.obs
 
     return Environment(
         reset,
@@ -221,7 +220,7 @@ class State(NamedTuple):
     observation: jax.Array  # (E, ...)
     environments: Any
     running: jax.Array  # (E,) the return of the episode so far
-    finished: jax.Array  # (E,) the return of the last finished episode
+    finished: jax.Array  # (E,) the return of the last finished episode, NaN at first
     steps: Steps  # of the iteration, flat
 
 
@@ -277,6 +276,7 @@ class PPO(task.Task):
         keys = jax.random.split(key, options.environments)
         observation, environments = jax.vmap(self.environment.reset)(keys)
         zeros = jnp.zeros(options.environments)
+        unknown = jnp.full_like(zeros, jnp.nan)
         size = options.environments * options.rollout
         policy = nnx.merge(self.graphdef, params)
         action = jax.eval_shape(policy.sample, key, observation)
@@ -285,7 +285,9 @@ class PPO(task.Task):
             jnp.zeros((size, *action.shape[1:]), action.dtype),
             *(jnp.zeros(size) for _ in range(3)),
         )
-        return State(key, jnp.int32(0), observation, environments, zeros, zeros, empty)
+        return State(
+            *(key, jnp.int32(0), observation, environments, zeros, unknown, empty)
+        )
 
     def collect(self, params: optax.Params, state: State, is_faulty) -> State:
         """Lets all environments make steps with the current policy."""
@@ -352,7 +354,7 @@ class PPO(task.Task):
         return loss, gradient, state._replace(updates=state.updates + 1), {}
 
     def curves(self, state: State) -> dict[str, jax.Array]:
-        return {"returns": state.finished.mean()}
+        return {"returns": jnp.nanmean(state.finished)}
 
     def evaluate(self, params, test):
         """Returns minus the mean return of the likeliest actions."""
