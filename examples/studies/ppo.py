@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from studies import task
-from studies.task import Run
+from studies import engine, pictures, task
+from studies.task import Run, Score, setting
 from trainer.errors import UsageError
 
 SCENARIOS = ("clean", "rewards")
@@ -35,10 +35,28 @@ TEST_EPISODES = 32
 class Options:
     """What is played, and how much in each iteration."""
 
-    environment: str = "CartPole-v1"
-    environments: int = 16  # side by side, E
-    rollout: int = 128  # steps of each in an iteration, T
-    width: int = 64  # of both hidden layers
+    environment: str = setting(
+        "CartPole-v1",
+        "an environment of gymnax, such as CartPole-v1, Acrobot-v1 or Pendulum-v1, or"
+        " of brax, such as brax:hopper",
+        str,
+        "NAME",
+    )
+    environments: int = setting(16, "environments side by side")  # E
+    rollout: int = setting(128, "steps of each in an iteration")  # T
+    width: int = setting(64, "width of both hidden layers")
+
+    def __post_init__(self):
+        if self.batch % PARTS:
+            raise UsageError(
+                f"--environments times --rollout must be a multiple of {PARTS}, not"
+                f" {self.batch}"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Returns the steps of all environments in an iteration."""
+        return self.environments * self.rollout
 
 
 class Environment(NamedTuple):
@@ -247,12 +265,6 @@ class PPO(task.Task):
         self.options = options
         self.environment = make_environment(options.environment)
         self.graphdef, _ = nnx.split(nnx.eval_shape(lambda: self.policy(0)))
-        size = options.environments * options.rollout
-        if size % PARTS:
-            raise UsageError(
-                "--environments times --rollout must be a multiple of"
-                f" {PARTS}, not {size}"
-            )
 
     def policy(self, seed: jax.typing.ArrayLike) -> Policy:
         rngs = nnx.Rngs(jax.random.key(seed))
@@ -264,7 +276,7 @@ class PPO(task.Task):
         is_faulty = np.zeros(iterations, bool)
         if run.scenario == "rewards":
             places = np.arange(1, FAULTS + 1) * iterations / (FAULTS + 1)
-            is_faulty[places.round().astype(int)] = True
+            is_faulty[places.astype(int)] = True
         return is_faulty.repeat(UPDATES)[: run.config.steps], jnp.uint32(0)
 
     def init(self, seed: jax.typing.ArrayLike) -> optax.Params:
@@ -277,7 +289,7 @@ class PPO(task.Task):
         observation, environments = jax.vmap(self.environment.reset)(keys)
         zeros = jnp.zeros(options.environments)
         unknown = jnp.full_like(zeros, jnp.nan)
-        size = options.environments * options.rollout
+        size = options.batch
         policy = nnx.merge(self.graphdef, params)
         action = jax.eval_shape(policy.sample, key, observation)
         empty = Steps(
@@ -379,6 +391,22 @@ class PPO(task.Task):
 
 class PPOStudy(task.TaskStudy):
     """Trains policies under several optimizers, without and with faults."""
+
+    score = Score(
+        "return",
+        f"the return of the likeliest actions over {TEST_EPISODES} episodes",
+        digits=1,
+        sign=-1,
+    )
+
+    def decode(self, record: engine.Record) -> engine.Record:
+        return super().decode(record) | {"returns": record["returns"]}
+
+    def draw(self, results, records):
+        """Draws the return of the episodes during training."""
+        steps = self.options.batch / UPDATES  # of an update
+        texts = f"steps in {self.options.environment}", "return of the last episodes"
+        return pictures.curves(results, records, "returns", UPDATES, steps, texts)
 
     def task(self, run: Run) -> PPO:
         del run

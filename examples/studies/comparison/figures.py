@@ -8,6 +8,7 @@ import numpy as np
 from studies.comparison import statistics
 from studies.comparison.statistics import Result
 from studies.comparison.study import FAULTLESS
+from studies.engine import Record
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREY = "#C8C8C8"  # of the other rows in a panel
@@ -16,8 +17,11 @@ LOSS_LABEL = "final evaluation loss, nats"
 RATE_LABEL = "peak learning rate"
 
 
-def draw(results: Sequence[Result]) -> matplotlib.figure.Figure:
+def draw(
+    results: Sequence[Result], records: Sequence[Record] = ()
+) -> matplotlib.figure.Figure:
     """Draws the results of an experiment in the form that suits it."""
+    del records  # the figures of the tasks need them
     if len({result.layers for result in results}) > 2:
         return figure_of_depth(results)
     return figure_of_costs(results) if is_about_faults(results) else figure(results)
