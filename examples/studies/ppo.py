@@ -194,11 +194,14 @@ class Policy(nnx.Module):
         scores = self.actor(observations)
         return scores if self.continuous else scores.argmax(-1)
 
+    def log_deviations(self, scores: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(self.log_deviation[...], scores.shape)
+
     def sample(self, key: jax.Array, observations: jax.Array) -> jax.Array:
         scores = self.actor(observations)
         if self.continuous:
             noise = jax.random.normal(key, scores.shape)
-            return scores + jnp.exp(self.log_deviation[...]) * noise
+            return scores + jnp.exp(self.log_deviations(scores)) * noise
         return jax.random.categorical(key, scores)
 
     def log_probability(
@@ -207,11 +210,11 @@ class Policy(nnx.Module):
         """Returns the log-probability of the actions, and the entropy."""
         scores = self.actor(observations)
         if self.continuous:
-            log_deviation = self.log_deviation[...]
+            log_deviation = self.log_deviations(scores)
             z = (actions - scores) * jnp.exp(-log_deviation)
             per_action = -0.5 * (z**2 + jnp.log(2 * jnp.pi)) - log_deviation
-            entropy = jnp.sum(0.5 * (1 + jnp.log(2 * jnp.pi)) + log_deviation)
-            return per_action.sum(-1), entropy
+            entropy = 0.5 * (1 + jnp.log(2 * jnp.pi)) + log_deviation
+            return per_action.sum(-1), entropy.sum(-1).mean()
         log_all = nnx.log_softmax(scores)
         chosen = jnp.take_along_axis(log_all, actions[..., None], axis=-1)[..., 0]
         return chosen, -jnp.sum(jnp.exp(log_all) * log_all, axis=-1).mean()
