@@ -31,6 +31,7 @@ def by_scenario(results: Sequence[Any], score: Any) -> matplotlib.figure.Figure:
     """
     labels = labels_of(results)
     scenarios = list(dict.fromkeys(row.scenario for row in results))
+    rates = sorted({rate for row in results for rate in row.curve})
     columns = min(3, len(labels))
     rows = -(-len(labels) // columns)
     drawn = matplotlib.figure.Figure(figsize=(13, 5.5), layout="constrained", dpi=120)
@@ -79,6 +80,8 @@ def by_scenario(results: Sequence[Any], score: Any) -> matplotlib.figure.Figure:
                 )
         panel.set_title(label, fontsize=9, color=color_of(number))
         panel.set_xscale("log")
+        panel.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30)
+        panel.set_xticks([], minor=True)
         panel.set_ylim(*visible(results, score))
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)

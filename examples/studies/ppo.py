@@ -407,9 +407,9 @@ class PPOStudy(task.TaskStudy):
 
     def draw(self, results, records):
         """Draws the return of the episodes during training."""
-        steps = self.options.batch / UPDATES  # of an update
-        texts = f"steps in {self.options.environment}", "return of the last episodes"
-        return pictures.curves(results, records, "returns", UPDATES, steps, texts)
+        thousands = self.options.batch / UPDATES / 1000  # of steps, in each update
+        texts = f"thousand steps in {self.options.environment}", "return in training"
+        return pictures.curves(results, records, "returns", UPDATES, thousands, texts)
 
     def task(self, run: Run) -> PPO:
         del run
