@@ -12,6 +12,8 @@ from studies.comparison import report, variants
 from trainer import cli, optimizers
 from trainer.config import RunConfig
 
+LEAST_STEPS = 12  # in which three bursts of faults have room
+
 
 class Example(NamedTuple):
     """What a task's program trains when no flag is given, and its help."""
@@ -82,7 +84,8 @@ def make_parser(example: Example) -> argparse.ArgumentParser:
         help="number of seeds: 0, 1, and so on (default: %(default)s)",
     )
     for name, text in example.numbers.items():
-        add_value(group, name, getattr(example.base, name), text, cli.whole(1), "N")
+        parse = cli.whole(LEAST_STEPS if name == "steps" else 1)
+        add_value(group, name, getattr(example.base, name), text, parse, "N")
     group.add_argument(
         "--workers",
         type=cli.whole(1, 512),

@@ -88,7 +88,7 @@ def test_a_missing_package_takes_one_line(tmp_path, monkeypatch, capsys):
     [
         (["--width", "30"], "--width must be a multiple of --heads, which is 4"),
         (["--scenario", "rain"], "invalid choice: 'rain'"),
-        (["--steps", "0"], "must be a whole number >= 1"),
+        (["--steps", "11"], "must be a whole number >= 12"),
     ],
 )
 def test_a_mistake_takes_one_line(flags, message, tmp_path, capsys):

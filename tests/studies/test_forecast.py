@@ -16,20 +16,8 @@ from trainer.config import RunConfig
 from trainer.errors import UsageError
 
 TINY = Options(lookback=8, horizon=4, patch=4, width=8, heads=2, layers=1)
-FLAGS = [
-    "--lookback",
-    "8",
-    "--horizon",
-    "4",
-    "--patch",
-    "4",
-    "--width",
-    "8",
-    "--heads",
-    "2",
-    "--layers",
-    "1",
-]
+FLAGS = ["--lookback", "8", "--horizon", "4", "--patch", "4"]
+FLAGS += ["--width", "8", "--heads", "2", "--layers", "1"]
 
 
 def run_of(scenario="severity 5", **settings):
@@ -180,17 +168,8 @@ def test_the_test_error_is_the_mean_over_all_windows(tiny):
 @pytest.mark.slow
 def test_the_program_is_resumable_and_writes_its_files(series, tmp_path, capsys):
     flags = [*FLAGS, "--csv", str(series), "--output", str(tmp_path), "--workers", "1"]
-    flags += [
-        "--optimizer",
-        "adam",
-        "--steps",
-        "6",
-        "--severity",
-        "0",
-        "5",
-        "--learning-rate",
-        "0.01",
-    ]
+    flags += ["--optimizer", "adam", "--steps", "12"]
+    flags += ["--severity", "0", "5", "--learning-rate", "0.01"]
     assert program.main(flags) == 0
     names = sorted(x.name for x in tmp_path.iterdir())
     assert names == ["forecast.md", "forecast.png", "runs", "summary.json"]

@@ -327,18 +327,8 @@ def test_cartpole_is_learned():
 
 def test_the_program_is_resumable_and_writes_its_files(game, tmp_path):
     game()
-    flags = [
-        "--environments",
-        "2",
-        "--rollout",
-        "8",
-        "--width",
-        "4",
-        "--steps",
-        "64",
-        "--seeds",
-        "2",
-    ]
+    flags = ["--environments", "2", "--rollout", "8", "--width", "4"]
+    flags += ["--steps", "64", "--seeds", "2"]
     flags += ["--optimizer", "adam", "--output", str(tmp_path), "--workers", "1"]
     assert program.main(flags) == 0
     names = sorted(x.name for x in tmp_path.iterdir())
