@@ -23,7 +23,7 @@ from studies import engine, forecast, program
 from trainer.config import RunConfig
 
 EXAMPLE = program.Example(
-    name="forecast",
+    title="Forecast",
     description=__doc__,
     examples="""
 examples:

@@ -25,7 +25,7 @@ from studies import engine, ppo, program
 from trainer.config import RunConfig
 
 EXAMPLE = program.Example(
-    name="ppo",
+    title="PPO",
     description=__doc__,
     examples="""
 examples:

@@ -24,7 +24,7 @@ from studies import digits, engine, program
 from trainer.config import RunConfig
 
 EXAMPLE = program.Example(
-    name="vision",
+    title="Vision",
     description=__doc__,
     examples="""
 examples:

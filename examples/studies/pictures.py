@@ -32,8 +32,6 @@ def by_scenario(results: Sequence[Any], score: Any) -> matplotlib.figure.Figure:
     labels = labels_of(results)
     scenarios = list(dict.fromkeys(row.scenario for row in results))
     rates = sorted({rate for row in results for rate in row.curve})
-    columns = min(3, len(labels))
-    rows = -(-len(labels) // columns)
     drawn = matplotlib.figure.Figure(figsize=(13, 5.5), layout="constrained", dpi=120)
     left, right = drawn.subfigures(1, 2, width_ratios=[1, 1.3])
     axis = left.subplots()
@@ -63,10 +61,8 @@ def by_scenario(results: Sequence[Any], score: Any) -> matplotlib.figure.Figure:
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
 
-    axes = right.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for panel in axes.ravel()[len(labels) :]:
-        panel.set_axis_off()
-    for number, (label, panel) in enumerate(zip(labels, axes.ravel(), strict=False)):
+    axes = add_panels(right, len(labels))
+    for number, (label, panel) in enumerate(zip(labels, axes, strict=True)):
         for row in results:
             if row.label == label:
                 means = [score.sign * np.mean(x) for x in row.curve.values()]
@@ -88,6 +84,23 @@ def by_scenario(results: Sequence[Any], score: Any) -> matplotlib.figure.Figure:
     right.supxlabel("peak learning rate", fontsize=10)
     add_legend(right, scenarios, ["black"] * len(scenarios), LINES)
     return drawn
+
+
+def columns_for(panels: int) -> int:
+    return 2 if panels in (2, 4) else min(3, panels)
+
+
+def add_panels(drawn, number: int) -> list:
+    """Adds small panels with common axes to a figure. Places left over stay empty."""
+    columns = columns_for(number)
+    axes = drawn.subplots(
+        -(-number // columns), columns, sharex=True, sharey=True, squeeze=False
+    ).ravel()
+    for panel in axes[number:]:
+        panel.set_axis_off()
+    for panel in axes[max(0, number - columns) : number]:
+        panel.tick_params(labelbottom=True)
+    return list(axes[:number])
 
 
 def visible(results: Sequence[Any], score: Any) -> tuple[float, float]:
@@ -117,6 +130,7 @@ def curves(
     every: int,
     scale: float,
     texts: tuple[str, str],
+    marks: Sequence[float] = (),
 ) -> matplotlib.figure.Figure:
     """Draws a curve of training at each optimizer's best rate, in one panel for each.
 
@@ -129,21 +143,16 @@ def curves(
       every: Steps from one point of the curve to the next one.
       scale: What a step counts on the horizontal axis.
       texts: Labels of the axes.
+      marks: Places on the horizontal axis to draw a dotted line at.
     """
     labels = labels_of(results)
     scenarios = list(dict.fromkeys(row.scenario for row in results))
-    columns = min(3, len(labels))
     drawn = matplotlib.figure.Figure(
-        figsize=(10, 1 + 2.5 * -(-len(labels) // columns)),
+        figsize=(10, 1 + 2.5 * -(-len(labels) // columns_for(len(labels)))),
         layout="constrained",
         dpi=120,
     )
-    axes = drawn.subplots(
-        -(-len(labels) // columns), columns, sharex=True, sharey=True, squeeze=False
-    ).ravel()
-    for panel in axes[len(labels) :]:
-        panel.set_axis_off()
-    for label, panel in zip(labels, axes, strict=False):
+    for label, panel in zip(labels, add_panels(drawn, len(labels)), strict=True):
         own = [row for row in results if row.label == label]
         for row in own:
             at_best = [
@@ -159,6 +168,8 @@ def curves(
             panel.plot(x, values.mean(axis=0), color=color, linewidth=1.5)
             low, high = values.min(axis=0), values.max(axis=0)
             panel.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        for mark in marks:
+            panel.axvline(mark, color="grey", linestyle=":", linewidth=1)
         rates = " and ".join(dict.fromkeys(f"{row.best_rate:g}" for row in own))
         panel.set_title(f"{label} (rate {rates})", fontsize=9)
         panel.tick_params(labelsize=8)

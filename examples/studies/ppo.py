@@ -261,6 +261,11 @@ def advantages(rewards, values, next_values, terminated, ended):
     return jax.lax.scan(add, last, (errors, ended), reverse=True)[1]
 
 
+def faulty_iterations(iterations: int) -> np.ndarray:
+    """Returns the iterations with faults, counted from 0, in even distances."""
+    return np.arange(1, FAULTS + 1) * iterations // (FAULTS + 1)
+
+
 class PPO(task.Task):
     """Minimizes PPO's clipped objective. It is compared by minus the mean return."""
 
@@ -275,11 +280,9 @@ class PPO(task.Task):
 
     def inputs(self, run: Run):
         """Returns whether the rewards are too large in each update's iteration."""
-        iterations = -(-run.config.steps // UPDATES)
-        is_faulty = np.zeros(iterations, bool)
+        is_faulty = np.zeros(-(-run.config.steps // UPDATES), bool)
         if run.scenario == "rewards":
-            places = np.arange(1, FAULTS + 1) * iterations / (FAULTS + 1)
-            is_faulty[places.astype(int)] = True
+            is_faulty[faulty_iterations(len(is_faulty))] = True
         return is_faulty.repeat(UPDATES)[: run.config.steps], jnp.uint32(0)
 
     def init(self, seed: jax.typing.ArrayLike) -> optax.Params:

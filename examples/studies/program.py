@@ -18,7 +18,7 @@ LEAST_STEPS = 12  # in which three bursts of faults have room
 class Example(NamedTuple):
     """What a task's program trains when no flag is given, and its help."""
 
-    name: str  # of the program and of its files
+    title: str  # in small letters: the name of the program and of its files
     description: str | None
     examples: str  # at the end of the help
     question: str  # the heading of the table
@@ -30,6 +30,10 @@ class Example(NamedTuple):
     scenarios: dict[str, Any]  # the flag of the scenarios: see `scenario_flag`
     numbers: dict[str, str]  # more flags: settings of `base` that are whole numbers
     seeds: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.title.lower()
 
 
 def scenario_flag(names: Sequence[str], text: str) -> dict[str, Any]:
@@ -137,7 +141,7 @@ def train(example: Example, options: argparse.Namespace) -> list[engine.Failure]
         {name: runs},
         {name: example.question},
         options.output,
-        name.capitalize(),
+        example.title,
         study.score,
         study.draw,
     )
