@@ -16,7 +16,8 @@ install brax. The program writes to the folder --output:
     runs/*.json   settings, returns, losses and gradient norms of every run
     ppo.md        the return at the best learning rate, and its spread
     summary.json  the same numbers; a loss there is minus a return
-    ppo.png       return during training, with its spread over the seeds
+    ppo.png       return during training, with its spread over the seeds; dotted lines
+                  mark the iterations with faults
 """
 
 from collections.abc import Sequence

@@ -410,9 +410,17 @@ class PPOStudy(task.TaskStudy):
 
     def draw(self, results, records):
         """Draws the return of the episodes during training."""
-        thousands = self.options.batch / UPDATES / 1000  # of steps, in each update
-        texts = f"thousand steps in {self.options.environment}", "return in training"
-        return pictures.curves(results, records, "returns", UPDATES, thousands, texts)
+        thousands = self.options.batch / 1000  # of steps, in each iteration
+        iterations = -(-records[0]["steps"] // UPDATES)
+        return pictures.curves(
+            results,
+            records,
+            "returns",
+            UPDATES,
+            thousands / UPDATES,
+            (f"thousand steps in {self.options.environment}", "return in training"),
+            thousands * faulty_iterations(iterations),
+        )
 
     def task(self, run: Run) -> PPO:
         del run
