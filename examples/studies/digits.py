@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from studies import encoder, task
-from studies.task import Run
+from studies.task import Run, Score, setting
 from trainer.errors import UsageError
 
 CLASSES, SIDE, PATCH = 10, 8, 2  # pixels
@@ -27,9 +27,9 @@ SCENARIOS = ("clean", "noise", "labels")
 class Options:
     """The shape of the model."""
 
-    width: int = 32  # D
-    heads: int = 4
-    layers: int = 2
+    width: int = setting(32, "width of the model, a multiple of --heads")  # D
+    heads: int = setting(4, "attention heads")
+    layers: int = setting(2, "layers, each attention and a feed-forward layer")
 
     def __post_init__(self):
         encoder.check_heads(self.width, self.heads)
@@ -120,6 +120,8 @@ class Digits(task.Task):
 
 class DigitsStudy(task.TaskStudy):
     """Trains classifiers under several optimizers, without and with faults."""
+
+    score = Score("test loss", "the cross-entropy of the test images, in nats,")
 
     def task(self, run: Run) -> Digits:
         del run

@@ -21,11 +21,13 @@ import optax
 from flax import nnx
 
 from studies import encoder, task
-from studies.task import Run
+from studies.task import Run, Score, setting
+from trainer import cli
 from trainer.errors import UsageError
 
 WEATHER = pathlib.Path(__file__).parents[1] / "data" / "weather_nyc_2013.csv.xz"
 TRAIN, VALIDATION = 0.7, 0.1  # shares of the rows; the rest are tests, as published
+DATES = ("date", "time", "date time", "datetime", "timestamp")  # of no series
 TEST_WINDOWS = 200  # at most, evenly spaced
 
 
@@ -33,14 +35,24 @@ TEST_WINDOWS = 200  # at most, evenly spaced
 class Options:
     """What is forecast, from what, and by which model."""
 
-    csv: str | None = None  # None: the weather that comes with the example
-    share: float = 0.1  # of the input values that are corrupted
-    lookback: int = 192  # rows of input, L
-    horizon: int = 96  # rows of forecast, H
-    patch: int = 16  # rows of a patch; patches overlap by half
-    width: int = 32  # D
-    heads: int = 4
-    layers: int = 2
+    csv: str | None = setting(
+        None,
+        "a CSV file with one column per series, such as ETTh1.csv or the Weather file"
+        " of Jena, also packed as .xz (default: the weather of New York's airports)",
+        str,
+        "FILE",
+    )
+    share: float = setting(
+        0.1, "share of the training inputs that get noise", cli.real(0, 1), "X"
+    )
+    lookback: int = setting(96, "rows that the model reads")  # L
+    horizon: int = setting(96, "rows that it forecasts")  # H
+    patch: int = setting(
+        16, "rows of a patch, half of which it shares with the next one", cli.whole(2)
+    )
+    width: int = setting(32, "width of the model, a multiple of --heads")  # D
+    heads: int = setting(4, "attention heads")
+    layers: int = setting(2, "layers, each attention and a feed-forward layer")
 
     def __post_init__(self):
         if self.lookback < self.patch:
@@ -57,7 +69,7 @@ class Options:
 def read_csv(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
     """Reads the columns of a CSV file, which may be packed as .xz.
 
-    The first row has their names. A column that is called date or time is left out.
+    The first row has their names. Columns of dates and times are left out.
 
     Returns:
       The names, and the values as float32 of shape (rows, columns).
@@ -68,22 +80,24 @@ def read_csv(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
     """
     unpack = lzma.open if path.suffix == ".xz" else open
     try:
-        with unpack(path, "rt", encoding="utf-8", newline="") as file:
+        # Published files have signs of units in their headings in another encoding.
+        with unpack(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
             names, *rows = csv.reader(file)
-    except (ValueError, csv.Error, lzma.LZMAError) as error:
+    except (EOFError, ValueError, csv.Error, lzma.LZMAError) as error:
         raise UsageError(f"{path} is not a CSV file ({error})") from error
-    if not rows:
-        raise UsageError(f"{path} has no rows")
-    kept = [n for n, name in enumerate(names) if name.lower() not in ("date", "time")]
+    rows = [(number, row) for number, row in enumerate(rows, start=2) if row]
+    kept = [n for n, name in enumerate(names) if name.strip().lower() not in DATES]
+    if not rows or not kept:
+        raise UsageError(f"{path} has no {'columns' if rows else 'rows'} of numbers")
     values = np.empty((len(rows), len(kept)), np.float32)
-    for number, row in enumerate(rows, start=2):
+    for values_of_row, (number, row) in zip(values, rows, strict=True):
         if len(row) != len(names):
             raise UsageError(
                 f"{path}, line {number}: {len(row)} values for {len(names)} columns"
             )
         for place, column in enumerate(kept):
-            values[number - 2, place] = read_number(row[column])
-            if not math.isfinite(values[number - 2, place]):
+            values_of_row[place] = read_number(row[column])
+            if not math.isfinite(values_of_row[place]):
                 raise UsageError(
                     f"{path}, line {number}: {names[column]} must be a finite number,"
                     f" not {row[column]!r}"
@@ -180,6 +194,11 @@ class PatchForecaster(nnx.Module):
 # -------------------------------------------------------------------------- the study
 
 
+def scenario_of(text: str) -> str:
+    """Returns the scenario of the severity that a flag names."""
+    return f"severity {cli.real()(text):g}"
+
+
 def severity_of(scenario: str) -> float:
     return float(scenario.removeprefix("severity "))
 
@@ -239,6 +258,13 @@ class Forecast(task.Task):
 
 class ForecastStudy(task.TaskStudy):
     """Trains forecasters under several optimizers and severities."""
+
+    score = Score(
+        "test error",
+        "the mean squared error of the standardized columns, on test windows without"
+        " noise,",
+        digits=4,
+    )
 
     def task(self, run: Run) -> Forecast:
         del run

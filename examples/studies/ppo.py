@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from studies import task
-from studies.task import Run
+from studies import engine, pictures, task
+from studies.task import Run, Score, setting
 from trainer.errors import UsageError
 
 SCENARIOS = ("clean", "rewards")
@@ -35,10 +35,28 @@ TEST_EPISODES = 32
 class Options:
     """What is played, and how much in each iteration."""
 
-    environment: str = "CartPole-v1"
-    environments: int = 16  # side by side, E
-    rollout: int = 128  # steps of each in an iteration, T
-    width: int = 64  # of both hidden layers
+    environment: str = setting(
+        "CartPole-v1",
+        "an environment of gymnax, such as CartPole-v1, Acrobot-v1 or Pendulum-v1, or"
+        " of brax, such as brax:hopper",
+        str,
+        "NAME",
+    )
+    environments: int = setting(16, "environments side by side")  # E
+    rollout: int = setting(128, "steps of each in an iteration")  # T
+    width: int = setting(64, "width of both hidden layers")
+
+    def __post_init__(self):
+        if self.batch % PARTS:
+            raise UsageError(
+                f"--environments times --rollout must be a multiple of {PARTS}, not"
+                f" {self.batch}"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Returns the steps of all environments in an iteration."""
+        return self.environments * self.rollout
 
 
 class Environment(NamedTuple):
@@ -116,22 +134,21 @@ def from_brax(name: str) -> Environment:
             f"brax has no environment {name!r}, only {', '.join(sorted(envs._envs))}"
         )
     longest = 1000
-    environment = envs.training.wrap(envs.get_environment(name), longest)
-
-    def only(tree):  # brax steps a batch of environments
-        return jax.tree.map(lambda x: x[0], tree)
+    environment = envs.create(name, episode_length=longest, auto_reset=False)
 
     def reset(key):
-        state = only(environment.reset(key[None]))
-        return state.obs, state
+        first = environment.reset(key)
+        return first.obs, (first, first)
 
     def step(key, state, action):
         del key
-        batch = jax.tree.map(lambda x: x[None], state)
-        after = only(environment.step(batch, jnp.tanh(action)[None]))
+        first, now = state
+        after = environment.step(now, jnp.tanh(action))
         ended = after.done > 0
         terminated = ended & (after.info["truncation"] == 0)
-        return after.obs, after, after.reward, terminated, ended, after.obs
+        # As in brax's own wrapper, an episode begins where the first one did.
+        begun = jax.tree.map(lambda x, y: jnp.where(ended, x, y), first, after)
+        return begun.obs, (first, begun), after.reward, terminated, ended, after.obs
 
     return Environment(
         reset,
@@ -177,11 +194,14 @@ class Policy(nnx.Module):
         scores = self.actor(observations)
         return scores if self.continuous else scores.argmax(-1)
 
+    def log_deviations(self, scores: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(self.log_deviation[...], scores.shape)
+
     def sample(self, key: jax.Array, observations: jax.Array) -> jax.Array:
         scores = self.actor(observations)
         if self.continuous:
             noise = jax.random.normal(key, scores.shape)
-            return scores + jnp.exp(self.log_deviation[...]) * noise
+            return scores + jnp.exp(self.log_deviations(scores)) * noise
         return jax.random.categorical(key, scores)
 
     def log_probability(
@@ -190,11 +210,11 @@ class Policy(nnx.Module):
         """Returns the log-probability of the actions, and the entropy."""
         scores = self.actor(observations)
         if self.continuous:
-            log_deviation = self.log_deviation[...]
+            log_deviation = self.log_deviations(scores)
             z = (actions - scores) * jnp.exp(-log_deviation)
             per_action = -0.5 * (z**2 + jnp.log(2 * jnp.pi)) - log_deviation
-            entropy = jnp.sum(0.5 * (1 + jnp.log(2 * jnp.pi)) + log_deviation)
-            return per_action.sum(-1), entropy
+            entropy = 0.5 * (1 + jnp.log(2 * jnp.pi)) + log_deviation
+            return per_action.sum(-1), entropy.sum(-1).mean()
         log_all = nnx.log_softmax(scores)
         chosen = jnp.take_along_axis(log_all, actions[..., None], axis=-1)[..., 0]
         return chosen, -jnp.sum(jnp.exp(log_all) * log_all, axis=-1).mean()
@@ -221,7 +241,7 @@ class State(NamedTuple):
     observation: jax.Array  # (E, ...)
     environments: Any
     running: jax.Array  # (E,) the return of the episode so far
-    finished: jax.Array  # (E,) the return of the last finished episode
+    finished: jax.Array  # (E,) the return of the last finished episode, NaN at first
     steps: Steps  # of the iteration, flat
 
 
@@ -241,6 +261,11 @@ def advantages(rewards, values, next_values, terminated, ended):
     return jax.lax.scan(add, last, (errors, ended), reverse=True)[1]
 
 
+def faulty_iterations(iterations: int) -> np.ndarray:
+    """Returns the iterations with faults, counted from 0, in even distances."""
+    return np.arange(1, FAULTS + 1) * iterations // (FAULTS + 1)
+
+
 class PPO(task.Task):
     """Minimizes PPO's clipped objective. It is compared by minus the mean return."""
 
@@ -248,12 +273,6 @@ class PPO(task.Task):
         self.options = options
         self.environment = make_environment(options.environment)
         self.graphdef, _ = nnx.split(nnx.eval_shape(lambda: self.policy(0)))
-        size = options.environments * options.rollout
-        if size % PARTS:
-            raise UsageError(
-                "--environments times --rollout must be a multiple of"
-                f" {PARTS}, not {size}"
-            )
 
     def policy(self, seed: jax.typing.ArrayLike) -> Policy:
         rngs = nnx.Rngs(jax.random.key(seed))
@@ -261,11 +280,9 @@ class PPO(task.Task):
 
     def inputs(self, run: Run):
         """Returns whether the rewards are too large in each update's iteration."""
-        iterations = -(-run.config.steps // UPDATES)
-        is_faulty = np.zeros(iterations, bool)
+        is_faulty = np.zeros(-(-run.config.steps // UPDATES), bool)
         if run.scenario == "rewards":
-            places = np.arange(1, FAULTS + 1) * iterations / (FAULTS + 1)
-            is_faulty[places.round().astype(int)] = True
+            is_faulty[faulty_iterations(len(is_faulty))] = True
         return is_faulty.repeat(UPDATES)[: run.config.steps], jnp.uint32(0)
 
     def init(self, seed: jax.typing.ArrayLike) -> optax.Params:
@@ -277,7 +294,8 @@ class PPO(task.Task):
         keys = jax.random.split(key, options.environments)
         observation, environments = jax.vmap(self.environment.reset)(keys)
         zeros = jnp.zeros(options.environments)
-        size = options.environments * options.rollout
+        unknown = jnp.full_like(zeros, jnp.nan)
+        size = options.batch
         policy = nnx.merge(self.graphdef, params)
         action = jax.eval_shape(policy.sample, key, observation)
         empty = Steps(
@@ -285,7 +303,9 @@ class PPO(task.Task):
             jnp.zeros((size, *action.shape[1:]), action.dtype),
             *(jnp.zeros(size) for _ in range(3)),
         )
-        return State(key, jnp.int32(0), observation, environments, zeros, zeros, empty)
+        return State(
+            *(key, jnp.int32(0), observation, environments, zeros, unknown, empty)
+        )
 
     def collect(self, params: optax.Params, state: State, is_faulty) -> State:
         """Lets all environments make steps with the current policy."""
@@ -352,7 +372,7 @@ class PPO(task.Task):
         return loss, gradient, state._replace(updates=state.updates + 1), {}
 
     def curves(self, state: State) -> dict[str, jax.Array]:
-        return {"returns": state.finished.mean()}
+        return {"returns": jnp.nanmean(state.finished)}
 
     def evaluate(self, params, test):
         """Returns minus the mean return of the likeliest actions."""
@@ -377,6 +397,30 @@ class PPO(task.Task):
 
 class PPOStudy(task.TaskStudy):
     """Trains policies under several optimizers, without and with faults."""
+
+    score = Score(
+        "return",
+        f"the return of the likeliest actions over {TEST_EPISODES} episodes",
+        digits=1,
+        sign=-1,
+    )
+
+    def decode(self, record: engine.Record) -> engine.Record:
+        return super().decode(record) | {"returns": record["returns"]}
+
+    def draw(self, results, records):
+        """Draws the return of the episodes during training."""
+        thousands = self.options.batch / 1000  # of steps, in each iteration
+        iterations = -(-records[0]["steps"] // UPDATES)
+        return pictures.curves(
+            results,
+            records,
+            "returns",
+            UPDATES,
+            thousands / UPDATES,
+            (f"thousand steps in {self.options.environment}", "return in training"),
+            thousands * faulty_iterations(iterations),
+        )
 
     def task(self, run: Run) -> PPO:
         del run

@@ -37,9 +37,9 @@ import numpy as np
 import optax
 
 import spam_optax
-from studies import engine
+from studies import engine, pictures
 from studies.comparison import variants
-from trainer import train_step
+from trainer import cli, train_step
 from trainer.config import RunConfig
 
 # Part of the run between two momentum resets.
@@ -50,6 +50,33 @@ DIGITS = 6  # of the losses in a record: the others are noise
 GRADIENT_FAULTS = ("noise", "coordinates", "nan")
 RESULTS = ("first_eval_loss", "final_eval_loss", "losses", "gradient_norms")
 RESULTS += ("optimizer_bytes", "parameters", "seconds_per_step")
+
+
+# Columns of the tables of tasks; `comparison.report` has them all.
+COLUMNS = ("label", "best_rate", "final_loss", "spread", "far_loss", "sensitivity")
+COLUMNS += ("skipped", "diverged", "bytes_per_parameter")
+
+
+class Score(NamedTuple):
+    """The number that is compared, as tables and figures show it."""
+
+    name: str
+    text: str  # what it is, in a sentence that goes on with "at the best rate"
+    digits: int = 3  # after the point
+    sign: int = 1  # -1: more is better, and a record has minus the number
+    columns: tuple[str, ...] = COLUMNS
+
+
+def setting(
+    default: Any, text: str, parse: Any = None, metavar: str = "N"
+) -> dataclasses.Field:
+    """Returns a field of a task's options, for which `program` makes a flag.
+
+    `parse` takes the text of the flag. By default it is a whole number, at least 1.
+    """
+    parse = parse or cli.whole(1)
+    metadata = {"help": text, "type": parse, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class Run(NamedTuple):
@@ -204,6 +231,8 @@ class TaskStudy(engine.Study):
     is made of `options`, a dataclass with the task's own settings.
     """
 
+    score = Score("final loss", "the loss after training")
+
     def __init__(self, options: Any):
         self.options = options
 
@@ -228,6 +257,11 @@ class TaskStudy(engine.Study):
 
     def decode(self, record: engine.Record) -> engine.Record:
         return decode(record)
+
+    def draw(self, results, records: Sequence[engine.Record]):
+        """Draws the results of `comparison.statistics`, made of these records."""
+        del records
+        return pictures.by_scenario(results, self.score)
 
 
 def file_name(run: Run, digest: str) -> str:

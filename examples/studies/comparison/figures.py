@@ -18,8 +18,11 @@ LOSS_LABEL = "final evaluation loss, nats"
 RATE_LABEL = "peak learning rate"
 
 
-def draw(results: Sequence[Result]) -> matplotlib.figure.Figure:
+def draw(
+    results: Sequence[Result], records: Sequence[Record] = ()
+) -> matplotlib.figure.Figure:
     """Draws the results of an experiment in the form that suits it."""
+    del records  # the figures of the tasks need them
     if has_depths(results):
         return figure_of_depth(results)
     return figure_of_costs(results) if is_about_faults(results) else figure(results)

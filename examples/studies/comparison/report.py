@@ -4,42 +4,44 @@ import itertools
 import json
 import pathlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from studies import engine
 from studies.comparison import figures, statistics
 from studies.comparison.statistics import Result
-from studies.task import Run
+from studies.task import Run, Score
 from trainer import files
 from trainer.model import PRESETS
 from trainer.output import summary
 
 LAYERS_OF_CURVES = 24  # of the models whose losses are drawn step by step
-COLUMNS = {  # heading and explanation
+# Heading and explanation of each column. {best}, {name} and {text} are the score's.
+COLUMNS = {
     "label": ("optimizer", "the trainer's optimizer, or a variant of it."),
     "best_rate": (
         "best rate",
-        "the peak learning rate with the lowest final loss. A * marks the lowest or the"
+        "the peak learning rate with the {best} {name}. A * marks the lowest or the"
         " highest rate of the sweep, beyond which a rate may be better.",
     ),
     "final_loss": (
-        "final loss",
-        "the evaluation loss in nats at the best rate, mean over the seeds.",
+        "{name}",
+        "{text} at the best rate, mean over the seeds.",
     ),
     "spread": (
         "over seeds",
-        "the lowest and the highest final loss of the seeds, and their number.",
+        "the lowest and the highest {name} of the seeds, and their number.",
     ),
     "far_loss": (
         f"at {statistics.HIGH_RATE_FACTOR} x rate",
-        f"the final loss at {statistics.HIGH_RATE_FACTOR} times the best rate.",
+        f"the {{name}} at {statistics.HIGH_RATE_FACTOR} times the best rate.",
     ),
     "sensitivity": (
         "LR sensitivity",
-        "the mean final loss over all rates of the sweep, minus the best one (Wortsman"
-        " et al., 2023). A final loss counts as the loss before training at most.",
+        "the mean {name} over all rates of the sweep, minus the best one (Wortsman"
+        " et al., 2023). A {name} counts as the {start} before training at {most}.",
     ),
     "spike_score": (
         "spike score %",
@@ -85,6 +87,19 @@ COLUMNS = {  # heading and explanation
         " machine disturbs it.",
     ),
 }
+LOSS = Score("final loss", "the evaluation loss in nats", columns=tuple(COLUMNS))
+
+
+def columns(score: Score) -> dict[str, list[str]]:
+    """Returns heading and explanation of the columns that a score's tables have."""
+    words = {
+        "best": "lowest" if score.sign > 0 else "highest",
+        "most": "most" if score.sign > 0 else "least",
+        "start": score.name.removeprefix("final "),
+        "name": score.name,
+        "text": score.text,
+    }
+    return {key: [x.format(**words) for x in COLUMNS[key]] for key in score.columns}
 
 
 def write(
@@ -93,6 +108,8 @@ def write(
     questions: dict[str, str],
     folder: pathlib.Path,
     title: str = "Comparison",
+    score: Score = LOSS,
+    draw: Callable[[list[Result], list[engine.Record]], Any] = figures.draw,
 ) -> None:
     """Writes the tables, numbers and figures of the finished runs of experiments.
 
@@ -101,20 +118,24 @@ def write(
       grids: The runs of each experiment.
       questions: What each experiment asks.
       folder: The folder to write to. The records are in its folder `runs`.
+      title: The heading of the page, and the name of its file.
+      score: What is compared.
+      draw: Makes the figure of an experiment from its results and records.
     """
     tables, numbers = [], {}
     for name, runs in grids.items():
         finished, unfinished = complete(study, runs, folder / "runs")
         found = statistics.results(finished)
-        tables.append(markdown(f"{name}: {questions[name]}", found, unfinished))
+        heading = f"{name}: {questions[name]}"
+        tables.append(markdown(heading, found, unfinished, score))
         if found:
             numbers[name] = [result.to_json() for result in found]
-            figures.draw(found).savefig(folder / f"{name}.png")
+            draw(found, finished).savefig(folder / f"{name}.png")
             if figures.has_depths(found):
                 deep = [x for x in finished if x["layers"] == LAYERS_OF_CURVES]
                 drawn = figures.figure_of_losses(deep or finished)
                 drawn.savefig(folder / f"{name}_losses.png")
-    text = "\n".join([f"# {title}\n", *tables, explanations()])
+    text = "\n".join([f"# {title}\n", *tables, explanations(score)])
     files.replace(folder / f"{title.lower()}.md", text)
     text = json.dumps(numbers, indent=1, allow_nan=False)
     files.replace(folder / "summary.json", text + "\n")
@@ -145,7 +166,12 @@ def complete(
 # ------------------------------------------------------------------------- the tables
 
 
-def markdown(heading: str, results: Sequence[Result], unfinished: Sequence[str]) -> str:
+def markdown(
+    heading: str,
+    results: Sequence[Result],
+    unfinished: Sequence[str],
+    score: Score = LOSS,
+) -> str:
     """Returns a heading, and a table for each scenario and model."""
     parts = [f"## {heading}\n"]
     seconds = {}  # of the fastest run of any scenario: the program is the same
@@ -153,14 +179,15 @@ def markdown(heading: str, results: Sequence[Result], unfinished: Sequence[str])
         known = seconds.get(result.label, np.inf)
         seconds[result.label] = min(known, result.seconds_per_step or np.inf)
     for (scenario, *model), group in itertools.groupby(results, lambda x: x.panel):
-        rows = [cells(result, seconds) for result in group]
-        shown = [key for key in COLUMNS if any(row[key] != "-" for row in rows)]
-        table = [[COLUMNS[key][0] for key in shown]]
+        rows = [cells(result, seconds, score) for result in group]
+        headings = columns(score)
+        shown = [key for key in headings if any(row[key] != "-" for row in rows)]
+        table = [[headings[key][0] for key in shown]]
         table += [[row[key] for key in shown] for row in rows]
         name = name_of_model(*model)
         title = f"### {scenario}" + (f"; initialization {name}" if name else "")
         parts += [title, "", *table_lines(table), ""]
-    parts += spikes_by_rate(results)
+    parts += spikes_by_rate(results) if "spikes_from" in score.columns else []
     if unfinished:
         parts.append(f"Unfinished runs: {'; '.join(unfinished)}.\n")
     return "\n".join(parts) + "\n"
@@ -173,17 +200,24 @@ def name_of_model(layers: int, width: int, model: str) -> str:
     return model if is_tiny else f"{model}, {layers} layers of width {width}"
 
 
-def cells(result: Result, seconds: dict[str, float]) -> dict[str, str]:
+def cells(
+    result: Result, seconds: dict[str, float], score: Score = LOSS
+) -> dict[str, str]:
     """Returns the row of a table; `seconds` has the step time of each optimizer."""
     number = summary.number
+
+    def scored(loss):
+        return number(None if loss is None else score.sign * loss, f".{score.digits}f")
+
+    low, high = (result.low, result.high)[:: score.sign]
     time = seconds[result.label] / seconds.get("adam", np.inf)
     return {
         "label": result.label,
         "best_rate": f"{result.best_rate:g}{'*' if result.is_at_edge else ''}",
-        "final_loss": f"{result.final_loss:.3f}",
-        "spread": f"{result.low:.3f} to {result.high:.3f} ({result.seeds})",
-        "far_loss": number(result.far_loss, ".3f"),
-        "sensitivity": number(result.sensitivity, ".3f"),
+        "final_loss": scored(result.final_loss),
+        "spread": f"{scored(low)} to {scored(high)} ({result.seeds})",
+        "far_loss": scored(result.far_loss),
+        "sensitivity": scored(result.sensitivity),
         "spike_score": f"{result.spike_score:.2f}",
         "spikes_from": number(result.spikes_from, "g"),
         "skipped": " + ".join(f"{x:.1f}" for x in result.skipped or ()) or "-",
@@ -195,11 +229,11 @@ def cells(result: Result, seconds: dict[str, float]) -> dict[str, str]:
     }
 
 
-def explanations() -> str:
+def explanations(score: Score = LOSS) -> str:
     """Returns what each column of the tables shows, in Markdown."""
     lines = [
         textwrap.fill(f"- **{heading}**: {text}", 88, subsequent_indent="  ")
-        for heading, text in COLUMNS.values()
+        for heading, text in columns(score).values()
     ]
     return "\n".join(["## What the columns show\n", *lines, ""])
 
