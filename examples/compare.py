@@ -31,7 +31,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from studies import engine
+from studies import engine, sweep
 from studies.comparison import experiments, report
 from studies.comparison.experiments import EXPERIMENTS
 from studies.comparison.study import SCENARIOS, Comparison
@@ -141,20 +141,34 @@ def compare(options: argparse.Namespace) -> list[engine.Failure]:
     if not runs:
         raise UsageError("the chosen experiments have no such optimizer or scenario")
     study, folder = Comparison(), options.output
-    failures = engine.run_all(study, runs, folder / "runs", options.workers)
+    adaptive = [name for name in grids if is_adaptive(name, options)]
+    failures = []
+    while runs:
+        failures += engine.run_all(study, runs, folder / "runs", options.workers)
+        runs = []
+        for name in adaptive:
+            seeds = range(options.seeds)[: EXPERIMENTS[name].seeds]
+            added = sweep.next_runs(study, grids[name], folder / "runs", seeds)
+            grids[name] += added
+            runs += added
     questions = {name: EXPERIMENTS[name].question for name in grids}
     report.write(study, grids, questions, folder)
     print(f"Tables are in {folder / 'comparison.md'}")
     return failures
 
 
+def is_adaptive(name: str, options: argparse.Namespace) -> bool:
+    """Returns whether the results of an experiment decide which runs it has."""
+    return EXPERIMENTS[name].adaptive and not options.learning_rate
+
+
 def grid(name: str, options: argparse.Namespace) -> list[Run]:
-    """Returns the runs of an experiment."""
+    """Returns the runs of an experiment, or those with which a sweep begins."""
     settings = {"steps": options.steps, "preset": options.preset, "data": options.data}
     return experiments.runs_of(
         name,
         experiments.BASE.with_settings(**settings),
-        range(options.seeds),
+        range(1 if is_adaptive(name, options) else options.seeds),
         labels=options.optimizer,
         scenarios=options.scenario,
         rates=options.learning_rate,

@@ -60,6 +60,7 @@ class Experiment(NamedTuple):
     rates: tuple[float, ...] = RATES
     models: tuple[dict[str, Any], ...] = ({},)  # settings of RunConfig that differ
     seeds: int | None = None  # the largest number of seeds
+    adaptive: bool = False  # whether `studies.sweep` chooses rates and seeds
 
 
 PROSE = str(text_files.PROSE)
@@ -79,8 +80,15 @@ INITIALIZATIONS = (
 )
 DEPTHS = (3, 6, 12, 24, 48)
 DEEP = {"layers": 24, "width": 64, "heads": 2, "ffn_width": 172, "batch_size": 4}
+FEW_BITS = ("adam", "adam_clip", "adam, SPAM's steps", "adam, b2 0.95", "spam")
+FEW_BITS += ("clip_spam", "stable_spam", "stabilizer_adam", "guard, adam_clip")
 # Widths with about the parameters of 24 layers of width 64, and their heads.
 EQUAL_SIZES = {3: (192, 6), 6: (128, 4), 12: (96, 3), 48: (48, 2)}
+
+
+def quantized(*names: str) -> tuple[dict[str, Any], ...]:
+    """Returns models with few bits, in groups of 32."""
+    return tuple({"quantize": name, "quantize_group": 32} for name in names)
 
 
 def deep(*models: dict[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -207,40 +215,40 @@ EXPERIMENTS = {
     "long": Experiment(
         "Is it the same in runs ten times as long, with SPAM's published intervals?",
         (
-            *("adam", "adam_clip", "adam_clip, b2 0.99", "adam, SPAM's steps"),
-            *("adam_clip, SPAM's steps", "spam", "clip_spam", "stable_spam"),
+            *("adam", "adam_clip", "adam, SPAM's steps", "adam_clip, SPAM's steps"),
+            *("spam", "clip_spam", "stable_spam"),
         ),
         scenarios=("clean",),
         rates=RATES[:3],
         models=({"steps": 3000, "data": PROSE, "reset_interval": 500},),
+        adaptive=True,
     ),
     "precision": Experiment(
-        "Does SPAM or Stable-SPAM help when linear layers compute with few bits?",
-        (
-            *("adam", "adam_clip", "spam", "clip_spam", "stable_spam"),
-            *("stabilizer_adam", "guard, adam_clip"),
-        ),
+        "Does SPAM or Stable-SPAM help when linear layers compute with four bits?",
+        FEW_BITS,
         scenarios=("clean",),
         rates=HIGH_RATES[:6],
-        models=(
-            {},
-            {"compute_dtype": "bfloat16"},
-            *(
-                {"quantize": name, "quantize_group": 32}
-                for name in ("int8", "int4", "fp4", "fp4_e1m2")
-            ),
-        ),
+        models=({}, *quantized("int4", "fp4", "fp4_e1m2")),
+        adaptive=True,
+    ),
+    "eight bits": Experiment(
+        "Is it the same with bfloat16 or eight bits?",
+        FEW_BITS,
+        scenarios=("clean",),
+        rates=HIGH_RATES[:6],
+        models=({"compute_dtype": "bfloat16"}, *quantized("int8")),
+        seeds=1,
+        adaptive=True,
     ),
     "natural": Experiment(
         "What makes gradients spike without any fault, and what prevents it?",
         (
             *("adam", "adam_clip", "spam", "clip_spam", "stable_spam"),
-            *("stabilizer_adam", "zclip_adam", "guard, adam", "guard, adam_clip"),
-            *variants.MOMENTS,
-            "adam, b2 0.95",
+            *("stabilizer_adam", "guard, adam_clip", "adam, b1 0.98", "adam, b2 0.9"),
+            *("adam, b2 0.95", "adam, eps 1e-15", "adam, eps 1e-4"),
         ),
         scenarios=("clean",),
-        rates=HIGH_RATES[2:6],
+        rates=(2e-3, 8e-3, 3.2e-2),
         models=(
             {},
             {"warmup_steps": 1},
@@ -269,6 +277,7 @@ EXPERIMENTS = {
         rates=DEPTH_RATES,
         models=deep(*INITIALIZATIONS),
         seeds=1,
+        adaptive=True,
     ),
     "deep clipped": Experiment(
         "Does clipping the norm do for a deep model what the initialization does?",
@@ -283,6 +292,8 @@ EXPERIMENTS = {
         scenarios=("clean",),
         rates=DEPTH_RATES,
         models=equal_sizes({}, STABLE),
+        seeds=1,
+        adaptive=True,
     ),
     "warm-up": Experiment(
         "Does the initialization, or QK-norm, replace the warm-up?",
@@ -290,10 +301,11 @@ EXPERIMENTS = {
         scenarios=("clean",),
         rates=HIGH_RATES[:6],
         models=tuple(
-            DEEP | model | {"warmup_steps": steps}
-            for steps in (1, 100)
+            DEEP | model | warmup
+            for warmup in ({}, {"warmup_steps": 1})
             for model in ({}, STABLE, {"qk_norm": True})
         ),
+        adaptive=True,
     ),
     "cliff": Experiment(
         "Which optimizer allows a higher rate or less warm-up in a deep model, and what"
@@ -306,6 +318,7 @@ EXPERIMENTS = {
         scenarios=("clean",),
         rates=HIGH_RATES[:6],
         models=(DEEP, DEEP | {"warmup_steps": 1}),
+        adaptive=True,
     ),
 }
 

@@ -34,7 +34,8 @@ class Result(NamedTuple):
     label: str
     scenario: str
     model: str
-    best_rate: float  # peak learning rate with the lowest mean final loss
+    # Peak learning rate with the lowest mean final loss, of the rates with all seeds.
+    best_rate: float
     is_at_edge: bool  # whether it is the lowest or the highest rate of the sweep
     final_loss: float  # evaluation loss at the best rate, mean over the seeds
     low: float  # lowest final loss of the seeds
@@ -118,7 +119,8 @@ def result(records: Sequence[Record]) -> Result:
         by_rate.setdefault(record["learning_rate"], []).append(record)
     curve = {rate: [capped_loss(r) for r in rs] for rate, rs in by_rate.items()}
     means = {rate: float(np.mean(losses)) for rate, losses in curve.items()}
-    best = min(means, key=means.get)
+    seeds = max(map(len, curve.values()))
+    best = min((r for r in curve if len(curve[r]) == seeds), key=means.get)
     at_best = by_rate[best]
     high = HIGH_RATE_FACTOR * best
     first = records[0]
