@@ -13,6 +13,10 @@ the chosen experiments, without faults and with faults:
     batches      in the same steps, the batch is random tokens
     shift        no faults, but the second half of the run reads another text
 
+Some experiments are adaptive. They begin with one seed, add learning rates until the
+best one is enclosed, and run the other seeds only at the best rate and the rates next
+to it. With --learning-rate, every rate has all seeds.
+
 A run is one compiled program and takes seconds. Several runs are trained side by side.
 Each run leaves a record. A run whose record exists is not repeated, unless the text of
 --data has changed. So after Ctrl-C the same command continues, and experiments can be
@@ -137,20 +141,15 @@ def compare(options: argparse.Namespace) -> list[engine.Failure]:
     """Trains the missing runs and writes tables and figures of all of them."""
     names = list(EXPERIMENTS) if "all" in options.experiment else options.experiment
     grids = {name: grid(name, options) for name in dict.fromkeys(names)}
-    runs = [run for grid in grids.values() for run in grid]
-    if not runs:
+    if not any(grids.values()):
         raise UsageError("the chosen experiments have no such optimizer or scenario")
     study, folder = Comparison(), options.output
-    adaptive = [name for name in grids if is_adaptive(name, options)]
-    failures = []
-    while runs:
-        failures += engine.run_all(study, runs, folder / "runs", options.workers)
-        runs = []
-        for name in adaptive:
-            seeds = range(options.seeds)[: EXPERIMENTS[name].seeds]
-            added = sweep.next_runs(study, grids[name], folder / "runs", seeds)
-            grids[name] += added
-            runs += added
+    seeds = {
+        name: range(options.seeds)[: EXPERIMENTS[name].seeds]
+        for name in grids
+        if is_adaptive(name, options)
+    }
+    failures = sweep.run_all(study, grids, seeds, folder / "runs", options.workers)
     questions = {name: EXPERIMENTS[name].question for name in grids}
     report.write(study, grids, questions, folder)
     print(f"Tables are in {folder / 'comparison.md'}")

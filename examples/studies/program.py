@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from studies import engine, task
+from studies import engine, sweep, task
 from studies.comparison import report, variants
 from trainer import cli, optimizers
 from trainer.config import RunConfig
@@ -87,6 +87,12 @@ def make_parser(example: Example) -> argparse.ArgumentParser:
         metavar="N",
         help="number of seeds: 0, 1, and so on (default: %(default)s)",
     )
+    group.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="begin with one seed, add learning rates until the best one is enclosed,"
+        " and run the other seeds only at the best rate and the rates next to it",
+    )
     for name, text in example.numbers.items():
         parse = cli.whole(LEAST_STEPS if name == "steps" else 1)
         add_value(group, name, getattr(example.base, name), text, parse, "N")
@@ -131,11 +137,13 @@ def train(example: Example, options: argparse.Namespace) -> list[engine.Failure]
         dict.fromkeys(options.optimizer),
         dict.fromkeys(options.scenario),
         dict.fromkeys(options.learning_rate),
-        range(options.seeds),
+        range(1 if options.adaptive else options.seeds),
     )
     study.task(runs[0])  # reports a mistake before anything is trained
-    failures = engine.run_all(study, runs, options.output / "runs", options.workers)
     name = example.name
+    seeds = {name: range(options.seeds)} if options.adaptive else {}
+    folder = options.output / "runs"
+    failures = sweep.run_all(study, {name: runs}, seeds, folder, options.workers)
     report.write(
         study,
         {name: runs},

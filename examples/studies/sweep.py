@@ -20,6 +20,37 @@ from studies.task import Run
 MOST_RATES = 12  # in one sweep, should the loss fall for ever
 
 
+def run_all(
+    study: engine.Study,
+    grids: dict[str, list[Run]],
+    seeds: dict[str, Sequence[int]],
+    folder: pathlib.Path,
+    workers: int = 1,
+) -> list[engine.Failure]:
+    """Makes the missing records of several sweeps, as `engine.run_all` does.
+
+    Args:
+      study: The study that makes the records.
+      grids: The runs of each sweep. The runs that an adaptive sweep adds are appended.
+      seeds: All seeds of each adaptive sweep. Its grid begins with the first of them.
+      folder: The folder of the records.
+      workers: The number of runs side by side.
+
+    Returns:
+      The runs that ended with an exception.
+    """
+    runs = [run for grid in grids.values() for run in grid]
+    failures = []
+    while runs:
+        failures += engine.run_all(study, runs, folder, workers)
+        runs = []
+        for name in seeds:
+            added = next_runs(study, grids[name], folder, seeds[name])
+            grids[name] += added
+            runs += added
+    return failures
+
+
 def next_runs(
     study: engine.Study,
     runs: Sequence[Run],

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from studies import sweep
+from studies import engine, sweep, task
+from trainer.config import RunConfig
 
 RATES = (1e-3, 2e-3, 4e-3)
 
@@ -60,3 +61,36 @@ def test_one_rate_gets_all_seeds():
 
 def test_added_rates_are_those_of_other_grids():
     assert (5e-4, 0) in finish(valley(5e-4)) and (8e-3, 0) in finish(valley(8e-3))
+
+
+class Valley(engine.Study):
+    """Every run ends with the loss of a valley whose lowest point is at rate 0.008."""
+
+    def settings(self, run):
+        config = run.config
+        return {"rate": config.learning_rate, "seed": config.seed, "label": run.label}
+
+    def compile(self, run):
+        def train(run, progress):
+            if run.label == "lion":
+                raise ValueError("broken")
+            loss = valley(8e-3)(run.config.learning_rate, run.config.seed)
+            return {"final_eval_loss": loss, "first_eval_loss": 99.0}
+
+        return train
+
+
+def test_sweeps_are_extended_in_place_and_the_others_stay(tmp_path):
+    grids = {
+        name: task.grid(RunConfig(), labels, ["clean"], RATES, [0])
+        for name, labels in {"all": ["adam", "lion"], "fixed": ["spam"]}.items()
+    }
+    failures = sweep.run_all(Valley(), grids, {"all": (0, 1)}, tmp_path)
+    assert len(failures) == len(RATES)  # a row with a failure gets no more runs
+    points = [(r.label, r.config.learning_rate, r.config.seed) for r in grids["all"]]
+    rates = (*RATES, 8e-3, 1.6e-2)
+    added = {("adam", rate, 0) for rate in rates} | {
+        ("adam", rate, 1) for rate in rates[2:]
+    }
+    assert {point for point in points if point[0] == "adam"} == added
+    assert len(points) == len(added) + len(RATES) and len(grids["fixed"]) == len(RATES)
