@@ -233,7 +233,7 @@ EXPERIMENTS = {
     ),
     "eight bits": Experiment(
         "Is it the same with bfloat16 or eight bits?",
-        FEW_BITS,
+        ("adam", "adam_clip", "spam", "clip_spam", "stable_spam"),
         scenarios=("clean",),
         rates=HIGH_RATES[:6],
         models=({"compute_dtype": "bfloat16"}, *quantized("int8")),
@@ -248,7 +248,7 @@ EXPERIMENTS = {
             *("adam, b2 0.95", "adam, eps 1e-15", "adam, eps 1e-4"),
         ),
         scenarios=("clean",),
-        rates=(2e-3, 8e-3, 3.2e-2),
+        rates=(8e-3, 3.2e-2),
         models=(
             {},
             {"warmup_steps": 1},

@@ -13,6 +13,8 @@ from studies.engine import Record
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 SMOOTH = 10  # steps
 GREY = "#C8C8C8"  # of the other rows in a panel
+MOST_KINDS = 2  # of lines per optimizer, up to which all optimizers are in each panel
+REFERENCE = "adam"  # otherwise
 COLUMNS = (4, 5, 3)  # of small panels: the first number that leaves fewest gaps
 LOSS_LABEL = "final evaluation loss, nats"
 RATE_LABEL = "peak learning rate"
@@ -46,7 +48,8 @@ def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
     """Draws final loss over learning rate, one small panel for each optimizer.
 
     A panel has a line for each scenario and model, in color. The lines of the other
-    optimizers are grey. If there is one optimizer only, a panel shows a model.
+    optimizers are grey. If that would be too many, there are only Adam's, dotted. If
+    there is one optimizer only, a panel shows a model.
     """
     if len({result.label for result in results}) == 1:
         common = common_beginning([x.model for x in results])
@@ -60,17 +63,24 @@ def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
         figsize=(10, 2.1 * rows_for(len(panels)) + 0.9), layout="constrained", dpi=150
     )
     axes = add_panels(drawn, len(panels))
+    has_reference = len(kinds) > MOST_KINDS and REFERENCE in panels
     for axis, (label, own) in zip(axes, panels.items(), strict=True):
-        for row in results:
-            axis.plot(*mean_curve(row), color=GREY, linewidth=0.8, zorder=1)
+        for row in panels[REFERENCE] if has_reference else results:
+            color = color_of(kinds.index(row.panel)) if has_reference else GREY
+            style = ":" if has_reference else "-"
+            axis.plot(*mean_curve(row), style, color=color, linewidth=0.8, zorder=1)
         for row in own:
             number = kinds.index(row.panel)
-            draw_curve(axis, row, COLORS[number % len(COLORS)], texts[number])
+            draw_curve(axis, row, color_of(number), texts[number])
         axis.set_title(label, fontsize=9)
         axis.set_ylim(*limits(results))
     mark_rates(axes, results)
     add_legend(drawn, axes)
     return drawn
+
+
+def color_of(number: int) -> str:
+    return COLORS[number % len(COLORS)]
 
 
 def figure_of_depth(results: Sequence[Result]) -> matplotlib.figure.Figure:
