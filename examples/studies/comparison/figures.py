@@ -192,6 +192,8 @@ def common_beginning(models: Sequence[str]) -> str:
 
 def names_of(kinds: Sequence[tuple]) -> list[str]:
     """Names scenarios and models by what differs between them."""
+    common = common_beginning([kind[-1] for kind in kinds])
+    kinds = [(*kind[:-1], kind[-1].removeprefix(common)) for kind in kinds]
     columns = list(zip(*kinds, strict=True))
     varying = [n for n, column in enumerate(columns) if len(set(column)) > 1] or [0]
     units = {1: " layers", 2: " wide"}
