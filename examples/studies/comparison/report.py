@@ -20,11 +20,21 @@ from trainer.output import summary
 LAYERS_OF_CURVES = 24  # of the models whose losses are drawn step by step
 # Heading and explanation of each column. {best}, {name} and {text} are the score's.
 COLUMNS = {
-    "label": ("optimizer", "the trainer's optimizer, or a variant of it."),
+    "label": (
+        "optimizer",
+        "the trainer's optimizer, or a variant of it. If an experiment has only one,"
+        " its tables name the model instead.",
+    ),
     "best_rate": (
         "best rate",
         "the peak learning rate with the {best} {name}. A * marks the lowest or the"
         " highest rate of the sweep, beyond which a rate may be better.",
+    ),
+    "largest_rate": (
+        "largest usable rate",
+        "the largest rate at which the {name} is at most"
+        f" {statistics.USABLE_MARGIN:g} from that at the best rate, and at the rates"
+        " between as well.",
     ),
     "final_loss": (
         "{name}",
@@ -172,19 +182,36 @@ def markdown(
     unfinished: Sequence[str],
     score: Score = LOSS,
 ) -> str:
-    """Returns a heading, and a table for each scenario and model."""
+    """Returns a heading, and a table for each scenario and model.
+
+    If there is one optimizer only, the rows of a table are the models.
+    """
+    labels = {result.label for result in results}
+    by_model = len(labels) == 1 and len({x.panel[1:] for x in results}) > 1
+    if by_model:
+        results = sorted(results, key=lambda x: (x.scenario, x.final_loss))
     parts = [f"## {heading}\n"]
     seconds = {}  # of the fastest run of any scenario: the program is the same
     for result in results:
         known = seconds.get(result.label, np.inf)
         seconds[result.label] = min(known, result.seconds_per_step or np.inf)
-    for (scenario, *model), group in itertools.groupby(results, lambda x: x.panel):
-        rows = [cells(result, seconds, score) for result in group]
-        headings = columns(score)
+    headings = columns(score)
+    if by_model:
+        headings["label"][0] = "model"
+    else:
+        headings.pop("largest_rate", None)
+    for (scenario, *model), group in itertools.groupby(
+        results, lambda x: x.panel[:1] if by_model else x.panel
+    ):
+        rows = []
+        for result in group:
+            row = cells(result, seconds, score)
+            own = {"label": name_of_model(*result.panel[1:])} if by_model else {}
+            rows.append(row | own)
         shown = [key for key in headings if any(row[key] != "-" for row in rows)]
         table = [[headings[key][0] for key in shown]]
         table += [[row[key] for key in shown] for row in rows]
-        name = name_of_model(*model)
+        name = name_of_model(*model) if model else ""
         title = f"### {scenario}" + (f"; initialization {name}" if name else "")
         parts += [title, "", *table_lines(table), ""]
     parts += spikes_by_rate(results) if "spikes_from" in score.columns else []
@@ -214,6 +241,7 @@ def cells(
     return {
         "label": result.label,
         "best_rate": f"{result.best_rate:g}{'*' if result.is_at_edge else ''}",
+        "largest_rate": f"{result.largest_rate:g}",
         "final_loss": scored(result.final_loss),
         "spread": f"{scored(low)} to {scored(high)} ({result.seeds})",
         "far_loss": scored(result.far_loss),
