@@ -50,17 +50,6 @@ def test_files_named_exist(page):
     assert not missing
 
 
-@EVERY_PAGE
-def test_linked_sections_exist(page):
-    for name, section in re.findall(r"\]\(([^)\s#]*)#([^)\s]+)\)", page.read_text()):
-        if not name.startswith("http"):
-            target = (page.parent / name if name else page).read_text()
-            titles = re.findall(r"^#+ (.*)$", target, re.MULTILINE)
-            plain = [re.sub(r"[^\w -]", "", title) for title in titles]
-            anchors = [title.lower().replace(" ", "-") for title in plain]
-            assert section in anchors
-
-
 def test_readme_is_short_and_links_every_page():
     text = README.read_text()
     assert len(text.splitlines()) <= 150
