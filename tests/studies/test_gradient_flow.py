@@ -1,6 +1,7 @@
 """Gradients and Jacobians by layer, and the program that draws them."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -90,3 +91,30 @@ def test_mistakes_take_one_line(flags, message, tmp_path, capsys):
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_page_has_the_committed_numbers():
+    root = pathlib.Path(__file__).parents[2] / "docs"
+    stored = json.loads((root / "results/gradient_flow.json").read_text())
+    page = " ".join((root / "initialization.md").read_text().split())
+    standard, stable = (stored[name] for name in ("standard", "stable"))
+    assert standard["steps"] == stable["steps"] == [0, 10, 30, 100, 300]
+    gradients = standard["gradient_norm"][0]
+    assert f"{gradients[0] / gradients[-1]:.1f} times as large" in page
+    assert f"a norm of {standard['attention'][0][0]:.1f}." in page
+    both = stable["attention"][0] + stable["ffn"][0]
+    assert f"norms between {min(both):.2f} and {max(both):.2f}" in page
+    ranges = {x: stable[f"{x}_bound"] for x in ("attention", "ffn")}
+    for name, text in {"attention": "attention", "ffn": "the feed-forward"}.items():
+        low, high = min(ranges[name]), max(ranges[name])
+        assert f"{low:.2f} to {high:.2f} for {text}" in page
+        assert np.all(np.array(stable[name][0]) < ranges[name])
+    assert max(stable["gradient_norm"][0]) < 1.3 * min(stable["gradient_norm"][0])
+    last = (
+        f"a norm of {stable['ffn'][-1][0]:.0f} (standard: {standard['ffn'][-1][0]:.0f})"
+    )
+    assert last in page
+    assert stable["ffn"][2][0] > stable["ffn_bound"][0]
+    small = np.array(standard["attention"][3]) < 0.1
+    assert small.sum() > 12 and np.mean(np.array(standard["ffn"][3]) < 0.1) > 0.5
+    assert f"the loss stays at {standard['loss'][3]:.2f}" in page
