@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 
@@ -301,6 +302,18 @@ def test_grids_of_the_experiments():
         for s in experiments.runs_of("initialization", experiments.BASE, [0])
     }
     assert len(models) == 5
+
+
+def test_no_two_settings_of_an_experiment_share_a_row():
+    for name, experiment in experiments.EXPERIMENTS.items():
+        rows = {}
+        for run in experiments.runs_of(name, experiments.BASE, [0]):
+            row = (*statistics.panel_of(STUDY.settings(run)), run.label)
+            rows.setdefault(row, []).append(run.config.learning_rate)
+        combinations = (experiment.models, experiment.scenarios, experiment.labels)
+        assert len(rows) == math.prod(map(len, combinations))
+        for rates in rows.values():
+            assert len(rates) == len(set(rates)) == len(experiment.rates)
 
 
 # ------------------------------------------------------------------------- statistics
