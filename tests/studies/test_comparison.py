@@ -29,6 +29,9 @@ from trainer import loop, optimizers, sharding, train_step
 from trainer.config import BURST_LENGTH, RunConfig
 from trainer.errors import UsageError
 
+# The studies hardly depend on the version of Python: see docs/development.md.
+pytestmark = pytest.mark.slow
+
 RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
 STUDY = Comparison()
 BASE = RunConfig.from_settings(
@@ -60,9 +63,7 @@ def train(run):
 # ------------------------------------------------------------------------------ a run
 
 
-@pytest.mark.parametrize(
-    "label", ["adam_clip", pytest.param("clip_spam", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("label", ["adam_clip", "clip_spam"])
 def test_a_run_computes_what_the_trainer_does(label):
     """Faults, losses and gradient norms are the same in every step."""
     run = run_of(label, "noise", learning_rate=8e-3, seed=3)
@@ -567,6 +568,26 @@ def test_the_table_of_depths_shows_the_committed_numbers():
         want = [(f"{x.final_loss:.3f}", f"{x.largest_rate:g}") for x in both]
         assert cells == [cell for pair in want for cell in pair]
         assert both[1].high < both[0].low  # every seed is better
+
+
+def test_the_table_of_natural_spikes_shows_the_committed_numbers():
+    stored = json.loads((RESULTS / "stability.json").read_text())["natural"]
+    found = {(r.label, r.model): r for r in map(Result.from_json, stored)}
+    page = (RESULTS / "stability.md").read_text()
+    table = page.partition("| optimizer | 0.008 |")[2].partition("\n\n")[0]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    assert {row[0] for row in rows} == {label for label, _ in found}
+    ways = [
+        f"standard, plain{way}"
+        for way in ("", ", warm-up 1", ", batch 2", ", bfloat16")
+    ]
+    for label, *cells, spikes in rows:
+        curves = [found[label, way].curve for way in ways[:2]]
+        losses = [np.mean(curve[rate]) for curve in curves for rate in (8e-3, 3.2e-2)]
+        assert cells == [f"{loss:.3f}" for loss in losses]
+        counts = [found[label, way].gradient_spikes for way in ways]
+        assert spikes == f"{np.mean([count[3.2e-2] for count in counts]):.2f}"
+        assert not any(count[8e-3] for count in counts)  # as the text says
 
 
 def test_the_table_of_faults_shows_the_committed_numbers():

@@ -11,6 +11,9 @@ import vision as program
 from studies import digits, task
 from trainer.config import RunConfig
 
+# The studies hardly depend on the version of Python: see docs/development.md.
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 FLAGS = ["--width", "8", "--heads", "2", "--layers", "1"]
@@ -61,7 +64,6 @@ def test_a_model_has_ten_logits_for_each_image(tiny):
     assert logits.shape == (3, 10)
 
 
-@pytest.mark.slow
 def test_the_program_writes_its_files(tmp_path):
     flags = [*FLAGS, "--output", str(tmp_path), "--workers", "1", "--steps", "60"]
     flags += ["--optimizer", "adam", "--scenario", "clean", "labels"]

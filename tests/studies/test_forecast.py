@@ -15,6 +15,9 @@ from studies.forecast import Options
 from trainer.config import RunConfig
 from trainer.errors import UsageError
 
+# The studies hardly depend on the version of Python: see docs/development.md.
+pytestmark = pytest.mark.slow
+
 TINY = Options(lookback=8, horizon=4, patch=4, width=8, heads=2, layers=1)
 FLAGS = ["--lookback", "8", "--horizon", "4", "--patch", "4"]
 FLAGS += ["--width", "8", "--heads", "2", "--layers", "1"]
@@ -165,7 +168,6 @@ def test_the_test_error_is_the_mean_over_all_windows(tiny):
 # ------------------------------------------------------------------------ the program
 
 
-@pytest.mark.slow
 def test_the_program_is_resumable_and_writes_its_files(series, tmp_path, capsys):
     flags = [*FLAGS, "--csv", str(series), "--output", str(tmp_path), "--workers", "1"]
     flags += ["--optimizer", "adam", "--steps", "12"]

@@ -14,6 +14,9 @@ from studies import gradient_flow as study
 from trainer import model
 from trainer.config import RunConfig
 
+# The studies hardly depend on the version of Python: see docs/development.md.
+pytestmark = pytest.mark.slow
+
 SHAPE = {"layers": 2, "width": 16, "heads": 2, "ffn_width": 24}
 FLAGS = ["--layers=2", "--width=16", "--heads=2", "--ffn-width=24", "--steps=12"]
 FLAGS += ["--batch-size=2", "--sequence-length=8", "--workers=1"]
@@ -57,7 +60,6 @@ def test_the_jacobian_is_that_of_the_first_feed_forward_layer():
     assert measured["gradient_norm"].shape == (2,)
 
 
-@pytest.mark.slow
 def test_the_program_writes_numbers_and_a_picture_and_continues(tmp_path, capsys):
     flags = [*FLAGS, f"--output={tmp_path}", "--model", "stable"]
     assert gradient_flow.main(flags) == 0

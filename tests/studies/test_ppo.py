@@ -20,6 +20,9 @@ from studies.ppo import Environment, Options
 from trainer.config import RunConfig
 from trainer.errors import UsageError
 
+# The studies hardly depend on the version of Python: see docs/development.md.
+pytestmark = pytest.mark.slow
+
 SMALL = Options(environments=2, rollout=8, width=4)
 
 
@@ -265,7 +268,6 @@ def test_an_unknown_environment_of_brax(fake_brax):
         ppo.make_environment("brax:walker")
 
 
-@pytest.mark.slow
 def test_hopper_of_brax():
     pytest.importorskip("brax.envs", reason="brax is not installed")
     environment = ppo.make_environment("brax:hopper")
@@ -314,7 +316,6 @@ def test_a_fallen_pole_ends_the_episode_for_good():
 
 
 @needs_gymnax
-@pytest.mark.slow
 def test_cartpole_is_learned():
     of_task = ppo.PPO(Options())
     (run,) = task.grid(program.EXAMPLE.base, ["adam_clip"], ["clean"], [4e-3], [0])

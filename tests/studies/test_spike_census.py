@@ -32,6 +32,9 @@ from trainer import model, train_step
 from trainer.data import text_files
 from trainer.errors import UsageError
 
+# The studies hardly depend on the version of Python: see docs/development.md.
+pytestmark = pytest.mark.slow
+
 RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
 TINY = Setting(
     batch_size=2, sequence_length=8, layers=2, width=16, steps=60, learning_rate=1e-2

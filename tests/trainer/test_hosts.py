@@ -135,32 +135,12 @@ def test_host_0_alone_prints_and_both_write_a_checkpoint(two_hosts):
 
 
 @pytest.mark.slow
-def test_four_hosts_compute_what_one_does(one_device, trainer, tmp_path):
-    flags = [*SHORT, "--optimizer=sparse_spam", "--output=run"]
-    results = finish_all(trainer.start_hosts(4, *flags, cwd=tmp_path))
-    assert [(result.code, result.errors) for result in results] == [(0, "")] * 4
-    assert_same_losses(tmp_path / "run", one_device, "sparse_spam")
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        momentum_mask(tmp_path / "run"),
-        momentum_mask(one_device),
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mesh", "names"),
-    [([], ["sparse_spam"]), (["--fsdp=2", "--tensor=2"], ["spam", "sparse_spam"])],
-    ids=["data", "data, fsdp and tensor"],
-)
-def test_eight_devices_compute_what_one_does(
-    one_device, trainer, tmp_path, mesh, names
-):
-    flags = [*SHORT, *mesh, "--optimizer", *names, "--output=run"]
+def test_eight_devices_compute_what_one_does(one_device, trainer, tmp_path):
+    flags = [*SHORT, "--fsdp=2", "--tensor=2", "--optimizer", *BOTH, "--output=run"]
     code, output, errors = trainer.run(*flags, cwd=tmp_path, devices=8)
     assert (code, errors) == (0, "")
     assert "on 8 cpu" in output
-    for name in names:
+    for name in BOTH:
         assert_same_losses(tmp_path / "run", one_device, name)
     jax.tree.map(
         np.testing.assert_array_equal,
