@@ -127,7 +127,8 @@ class Limits(NamedTuple):
       limit: Coordinates above it are clipped.
       factor: Factor on these coordinates.
       usable: Whether the gradient enters the statistics: not if it is missing, and not
-        if it has non-finite coordinates and no others than 0.
+        if it has non-finite coordinates and all others are 0, or too small for a
+        normal float32 number.
       steps: Number of steps in the running mean.
       mean: Running mean of the largest absolute value.
     """
@@ -163,7 +164,9 @@ def find_limits(
     steps = steps + usable.astype(jnp.int32)
     mean = _tensor_statistics.average(mean, largest, gamma3, usable)
     limit = _tensor_statistics.corrected(mean, gamma3, steps)
-    factor = limit / _tensor_statistics.or_one(largest)
+    # The mean of tiny coordinates may underflow to 0. XLA merges the two divisions, and
+    # their divisor may underflow as well.
+    factor = jnp.where(limit > 0, limit / _tensor_statistics.or_one(largest), 0)
     return Limits(limit, factor, usable, steps, mean)
 
 

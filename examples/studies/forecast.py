@@ -10,6 +10,8 @@ N patches, D width.
 
 import csv
 import dataclasses
+import functools
+import hashlib
 import lzma
 import math
 import pathlib
@@ -105,6 +107,12 @@ def read_csv(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
     return [names[n] for n in kept], values
 
 
+@functools.cache
+def file_digest(path: str) -> str:
+    """Returns a digest of a file's content, which is read once."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
 def read_number(text: str) -> float:
     try:
         return float(text)
@@ -120,27 +128,30 @@ def split(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     train_end = round(TRAIN * len(values))
     test_start = round((TRAIN + VALIDATION) * len(values))
+    values = values.astype(np.float64)  # the squares of large values are finite
     train = values[:train_end]
     deviation = train.std(axis=0)
     scaled = (values - train.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
+    scaled = scaled.astype(np.float32)
     return scaled[:train_end], scaled[test_start:]
 
 
-def windows(rows: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """Returns the windows that begin at `starts`, of shape (..., length, C)."""
-    return rows[starts[..., None] + np.arange(length)]
+def windows(rows: jax.typing.ArrayLike, starts: jax.typing.ArrayLike, length: int):
+    """Returns the windows that begin at `starts`, of shape (B, length, C)."""
+    return rows[starts[:, None] + np.arange(length)[None]]
 
 
 def corrupt(
-    inputs: np.ndarray, share: float, severity: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Adds noise to a random share of the values.
-
-    Its deviation is the severity times the largest value of all inputs.
-    """
-    is_hit = rng.random(inputs.shape) < share
-    noise = rng.normal(size=inputs.shape) * severity * np.abs(inputs).max()
-    return (inputs + is_hit * noise).astype(np.float32)
+    key: jax.Array,
+    inputs: jax.Array,
+    share: float,
+    deviation: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Adds normal noise to a random share of the values."""
+    hit_key, noise_key = jax.random.split(key)
+    is_hit = jax.random.bernoulli(hit_key, share, inputs.shape)
+    noise = deviation * jax.random.normal(noise_key, inputs.shape)
+    return jnp.where(is_hit, inputs + noise, inputs)
 
 
 # -------------------------------------------------------------------------- the model
@@ -224,17 +235,34 @@ class Forecast(task.Task):
         rngs = nnx.Rngs(jax.random.key(seed))
         return PatchForecaster(self.options, len(self.names), rngs=rngs)
 
-    def inputs(self, run: Run) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    def inputs(self, run: Run) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+        """Returns where the windows of each step begin, its seed, and its noise.
+
+        The deviation of the noise is the severity times the largest training value. A
+        step makes its windows itself: those of a long run would not fit into memory.
+        """
         config, options = run.config, self.options
         rng = np.random.default_rng(config.seed)
+        last = len(self.train) - options.lookback - options.horizon
+        starts = rng.integers(last + 1, size=(config.steps, config.batch_size))
+        seeds = rng.integers(2**32, size=config.steps, dtype=np.uint32)
+        deviation = severity_of(run.scenario) * np.abs(self.train).max()
+        deviations = np.full(config.steps, deviation, np.float32)
+        return (starts.astype(np.int32), seeds, deviations), self.test
+
+    def batch(
+        self,
+        starts: jax.Array,
+        seed: jax.typing.ArrayLike,
+        deviation: jax.typing.ArrayLike,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the inputs and targets of a step, of shape (B, L or H, C)."""
+        options = self.options
         length = options.lookback + options.horizon
-        starts = rng.integers(
-            len(self.train) - length + 1, size=(config.steps, config.batch_size)
-        )
-        rows = windows(self.train, starts, length)
-        inputs, targets = np.split(rows, [options.lookback], axis=2)
-        inputs = corrupt(inputs, options.share, severity_of(run.scenario), rng)
-        return (inputs, targets), self.test
+        rows = windows(jnp.asarray(self.train), starts, length)
+        inputs, targets = jnp.split(rows, [options.lookback], axis=1)
+        key = jax.random.key(seed)
+        return corrupt(key, inputs, options.share, deviation), targets
 
     def init(self, seed: jax.typing.ArrayLike) -> optax.Params:
         return nnx.to_pure_dict(nnx.state(self.model(seed)))
@@ -244,7 +272,7 @@ class Forecast(task.Task):
         return jnp.mean((forecast - targets) ** 2)
 
     def loss(self, params, batch):
-        return self.error(params, *batch)
+        return self.error(params, *self.batch(*batch))
 
     def evaluate(self, params, test):
         """Returns the mean squared error on clean windows after the training rows."""
@@ -265,6 +293,10 @@ class ForecastStudy(task.TaskStudy):
         " noise,",
         digits=4,
     )
+
+    def data_digest(self, run: Run) -> str:
+        del run
+        return "" if self.options.csv is None else file_digest(self.options.csv)
 
     def task(self, run: Run) -> Forecast:
         del run

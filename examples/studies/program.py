@@ -13,6 +13,8 @@ from trainer import cli, optimizers
 from trainer.config import RunConfig
 
 LEAST_STEPS = 12  # in which three bursts of faults have room
+# Optimizers that take the trainer's model alone, whose matrices are stacked by layer.
+OF_DECODERS = ("adam_mini", "galore", "muon")
 
 
 class Example(NamedTuple):
@@ -51,7 +53,7 @@ def make_parser(example: Example) -> argparse.ArgumentParser:
     parser = cli.make_parser(
         f"{example.name}.py", example.description, example.examples
     )
-    known = sorted({*optimizers.TABLE, *variants.VARIANTS})
+    known = sorted({*optimizers.TABLE, *variants.VARIANTS} - {*OF_DECODERS})
     group = parser.add_argument_group("runs")
     group.add_argument(
         "--output",

@@ -8,6 +8,7 @@ sweep begins with the first seed at every rate of a grid. Then it adds
 """
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -95,7 +96,9 @@ def next_points(
     best = min(rates, key=lambda rate: np.mean(by_rate[rate]))
     if 1 < len(rates) < MOST_RATES and best in (rates[0], rates[-1]):
         neighbor = rates[1] if best == rates[0] else rates[-2]
-        return [(rounded(best**2 / neighbor), seeds[0])]
+        further = rounded(best * (best / neighbor))
+        if further not in by_rate and 0 < further < math.inf:
+            return [(further, seeds[0])]
     at = rates.index(best)
     near = rates[max(0, at - 1) : at + 2]
     wanted = [(rate, seed) for rate in near for seed in seeds]

@@ -140,6 +140,8 @@ class Program:
         start = time.perf_counter()
         results = jax.device_get(self._train(*inputs))
         seconds = time.perf_counter() - start
+        if not np.isfinite(results["first_eval_loss"]):
+            raise FloatingPointError("the test loss before training is not finite")
         return {
             **{name: engine.to_json(x, DIGITS) for name, x in results.items()},
             **self._sizes(),

@@ -1032,7 +1032,6 @@ def test_an_array_of_several_numbers_is_refused():
             continue  # `bias_correction` takes several decays
         for name, sort in sorts.items():
             if sort != "key" and not sort.endswith((" dtype", "flag")):
-                print(function, name)
                 with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
                     function(*arguments, **{name: jnp.ones(2)})
 

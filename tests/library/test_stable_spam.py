@@ -225,6 +225,20 @@ def test_zero_gradients_give_zero_updates(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_tiny_gradients_give_finite_updates(name):
+    """Their means underflow, and the next gradient is of the usual size."""
+    tx = ALL[name]()
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    update = jax.jit(tx.update)
+    for size in np.logspace(-45, -20, 26):
+        state = tx.init(params)
+        for factor in (size, size, 1.0, size):
+            g = jax.tree.map(lambda x, y=factor: np.float32(y) * x, params)
+            updates, state = update(g, state, params)
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+
+
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_tensor_without_a_finite_coordinate_leaves_its_statistics(name, fault, first):

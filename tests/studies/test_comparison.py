@@ -412,6 +412,22 @@ def test_the_figure_of_depth_shows_the_largest_usable_rate():
     assert "| standard, plain, 6 layers of width 64 | 0.001* | 0.001 | 2.100 |" in text
 
 
+def test_lines_of_many_models_differ_and_their_legend_fits():
+    drawn = figures.figure_of_losses(
+        [
+            record(losses=[3.0] * 20, **experiments.DEEP, **model)
+            for model in experiments.INITIALIZATIONS
+        ]
+    )
+    lines = drawn.axes[0].lines
+    styles = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(styles) == len(lines) == len(experiments.INITIALIZATIONS)
+    drawn.draw_without_rendering()
+    (legend,) = drawn.legends
+    box = legend.get_window_extent()
+    assert 0 < box.x0 < box.x1 < drawn.bbox.width
+
+
 def test_the_figure_of_faults_shows_what_each_kind_costs():
     finals = {
         ("spam", "clean"): 2.0,

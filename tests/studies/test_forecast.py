@@ -45,6 +45,12 @@ def tiny(series):
     return forecast.Forecast(dataclasses.replace(TINY, csv=str(series)))
 
 
+def batches_of(tiny, run):
+    """Returns inputs and targets of all steps, as NumPy arrays."""
+    batches, _ = tiny.inputs(run)
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(tiny.batch))(*batches))
+
+
 # --------------------------------------------------------------------------- the data
 
 
@@ -85,13 +91,14 @@ def test_columns_are_standardized_by_training_rows_alone():
 
 def test_training_and_test_have_no_row_in_common(tiny):
     """The rows of the test are those with large values."""
-    (inputs, targets), test = tiny.inputs(run_of("severity 0", steps=200))
+    inputs, targets = batches_of(tiny, run_of("severity 0", steps=200))
+    _, test = tiny.inputs(run_of())
     assert max(np.abs(inputs).max(), np.abs(targets).max()) < 10 < test.min()
     assert inputs.shape == (200, 3, 8, 2) and targets.shape == (200, 3, 4, 2)
 
 
 def test_targets_follow_their_inputs(tiny):
-    (inputs, targets), _ = tiny.inputs(run_of("severity 0"))
+    inputs, targets = batches_of(tiny, run_of("severity 0"))
     window = np.concatenate([inputs, targets], axis=2)[2, 1]
     starts = [n for n in range(59) if (tiny.train[n] == window[0]).all()]
     (start,) = starts
@@ -99,14 +106,38 @@ def test_targets_follow_their_inputs(tiny):
 
 
 def test_noise_hits_a_share_of_the_inputs_and_no_target(tiny):
-    (clean, targets), _ = tiny.inputs(run_of("severity 0", steps=400))
-    (noisy, same), _ = tiny.inputs(run_of("severity 2", steps=400))
+    clean, targets = batches_of(tiny, run_of("severity 0", steps=400))
+    noisy, same = batches_of(tiny, run_of("severity 2", steps=400))
     np.testing.assert_array_equal(targets, same)
     is_hit = noisy != clean
     assert is_hit.mean() == pytest.approx(0.1, abs=0.01)
-    deviation = (noisy - clean)[is_hit].std()
-    assert deviation == pytest.approx(2 * np.abs(clean).max(), rel=0.05)
+    assert np.ptp(is_hit.mean(axis=(1, 2, 3))) > 0  # each step has noise of its own
+    noise = (noisy - clean)[is_hit]
+    assert noise.std() == pytest.approx(2 * np.abs(tiny.train).max(), rel=0.05)
+    assert len(np.unique(noise)) > 0.99 * noise.size
     assert noisy.dtype == np.float32
+
+
+def test_a_long_run_needs_no_memory_for_its_windows(tiny):
+    batches, _ = tiny.inputs(run_of(steps=1000, batch_size=128))
+    assert sum(x.nbytes for x in batches) < 1e6
+
+
+def test_columns_of_huge_numbers_are_standardized():
+    values = np.random.default_rng(0).normal(size=(50, 1)).astype(np.float32)
+    train, test = forecast.split(1e30 * values)
+    np.testing.assert_allclose(train, forecast.split(values)[0], rtol=1e-5)
+    assert np.isfinite(test).all() and test.dtype == np.float32
+
+
+def test_records_of_another_file_of_the_same_name_are_not_read(series, tmp_path):
+    def digest(path):
+        return forecast.ForecastStudy(Options(csv=path)).data_digest(run_of())
+
+    other = tmp_path / "series.csv"
+    other.write_text(series.read_text() + "2020-01-02,1,2\n")
+    assert digest(None) == ""
+    assert len({digest(None), digest(str(series)), digest(str(other))}) == 3
 
 
 @pytest.mark.parametrize(
@@ -195,6 +226,7 @@ def test_the_program_is_resumable_and_writes_its_files(series, tmp_path, capsys)
         (["--lookback", "8"], 2, "--lookback must be at least --patch, which is 16"),
         (["--share", "2"], 2, "argument --share"),
         (["--optimizer", "adamz"], 2, "invalid choice: 'adamz'"),
+        (["--optimizer", "galore"], 2, "invalid choice: 'galore'"),
     ],
 )
 def test_a_mistake_takes_one_line(flags, code, message, tmp_path, capsys):

@@ -55,6 +55,12 @@ def test_a_sweep_without_a_lowest_loss_ends(sign):
     assert len(points) == sweep.MOST_RATES
 
 
+@pytest.mark.parametrize("rates", [(1e-3, 1.0000001e-3), (1e-300, 1e-150)])
+def test_a_sweep_ends_where_no_further_rate_can_be_told_apart(rates):
+    points = finish(lambda rate, seed: rate, rates=rates)
+    assert {(rates[0], seed) for seed in (0, 1, 2)} <= set(points)
+
+
 def test_one_rate_gets_all_seeds():
     assert finish(valley(1.0), rates=(1e-3,)) == [(1e-3, 0), (1e-3, 1), (1e-3, 2)]
 

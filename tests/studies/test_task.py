@@ -86,6 +86,14 @@ def test_seeds_and_scenarios_differ(records):
     assert losses["nan", 0.3, 0][first:] == [None] * (BASE.steps - first)
 
 
+def test_a_model_whose_first_loss_is_not_finite_is_not_trained():
+    """Its loss could not be compared with that before training."""
+    (run,) = task.grid(BASE, ["adam"], ["clean"], [0.1], [0])
+    broken = task.Program(Line(Options(slope=float("nan"))), run)
+    with pytest.raises(FloatingPointError, match="before training is not finite"):
+        broken(run, lambda fraction: None)
+
+
 def test_the_state_of_a_task_goes_from_step_to_step():
     (run,) = task.grid(BASE, ["adam"], ["clean"], [0.1], [0])
     record = task.Program(Line(Options()), run)(run, lambda fraction: None)

@@ -1,5 +1,6 @@
 """Figures of the comparison."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import matplotlib.figure
@@ -11,10 +12,12 @@ from studies.comparison.study import FAULTLESS
 from studies.engine import Record
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", "--", ":", "-.")
 SMOOTH = 10  # steps
 GREY = "#C8C8C8"  # of the other rows in a panel
 MOST_KINDS = 2  # of lines per optimizer, up to which all optimizers are in each panel
 REFERENCE = "adam"  # otherwise
+MANY_RATES = 3  # of which not all have a label
 COLUMNS = (4, 5, 3)  # of small panels: the first number that leaves fewest gaps
 LOSS_LABEL = "final evaluation loss, nats"
 RATE_LABEL = "peak learning rate"
@@ -152,6 +155,13 @@ def figure_of_losses(records: Sequence[Record]) -> matplotlib.figure.Figure:
     """
     worst = max(statistics.results(records), key=lambda x: x.final_loss)
     models = sorted({statistics.model_of(x) for x in records} - {worst.model})
+    of_worst, *others = COLORS[1], COLORS[0], *COLORS[2:]
+    styles = {worst.model: {"color": of_worst}} | {
+        model: {"color": color, "linestyle": line}
+        for model, (line, color) in zip(
+            models, itertools.product(LINES, others), strict=False
+        )
+    }
     drawn = matplotlib.figure.Figure(figsize=(10, 3.6), layout="constrained", dpi=150)
     axes = drawn.subplots(1, 2, sharey=True)
     for axis, factor in zip(axes, (1, statistics.HIGH_RATE_FACTOR), strict=True):
@@ -160,11 +170,10 @@ def figure_of_losses(records: Sequence[Record]) -> matplotlib.figure.Figure:
             if not np.isclose(record["learning_rate"], rate):
                 continue
             model = statistics.model_of(record)
-            number = 1 if model == worst.model else 2 * models.index(model)
             losses = statistics.losses_of(record)
             smooth = np.convolve(losses, np.ones(SMOOTH) / SMOOTH, "valid")
             steps = np.arange(len(smooth)) + (SMOOTH + 1) / 2
-            axis.plot(steps, smooth, color=COLORS[number], linewidth=1.2, label=model)
+            axis.plot(steps, smooth, **styles[model], linewidth=1.2, label=model)
         axis.set_title(f"learning rate {rate:g}", fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -227,13 +236,15 @@ def rows_for(panels: int) -> int:
 
 
 def mark_rates(axes: Sequence, results: Sequence[Result]) -> None:
-    """Labels every second learning rate of the panels, which share their axes."""
+    """Labels learning rates of the panels, which share their axes.
+
+    If there are many rates, it is every second one.
+    """
     rates = sorted({rate for row in results for rate in row.curve})
+    rates = rates if len(rates) < MANY_RATES else rates[::2]
     for axis in axes:
         axis.set_xscale("log", base=2)
-        axis.set_xticks(
-            rates[::2], [f"{rate:g}" for rate in rates[::2]], fontsize=8, rotation=30
-        )
+        axis.set_xticks(rates, [f"{x:g}" for x in rates], fontsize=8, rotation=30)
         axis.set_xticks([], minor=True)
         axis.tick_params(axis="y", labelsize=8)
         axis.grid(alpha=0.3)
@@ -273,9 +284,15 @@ def add_legend(drawn, axes: Sequence) -> None:
             handles.values(),
             handles.keys(),
             loc="outside upper center",
-            ncols=len(handles),
+            ncols=legend_columns(list(handles), drawn.bbox.width / drawn.dpi),
             fontsize=8,
         )
+
+
+def legend_columns(names: Sequence[str], inches: float, size: float = 8) -> int:
+    """Returns how many columns of a legend fit side by side."""
+    widest = size * (5 + 0.55 * max(map(len, names)))  # points, with the line
+    return max(1, min(len(names), int(72 * inches / widest)))
 
 
 # ------------------------------------------------------------------- the cost of faults
