@@ -52,12 +52,17 @@ def figure(results: Sequence[Result]) -> matplotlib.figure.Figure:
 
     A panel has a line for each scenario and model, in color. The lines of the other
     optimizers are grey. If that would be too many, there are only Adam's, dotted. If
-    there is one optimizer only, a panel shows a model.
+    there are more models than optimizers, a panel shows a model.
     """
-    if len({result.label for result in results}) == 1:
+    labels = {result.label for result in results}
+    if len(labels) < len({result.model for result in results}):
         common = common_beginning([x.model for x in results])
         results = [
-            x._replace(label=x.model.removeprefix(common), model="") for x in results
+            x._replace(
+                label=x.model.removeprefix(common),
+                model=x.label if len(labels) > 1 else "",
+            )
+            for x in results
         ]
     panels = by_label(results)
     kinds = sorted({x.panel for x in results})
