@@ -10,8 +10,9 @@ one compiled program. An iteration collects 2048 steps, and then makes 16 update
 
 Every optimizer is trained with every learning rate, scenario and seed. A run leaves a
 record and is not repeated: after Ctrl-C the same command continues. The environments
-are those of gymnax: pip install gymnax six. Those of brax need another package: pip
-install brax. The program writes to the folder --output:
+are those of gymnax: pip install gymnax six. Its version 1.0.1 cannot be installed
+beside JAX 0.12. Those of brax need another package: pip install brax. The program
+writes to the folder --output:
 
     runs/*.json   settings, returns, losses and gradient norms of every run
     ppo.md        the return at the best learning rate, and its spread

@@ -68,7 +68,7 @@ def check_number(
     whole: bool = False,
     many: bool = False,
 ) -> Any:
-    """Raises unless `value` is a finite number within bounds, or an array of one.
+    """Raises unless `value` is a finite number within bounds, or a scalar array.
 
     The values of arrays are not checked, since they may be traced.
 
@@ -88,7 +88,8 @@ def check_number(
 
     Raises:
       TypeError: If `value` is neither a real number nor an array of real numbers.
-      ValueError: If it is a number out of bounds, or an array of several numbers.
+      ValueError: If it is a number out of bounds, or an array with a shape other than
+        () although `many` is False.
     """
     if _is_array(value):
         if value.ndim and not many:

@@ -83,7 +83,10 @@ def read_csv(path: pathlib.Path) -> tuple[list[str], np.ndarray]:
     unpack = lzma.open if path.suffix == ".xz" else open
     try:
         # Published files have signs of units in their headings in another encoding.
-        with unpack(path, "rt", encoding="utf-8", errors="replace", newline="") as file:
+        # Spreadsheets put a mark before the first one.
+        with unpack(
+            path, "rt", encoding="utf-8-sig", errors="replace", newline=""
+        ) as file:
             names, *rows = csv.reader(file)
     except (EOFError, ValueError, csv.Error, lzma.LZMAError) as error:
         raise UsageError(f"{path} is not a CSV file ({error})") from error
@@ -219,7 +222,9 @@ class Forecast(task.Task):
 
     def __init__(self, options: Options):
         self.options = options
-        self.names, values = read_csv(pathlib.Path(options.csv or WEATHER))
+        self.names, values = read_csv(
+            WEATHER if options.csv is None else pathlib.Path(options.csv)
+        )
         self.train, test = split(values)
         length = options.lookback + options.horizon
         for part, rows in (("training", self.train), ("test", test)):

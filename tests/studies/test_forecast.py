@@ -140,6 +140,12 @@ def test_records_of_another_file_of_the_same_name_are_not_read(series, tmp_path)
     assert len({digest(None), digest(str(series)), digest(str(other))}) == 3
 
 
+def test_a_mark_of_the_encoding_is_no_part_of_the_first_heading(tmp_path):
+    path = tmp_path / "sheet.csv"
+    path.write_text("date,a\n2020-01-01,1\n", encoding="utf-8-sig")
+    assert forecast.read_csv(path)[0] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
