@@ -45,10 +45,10 @@ class Options:
         "FILE",
     )
     share: float = setting(
-        0.1, "share of the training inputs that get noise", cli.real(0, 1), "X"
+        0.01, "share of the training inputs that get noise", cli.real(0, 1), "X"
     )
     lookback: int = setting(96, "rows that the model reads")  # L
-    horizon: int = setting(96, "rows that it forecasts")  # H
+    horizon: int = setting(12, "rows that it forecasts")  # H
     patch: int = setting(
         16, "rows of a patch, half of which it shares with the next one", cli.whole(2)
     )
