@@ -62,6 +62,8 @@ class Result(NamedTuple):
     # The shape of the model, which `model` leaves out.
     layers: int = PRESETS["tiny"].layers
     width: int = PRESETS["tiny"].width
+    # Other numbers of a task, at the best rate: means over the seeds.
+    more: dict[str, float | None] | None = None
 
     @property
     def largest_rate(self) -> float:
@@ -156,7 +158,14 @@ def result(records: Sequence[Record]) -> Result:
             for rate, rs in by_rate.items()
         },
         **shape_of(first),
+        more={name: mean_of(name, at_best) for name in first.get("more", {})},
     )
+
+
+def mean_of(name: str, records: Sequence[Record]) -> float | None:
+    """Returns the mean of one of the other numbers; None if one is not finite."""
+    values = [record["more"][name] for record in records]
+    return None if None in values else float(np.mean(values))
 
 
 def panel_of(record: Record) -> tuple[Any, ...]:
