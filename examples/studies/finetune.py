@@ -22,6 +22,7 @@ SCENARIOS = ("clean", "noise", "nan", "batches")
 TEXTS = (str(text_files.PROSE), str(text_files.SHAKESPEARE))
 COLUMNS = ("label", "best_rate", "final_loss", "spread", "forgetting", "sensitivity")
 COLUMNS += ("skipped", "diverged", "bytes_per_parameter", "temporaries")
+MARKERS = "os^Dv<>P*X"  # of the lines and points of the figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +142,10 @@ class FineTuneStudy(task.TaskStudy):
         lengths = ("sequence_length", "eval_sequences")
         own = dataclasses.asdict(self.options)
         given = {k: v for k, v in super().settings(run).items() if k not in own}
-        return given | {name: getattr(run.config, name) for name in lengths} | (
-            self.contents
+        return (
+            given
+            | {name: getattr(run.config, name) for name in lengths}
+            | (self.contents)
         )
 
     def task(self, run: Run) -> FineTuning:
@@ -167,31 +170,54 @@ def draw(results: Sequence[Any], first_loss: float) -> matplotlib.figure.Figure:
     Variants of one optimizer, which differ in density or rank, are joined by a line.
     """
     scenarios = list(dict.fromkeys(row.scenario for row in results))
+    families = {}
+    for row in sorted(results, key=lambda row: row.bytes_per_parameter):
+        name, _, variant = row.label.rpartition(", ")
+        is_variant = variant.startswith(("density ", "rank "))
+        families.setdefault(name if is_variant else row.label, []).append(row)
     drawn = matplotlib.figure.Figure(
         figsize=(13, 5.5 * len(scenarios)), layout="constrained", dpi=120
     )
-    all_axes = drawn.subplots(len(scenarios), 2, sharex=True, squeeze=False)
-    families = {}
-    for row in sorted(results, key=lambda row: (row.label, row.bytes_per_parameter)):
-        families.setdefault(family(row.label), []).append(row)
-    for scenario, axes in zip(scenarios, all_axes, strict=True):
+    panels = drawn.subplots(len(scenarios), 2, sharex=True, squeeze=False)
+    for scenario, (left, right) in zip(scenarios, panels, strict=True):
         for number, (name, rows) in enumerate(families.items()):
             own = [row for row in rows if row.scenario == scenario]
+            style = {
+                "color": pictures.color_of(number),
+                "marker": MARKERS[number % len(MARKERS)],
+                "fillstyle": "full" if len(rows) > 1 else "none",
+            }
             memory = [row.bytes_per_parameter for row in own]
-            style = {"color": pictures.color_of(number), "marker": MARKERS[number]}
-            losses = [row.final_loss for row in own]
-            spread = [[x.final_loss - x.low for x in own]]
-            spread += [[x.high - x.final_loss for x in own]]
-            axes[0].errorbar(memory, losses, spread, capsize=2, label=name, **style)
-            forgetting = [row.more["forgetting"] for row in own]
-            axes[1].plot(memory, np.array(forgetting, float), **style)
-            for row in own:
-                text = row.label.removeprefix(name).split(" ")[-1]
-                for axis, y in zip(axes, (row.final_loss, row.more["forgetting"])):
-                    axis.annotate(text, (row.bytes_per_parameter, y))
-        for axis, title in zip(axes, TITLES, strict=True):
-            axis.set_title(title, fontsize=11)
-            axis.set_xscale("log")
-            axis.set_xlabel("optimizer state, bytes per parameter")
-            axis.grid(alpha=0.3)
+            loss, low, high = (
+                np.array([getattr(row, x) for row in own])
+                for x in ("final_loss", "low", "high")
+            )
+            forgetting = np.array([row.more["forgetting"] for row in own], float)
+            spread = [loss - low, high - loss]
+            left.errorbar(memory, loss, spread, capsize=2, label=name, **style)
+            right.plot(memory, forgetting, **style)
+            for row, *heights in zip(own, loss, forgetting, strict=True):
+                if row.label == name:
+                    continue
+                for panel, height in zip((left, right), heights, strict=True):
+                    panel.annotate(
+                        row.label.rpartition(" ")[2],
+                        (row.bytes_per_parameter, height),
+                        (4, 4),
+                        textcoords="offset points",
+                        fontsize=8,
+                        color=style["color"],
+                    )
+        left.axhline(first_loss, color="grey", linestyle=":", linewidth=1)
+        left.set_title(
+            f"{scenario}: loss on the new text (dotted: before)", fontsize=11
+        )
+        right.axhline(0, color="grey", linestyle=":", linewidth=1)
+        right.set_title(f"{scenario}: rise of the loss on the old text", fontsize=11)
+        for panel in (left, right):
+            panel.set_xscale("log")
+            panel.set_ylabel("nats (lower is better)")
+            panel.grid(alpha=0.3)
+    drawn.supxlabel("bytes of optimizer state per parameter", fontsize=10)
+    drawn.legend(*left.get_legend_handles_labels(), loc="outside right", fontsize=9)
     return drawn

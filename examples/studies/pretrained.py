@@ -1,4 +1,4 @@
-"""Pre-trained language models: checkpoints of pretrain.py, and LLaMAs in safetensors."""
+"""Pre-trained models: checkpoints of pretrain.py, and LLaMAs in safetensors."""
 
 import contextlib
 import functools
@@ -185,8 +185,8 @@ def shape_of(content: dict[str, Any]) -> ModelConfig:
     )
 
 
-def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Reads the tensors of all safetensors files in a folder, as float32."""
+def read_tensors(folder: pathlib.Path) -> dict[str, jax.Array]:
+    """Reads the tensors of all safetensors files in a folder."""
     try:
         import safetensors
         import safetensors.flax
@@ -203,7 +203,7 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
             tensors |= safetensors.flax.load_file(path)
         except safetensors.SafetensorError as error:
             raise UsageError(f"{path} cannot be read: {error}") from error
-    return {name: np.asarray(x, np.float32) for name, x in tensors.items()}
+    return tensors
 
 
 # Our name of each tensor of a layer, and Hugging Face's.
@@ -226,12 +226,12 @@ OTHERS = {
 
 
 def from_llama(
-    tensors: dict[str, np.ndarray],
+    tensors: dict[str, jax.Array],
     shape: ModelConfig,
     key_heads: int,
     where: Any,
 ) -> optax.Params:
-    """Returns our parameters, made of the tensors of a LLaMA.
+    """Returns our parameters, in float32, made of the tensors of a LLaMA.
 
     Both turn the same pairs of features of queries and keys. Hugging Face's matrices
     have the outputs first, and kernels here have the inputs first. Keys and values that
@@ -249,7 +249,7 @@ def from_llama(
             missing.append(name)
             return np.zeros(like, np.float32)
         try:
-            value = convert(tensors[name])
+            value = convert(np.asarray(tensors[name], np.float32))
         except ValueError:
             value = None
         if value is None or value.shape != like:
@@ -277,7 +277,7 @@ def from_llama(
     texts = [f"{problem}: {listed(x)}" for problem, x in problems.items() if x]
     if texts:
         raise UsageError(
-            f"the safetensors in {where} are not those of this LLaMA; {'; '.join(texts)}"
+            f"the safetensors in {where} do not fit its config.json; {'; '.join(texts)}"
         )
     return structure.unflatten(made)
 

@@ -228,7 +228,8 @@ VARIANTS = {
     "spam, clip unseen": spam_with(clip_unseen=True),
     **SWEPT,
     **{
-        f"sparse_spam, density {x:g}": sparse(x) for x in (0.5, 0.25, 0.05, 0.01, 0.0025)
+        f"sparse_spam, density {x:g}": sparse(x)
+        for x in (0.5, 0.25, 0.05, 0.01, 0.0025)
     },
     **{f"galore, rank {x}": galore(x) for x in RANKS},
     **{f"lora, rank {x}": lora_adam(x) for x in RANKS},
