@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -172,9 +173,8 @@ def draw(results: Sequence[Any], first_loss: float) -> matplotlib.figure.Figure:
     scenarios = list(dict.fromkeys(row.scenario for row in results))
     families = {}
     for row in sorted(results, key=lambda row: row.bytes_per_parameter):
-        name, _, variant = row.label.rpartition(", ")
-        is_variant = variant.startswith(("density ", "rank "))
-        families.setdefault(name if is_variant else row.label, []).append(row)
+        name = re.sub(r"(, (density|rank)) \S+$", r"\1", row.label)
+        families.setdefault(name, []).append(row)
     drawn = matplotlib.figure.Figure(
         figsize=(13, 5.5 * len(scenarios)), layout="constrained", dpi=120
     )
@@ -182,10 +182,12 @@ def draw(results: Sequence[Any], first_loss: float) -> matplotlib.figure.Figure:
     for scenario, (left, right) in zip(scenarios, panels, strict=True):
         for number, (name, rows) in enumerate(families.items()):
             own = [row for row in rows if row.scenario == scenario]
+            has_variants = any(row.label != name for row in rows)
             style = {
-                "color": pictures.color_of(number),
+                "color": pictures.color_of(number) if has_variants else "black",
                 "marker": MARKERS[number % len(MARKERS)],
-                "fillstyle": "full" if len(rows) > 1 else "none",
+                "fillstyle": "full" if has_variants else "none",
+                "linestyle": "-" if has_variants else "none",
             }
             memory = [row.bytes_per_parameter for row in own]
             loss, low, high = (
@@ -209,13 +211,12 @@ def draw(results: Sequence[Any], first_loss: float) -> matplotlib.figure.Figure:
                         color=style["color"],
                     )
         left.axhline(first_loss, color="grey", linestyle=":", linewidth=1)
-        left.set_title(
-            f"{scenario}: loss on the new text (dotted: before)", fontsize=11
-        )
         right.axhline(0, color="grey", linestyle=":", linewidth=1)
-        right.set_title(f"{scenario}: rise of the loss on the old text", fontsize=11)
+        left.set_title(f"{scenario}: loss on the new text (dotted: before)")
+        right.set_title(f"{scenario}: forgetting, the rise of the loss on the old text")
         for panel in (left, right):
-            panel.set_xscale("log")
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:g}")
             panel.set_ylabel("nats (lower is better)")
             panel.grid(alpha=0.3)
     drawn.supxlabel("bytes of optimizer state per parameter", fontsize=10)
