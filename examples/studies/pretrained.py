@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -143,16 +142,19 @@ def read_hugging_face(
     """Reads a LLaMA from config.json and the safetensors beside it."""
     try:
         shape = shape_of(content)
-    except KeyError as error:
-        raise UsageError(f"{folder / 'config.json'} has no {error}") from error
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(
+            f"{folder / 'config.json'} is not that of a LLaMA"
+            f" ({type(error).__name__}: {error})"
+        ) from error
     except UsageError as error:
         raise UsageError(f"{folder / 'config.json'}: {error}") from error
     if tokenizer is None:
         tokenizer = str(folder / "tokenizer.json")
         if not (folder / "tokenizer.json").is_file():
             raise UsageError(f"there is no {tokenizer}: name one with --tokenizer")
-    groups = content.get("num_key_value_heads") or shape.heads
-    params = from_llama(read_tensors(folder), shape, groups, folder)
+    key_heads = content.get("num_key_value_heads") or shape.heads
+    params = from_llama(read_tensors(folder), shape, key_heads, folder)
     return Pretrained(shape, params, tokenizer)
 
 
@@ -164,7 +166,9 @@ def shape_of(content: dict[str, Any]) -> ModelConfig:
     """
     rotary = content.get("rope_parameters") or content.get("rope_scaling") or {}
     width, heads = content["hidden_size"], content["num_attention_heads"]
+    divisors = (n for n in range(heads, 0, -1) if heads % n == 0)
     expected = {
+        "num_key_value_heads": (content.get("num_key_value_heads"), (*divisors, None)),
         "model_type": (content.get("model_type"), ("llama", "mistral")),
         "hidden_act": (content.get("hidden_act", "silu"), ("silu", "swish")),
         "rope_type": (rotary.get("rope_type", rotary.get("type")), ("default", None)),
@@ -206,30 +210,26 @@ def read_tensors(folder: pathlib.Path) -> dict[str, jax.Array]:
     return tensors
 
 
-# Our name of each tensor of a layer, and Hugging Face's.
-LAYER = {
-    "attention_norm/scale": "input_layernorm",
-    "attention/query/kernel": "self_attn.q_proj",
-    "attention/key/kernel": "self_attn.k_proj",
-    "attention/value/kernel": "self_attn.v_proj",
-    "attention/out/kernel": "self_attn.o_proj",
-    "ffn_norm/scale": "post_attention_layernorm",
-    "ffn/gate/kernel": "mlp.gate_proj",
-    "ffn/up/kernel": "mlp.up_proj",
-    "ffn/down/kernel": "mlp.down_proj",
+LLAMA_NAMES = {
+    "embed/embedding": "model.embed_tokens",
+    "norm/scale": "model.norm",
+    "head/kernel": "lm_head",
+    "blocks/attention_norm/scale": "input_layernorm",
+    "blocks/attention/query/kernel": "self_attn.q_proj",
+    "blocks/attention/key/kernel": "self_attn.k_proj",
+    "blocks/attention/value/kernel": "self_attn.v_proj",
+    "blocks/attention/out/kernel": "self_attn.o_proj",
+    "blocks/ffn_norm/scale": "post_attention_layernorm",
+    "blocks/ffn/gate/kernel": "mlp.gate_proj",
+    "blocks/ffn/up/kernel": "mlp.up_proj",
+    "blocks/ffn/down/kernel": "mlp.down_proj",
 }
-OTHERS = {
-    "embed/embedding": "model.embed_tokens.weight",
-    "norm/scale": "model.norm.weight",
-    "head/kernel": "lm_head.weight",
-}
+# Those of which several heads may have one.
+SHARED = ("blocks/attention/key/kernel", "blocks/attention/value/kernel")
 
 
 def from_llama(
-    tensors: dict[str, jax.Array],
-    shape: ModelConfig,
-    key_heads: int,
-    where: Any,
+    tensors: dict[str, jax.Array], shape: ModelConfig, key_heads: int, where: Any
 ) -> optax.Params:
     """Returns our parameters, in float32, made of the tensors of a LLaMA.
 
@@ -238,55 +238,64 @@ def from_llama(
     several heads share are repeated, which gives the same outputs and more parameters.
     """
     _, expected = model.abstract(shape)
-    left = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    if not shape.untied_head:
-        left.discard(OTHERS["head/kernel"])
-    missing, wrong = [], []
-
-    def take(name: str, convert: Callable[[np.ndarray], np.ndarray], like: tuple):
-        left.discard(name)
-        if name not in tensors:
-            missing.append(name)
-            return np.zeros(like, np.float32)
-        try:
-            value = convert(np.asarray(tensors[name], np.float32))
-        except ValueError:
-            value = None
-        if value is None or value.shape != like:
-            wrong.append(f"{name} {tensors[name].shape}")
-            return np.zeros(like, np.float32)
-        return value
-
-    def converter(ours: str) -> Callable[[np.ndarray], np.ndarray]:
-        if ours in ("attention/key/kernel", "attention/value/kernel"):
-            return lambda x: repeated(x, shape, key_heads).T
-        return np.transpose if ours.endswith("kernel") else np.asarray
-
-    def make(ours: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        if ours in OTHERS:
-            return take(OTHERS[ours], converter(ours), like.shape)
-        ours = ours.removeprefix("blocks/")
-        names = [f"model.layers.{n}.{LAYER[ours]}.weight" for n in range(shape.layers)]
-        each = [take(name, converter(ours), like.shape[1:]) for name in names]
-        return np.stack(each)
-
     leaves, structure = jax.tree.flatten(expected)
     names = spam_optax.tensor_names(expected)
-    made = [make(name, like) for name, like in zip(names, leaves, strict=True)]
-    problems = {"missing": missing, "unknown": sorted(left), "of another shape": wrong}
+    shared = shape.heads // key_heads
+
+    def llama_shape(name: str, like: tuple[int, ...]) -> tuple[int, ...]:
+        like = like[1:] if name.startswith("blocks/") else like
+        rows, *columns = like[::-1] if name.endswith("kernel") else like
+        return (rows // shared if name in SHARED else rows, *columns)
+
+    wanted = {
+        part: llama_shape(name, leaf.shape)
+        for name, leaf in zip(names, leaves, strict=True)
+        for part in llama_names(name, shape.layers)
+    }
+    check_names({name: x.shape for name, x in tensors.items()}, wanted, where)
+
+    def convert(name: str, part: str) -> np.ndarray:
+        value = np.asarray(tensors[part], np.float32)
+        if name in SHARED:
+            by_head = value.reshape(key_heads, -1, value.shape[1])
+            value = by_head.repeat(shared, axis=0).reshape(-1, value.shape[1])
+        return value.T if name.endswith("kernel") else value
+
+    made = []
+    for name, leaf in zip(names, leaves, strict=True):
+        parts = [convert(name, part) for part in llama_names(name, shape.layers)]
+        made.append(np.stack(parts).reshape(leaf.shape))
+    return structure.unflatten(made)
+
+
+def llama_names(name: str, layers: int) -> list[str]:
+    """Returns Hugging Face's names of one of our tensors, which may be stacked."""
+    own = LLAMA_NAMES[name]
+    if not name.startswith("blocks/"):
+        return [f"{own}.weight"]
+    return [f"model.layers.{n}.{own}.weight" for n in range(layers)]
+
+
+def check_names(given: dict[str, tuple], wanted: dict[str, tuple], where: Any) -> None:
+    """Checks names and shapes of tensors.
+
+    Some checkpoints have the head of a tied embedding, or angles of positions.
+    """
+    unknown = sorted(given.keys() - wanted.keys() - {"lm_head.weight"})
+    problems = {
+        "missing": [name for name in wanted if name not in given],
+        "unknown": [x for x in unknown if not x.endswith("rotary_emb.inv_freq")],
+        "of another shape": [
+            f"{name} {given[name]}"
+            for name in wanted
+            if given.get(name, wanted[name]) != wanted[name]
+        ],
+    }
     texts = [f"{problem}: {listed(x)}" for problem, x in problems.items() if x]
     if texts:
         raise UsageError(
             f"the safetensors in {where} do not fit its config.json; {'; '.join(texts)}"
         )
-    return structure.unflatten(made)
-
-
-def repeated(matrix: np.ndarray, shape: ModelConfig, key_heads: int) -> np.ndarray:
-    """Repeats the rows of each head for all heads that share it."""
-    by_head = matrix.reshape(key_heads, -1, matrix.shape[1])
-    by_head = np.repeat(by_head, shape.heads // key_heads, axis=0)
-    return by_head.reshape(-1, matrix.shape[1])
 
 
 def listed(names: list[str], most: int = 5) -> str:

@@ -261,6 +261,7 @@ def test_tensors_that_do_not_fit_are_named():
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', not 'gelu'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type must be 'default'"),
         ({"head_dim": 64}, "head_dim must be 4, not 64"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads must be 4, not 3"),
         ({"num_attention_heads": 3}, "width must be a multiple of twice the heads"),
     ],
 )

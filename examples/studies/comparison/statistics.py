@@ -158,7 +158,7 @@ def result(records: Sequence[Record]) -> Result:
             for rate, rs in by_rate.items()
         },
         **shape_of(first),
-        more={name: mean_of(name, at_best) for name in first.get("more", {})},
+        more=first.get("more") and {x: mean_of(x, at_best) for x in first["more"]},
     )
 
 
