@@ -90,11 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def tune(options: argparse.Namespace) -> list[engine.Failure]:
     if options.checkpoint is None:
-        options.checkpoint = str(pretrained(options.output / "pretrained"))
+        options.checkpoint = str(pretrain_small(options.output / "pretrained"))
     return program.train(EXAMPLE, options)
 
 
-def pretrained(folder: pathlib.Path) -> pathlib.Path:
+def pretrain_small(folder: pathlib.Path) -> pathlib.Path:
     """Pre-trains a small model in `folder`, unless there is one."""
     checkpoints = folder / "checkpoints" / PRETRAINING["--optimizer"]
     last = checkpoints / PRETRAINING["--steps"]

@@ -131,23 +131,21 @@ class FineTuneStudy(task.TaskStudy):
         self.old_text = options.old_data or self.base.data or TEXTS[0]
         others = [text for text in TEXTS[::-1] if text != self.old_text]
         self.new_text = options.data or others[0]
-        digests = map(text_files.text_digest, (self.old_text, self.new_text))
+        tokenizer = self.base.tokenizer, self.base.separator
         self.contents = {
             "checkpoint": self.base.digest,
-            "tokenizer": self.base.tokenizer,
-            "texts": list(digests),
+            "old_text": text_files.load(self.old_text, *tokenizer)[2],
+            "new_text": text_files.load(self.new_text, *tokenizer)[2],
         }
 
     def settings(self, run: Run) -> dict[str, Any]:
         """Returns settings with digests of what was read, wherever it was."""
+        given = super().settings(run)
+        for name in dataclasses.asdict(self.options):
+            del given[name]
         lengths = ("sequence_length", "eval_sequences")
-        own = dataclasses.asdict(self.options)
-        given = {k: v for k, v in super().settings(run).items() if k not in own}
-        return (
-            given
-            | {name: getattr(run.config, name) for name in lengths}
-            | (self.contents)
-        )
+        given |= {name: getattr(run.config, name) for name in lengths}
+        return given | self.contents
 
     def task(self, run: Run) -> FineTuning:
         return FineTuning(run, self.base, self.old_text, self.new_text)
