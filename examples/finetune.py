@@ -62,8 +62,8 @@ examples:
         "choices": finetune.SCENARIOS,
         "default": ["clean"],
         "metavar": "NAME",
-        "help": "clean, or faults in three bursts of three steps: noise or NaN in the"
-        " gradients, or batches of random tokens (noise, nan, batches; default: clean)",
+        "help": "clean, or faults in three bursts of three steps: noise in the"
+        " gradients, or batches of random tokens (noise, batches; default: clean)",
     },
     numbers={
         "steps": "optimizer steps of each run",

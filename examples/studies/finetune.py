@@ -19,7 +19,7 @@ from trainer import data, model, train_step
 from trainer.data import text_files
 from trainer.errors import UsageError
 
-SCENARIOS = ("clean", "noise", "nan", "batches")
+SCENARIOS = ("clean", "noise", "batches")
 TEXTS = (str(text_files.PROSE), str(text_files.SHAKESPEARE))
 COLUMNS = ("label", "best_rate", "final_loss", "spread", "forgetting", "sensitivity")
 COLUMNS += ("skipped", "diverged", "bytes_per_parameter", "temporaries")
