@@ -76,8 +76,8 @@ PRETRAINING = {
     "--optimizer": "adam_clip",
     "--bursts": "0",
     "--data": str(text_files.PROSE),
-    "--steps": "600",
-    "--eval-every": "600",
+    "--steps": "500",
+    "--eval-every": "500",
 }
 
 
