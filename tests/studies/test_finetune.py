@@ -268,7 +268,7 @@ def test_tensors_that_do_not_fit_are_named():
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type must be 'default'"),
         ({"head_dim": 64}, "head_dim must be 4, not 64"),
         ({"num_key_value_heads": 3}, "num_key_value_heads must be 4, not 3"),
-        ({"num_attention_heads": 3}, "width must be a multiple of twice the heads"),
+        ({"num_attention_heads": 16}, "width must be a multiple of twice the heads"),
     ],
 )
 def test_models_that_compute_otherwise_are_refused(changes, message):
