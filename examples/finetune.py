@@ -65,6 +65,7 @@ examples:
         "help": "clean, or faults in three bursts of three steps: noise in the"
         " gradients, or batches of random tokens (noise, batches; default: clean)",
     },
+    is_decoder=True,
     numbers={
         "steps": "optimizer steps of each run",
         "batch_size": "sequences in each step",

@@ -23,6 +23,9 @@ from trainer.errors import UsageError
 from trainer.run_folder import Run, RunFolder
 from trainer_in_process import make_task
 
+# The studies hardly depend on the version of Python: see docs/development.md.
+pytestmark = pytest.mark.slow
+
 BASE = RunConfig(steps=12, batch_size=2, sequence_length=16, eval_sequences=4, bursts=0)
 
 
@@ -400,7 +403,6 @@ def test_lora_and_galore_take_memory_by_rank(study):
 # ------------------------------------------------------------------------ the program
 
 
-@pytest.mark.slow
 def test_the_program_writes_its_files_and_resumes(folder, tmp_path, monkeypatch):
     """It pre-trains a model first, and only once."""
     small = {"--steps": "8", "--data": str(folder / "old.txt"), "--preset": "nano"}

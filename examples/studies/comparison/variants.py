@@ -211,6 +211,10 @@ MOMENTS = {
     "adam, eps 1e-15": adam_with(eps=1e-15),
     "adam, eps 1e-4": adam_with(eps=1e-4),
 }
+RANKED = {
+    **{f"galore, rank {x}": galore(x) for x in RANKS},
+    **{f"lora, rank {x}": lora_adam(x) for x in RANKS},
+}
 VARIANTS = {
     **CONTROLS,
     **MOMENTS,
@@ -231,8 +235,7 @@ VARIANTS = {
         f"sparse_spam, density {x:g}": sparse(x)
         for x in (0.5, 0.25, 0.05, 0.01, 0.0025)
     },
-    **{f"galore, rank {x}": galore(x) for x in RANKS},
-    **{f"lora, rank {x}": lora_adam(x) for x in RANKS},
+    **RANKED,
     "adaclip, adam": chain_before(spam_optax.adaclip, "adam"),
     "adaclip, spam": chain_before(spam_optax.adaclip, "spam"),
     "stabilizer, spam": chain_before(spam_optax.gradient_stabilizer, "spam"),
