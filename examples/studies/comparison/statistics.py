@@ -89,9 +89,14 @@ class Result(NamedTuple):
         return min((r for r, n in self.gradient_spikes.items() if n), default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns JSON values. JSON has no infinity, so "inf" stands for it."""
-        values = self._asdict().items()
-        return {name: "inf" if value == np.inf else value for name, value in values}
+        """Returns JSON values. JSON has no infinity, so "inf" stands for it.
+
+        The numbers that only some tasks have are left out if there are none.
+        """
+        values = self._asdict()
+        if values["more"] is None:
+            del values["more"]
+        return {k: "inf" if value == np.inf else value for k, value in values.items()}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Result":
