@@ -14,7 +14,7 @@ from trainer.config import RunConfig
 
 LEAST_STEPS = 12  # in which three bursts of faults have room
 # Optimizers that take the trainer's model alone, whose matrices are stacked by layer.
-OF_DECODERS = ("adam_mini", "galore", "muon")
+OF_DECODERS = {"adam_mini", "galore", "muon", *variants.RANKED}
 
 
 class Example(NamedTuple):
@@ -32,6 +32,7 @@ class Example(NamedTuple):
     scenarios: dict[str, Any]  # the flag of the scenarios: see `scenario_flag`
     numbers: dict[str, str]  # more flags: settings of `base` that are whole numbers
     seeds: int = 1
+    is_decoder: bool = False  # whether the task trains the trainer's model
 
     @property
     def name(self) -> str:
@@ -53,7 +54,8 @@ def make_parser(example: Example) -> argparse.ArgumentParser:
     parser = cli.make_parser(
         f"{example.name}.py", example.description, example.examples
     )
-    known = sorted({*optimizers.TABLE, *variants.VARIANTS} - {*OF_DECODERS})
+    left_out = set() if example.is_decoder else OF_DECODERS
+    known = sorted({*optimizers.TABLE, *variants.VARIANTS} - left_out)
     group = parser.add_argument_group("runs")
     group.add_argument(
         "--output",

@@ -28,7 +28,8 @@ import dataclasses
 import itertools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +66,8 @@ class Score(NamedTuple):
     digits: int = 3  # after the point
     sign: int = 1  # -1: more is better, and a record has minus the number
     columns: tuple[str, ...] = COLUMNS
+    # Heading and explanation of columns with the numbers that a record has in "more".
+    more: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
 
 def setting(
@@ -121,6 +124,18 @@ class Task(abc.ABC):
     def evaluate(self, params: optax.Params, test: Any) -> jax.Array:
         """Returns the number that is compared. The lowest one is the best."""
 
+    def first(self, seed: jax.typing.ArrayLike, test: Any) -> optax.Params:
+        """Returns the first parameters, unless `init` draws them, from `test`."""
+        del test
+        return self.init(seed)
+
+    def measure(
+        self, before: optax.Params, after: optax.Params, test: Any
+    ) -> dict[str, jax.Array]:
+        """Returns more numbers of a run, from its first and its last parameters."""
+        del before, after, test
+        return {}
+
 
 class Program:
     """Trains runs that differ in learning rate, seed and fault steps only.
@@ -149,7 +164,11 @@ class Program:
         }
 
     def _sizes(self) -> dict[str, int]:
-        """Returns the bytes of the optimizer's state and the number of parameters."""
+        """Returns the number of parameters, and bytes of state and of temporaries.
+
+        The state is the optimizer's. The compiler reports the temporaries of the whole
+        run: all that is neither an input nor a result.
+        """
         params = jax.eval_shape(self._task.init, 0)
         state = jax.eval_shape(lambda x: self._transform(0, 1.0).init(x), params)
         return {
@@ -157,6 +176,7 @@ class Program:
                 x.size * x.dtype.itemsize for x in jax.tree.leaves(state)
             ),
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "temporary_bytes": self._train.memory_analysis().temp_size_in_bytes,
         }
 
     def _inputs(self, run: Run) -> tuple:
@@ -184,7 +204,7 @@ class Program:
 
     def _run(self, seed, rate, batches, is_fault_step, test):
         """Trains a run; this is what is compiled."""
-        params = self._task.init(seed)
+        params = self._task.first(seed, test)
         faults = self._faults(seed, is_fault_step)
         tx = self._transform(seed, rate)
 
@@ -206,9 +226,14 @@ class Program:
         first = self._task.evaluate(params, test)
         state = self._task.start(params, seed)
         carry = state, params, tx.init(params), faults.init(params)
-        (_, params, *_), curves = jax.lax.scan(step, carry, batches)
-        last = self._task.evaluate(params, test)
-        return {"first_eval_loss": first, "final_eval_loss": last, **curves}
+        (_, trained, *_), curves = jax.lax.scan(step, carry, batches)
+        last = self._task.evaluate(trained, test)
+        return {
+            "first_eval_loss": first,
+            "final_eval_loss": last,
+            **self._task.measure(params, trained, test),
+            **curves,
+        }
 
 
 def decode(record: engine.Record) -> engine.Record:

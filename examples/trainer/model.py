@@ -59,6 +59,7 @@ class ModelConfig:
     vocabulary: int = 32_000  # tokens, V; a run takes its tokenizer's number
     preset: str = "custom"  # the key of this shape in PRESETS
     rotary_base: float = 10_000.0  # wavelengths run from 2 pi to 2 pi times this
+    norm_epsilon: float = 1e-6  # added to the mean square in RMSNorm
     positions: int = 1024  # of `architectures.GPT2`: the longest sequence
     scan_unroll: int = 1  # layers per scan iteration: faster on CPU, slower to compile
     attention: str = "xla"  # implementation of jax.nn.dot_product_attention
@@ -233,7 +234,12 @@ def linear(
 
 
 def norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(config.width, dtype=config.compute_dtype, rngs=rngs)
+    return nnx.RMSNorm(
+        config.width,
+        epsilon=config.norm_epsilon,
+        dtype=config.compute_dtype,
+        rngs=rngs,
+    )
 
 
 def rotate(x_BTHK: jax.Array, base: float) -> jax.Array:

@@ -178,14 +178,14 @@ def adagc_adam(config, learning_rate):
     return optax.chain(clip, adam(config, learning_rate))
 
 
-def galore(config, learning_rate):
+def galore(config, learning_rate, rank=None):
     """Runs Adam in a subspace of the attention and feed-forward matrices.
 
-    The rank is a quarter of the width, as in the paper's larger models. The subspace is
-    chosen anew every 200 steps, or ten times in a short run.
+    By default the rank is a quarter of the width, as in the paper's larger models. The
+    subspace is chosen anew every 200 steps, or ten times in a short run.
     """
     projected = optax.contrib.scale_by_galore(
-        rank=max(1, config.model.width // 4),
+        rank=rank or max(1, config.model.width // 4),
         update_proj_gap=min(200, max(1, config.steps // 10)),
         scale=0.25,
         base_optimizer=optax.scale_by_adam(B1, B2),

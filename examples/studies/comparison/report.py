@@ -109,7 +109,8 @@ def columns(score: Score) -> dict[str, list[str]]:
         "name": score.name,
         "text": score.text,
     }
-    return {key: [x.format(**words) for x in COLUMNS[key]] for key in score.columns}
+    known = COLUMNS | score.more
+    return {key: [x.format(**words) for x in known[key]] for key in score.columns}
 
 
 def write(
@@ -254,6 +255,7 @@ def cells(
         "diverged": f"{result.diverged} of {result.runs}",
         "bytes_per_parameter": f"{result.bytes_per_parameter:.2f}",
         "time": number(time if 0 < time < np.inf else None, ".2f"),
+        **{key: number(x, ".3f") for key, x in (result.more or {}).items()},
     }
 
 

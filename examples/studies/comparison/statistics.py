@@ -62,6 +62,8 @@ class Result(NamedTuple):
     # The shape of the model, which `model` leaves out.
     layers: int = PRESETS["tiny"].layers
     width: int = PRESETS["tiny"].width
+    # Other numbers of a task, at the best rate: means over the seeds.
+    more: dict[str, float | None] | None = None
 
     @property
     def largest_rate(self) -> float:
@@ -87,9 +89,14 @@ class Result(NamedTuple):
         return min((r for r, n in self.gradient_spikes.items() if n), default=None)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns JSON values. JSON has no infinity, so "inf" stands for it."""
-        values = self._asdict().items()
-        return {name: "inf" if value == np.inf else value for name, value in values}
+        """Returns JSON values. JSON has no infinity, so "inf" stands for it.
+
+        The numbers that only some tasks have are left out if there are none.
+        """
+        values = self._asdict()
+        if values["more"] is None:
+            del values["more"]
+        return {k: "inf" if value == np.inf else value for k, value in values.items()}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Result":
@@ -156,7 +163,14 @@ def result(records: Sequence[Record]) -> Result:
             for rate, rs in by_rate.items()
         },
         **shape_of(first),
+        more=first.get("more") and {x: mean_of(x, at_best) for x in first["more"]},
     )
+
+
+def mean_of(name: str, records: Sequence[Record]) -> float | None:
+    """Returns the mean of one of the other numbers; None if one is not finite."""
+    values = [record["more"][name] for record in records]
+    return None if None in values else float(np.mean(values))
 
 
 def panel_of(record: Record) -> tuple[Any, ...]:

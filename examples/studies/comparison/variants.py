@@ -9,6 +9,7 @@ import optax
 
 import spam_optax
 from spam_optax import functional
+from studies import lora
 from trainer import optimizers
 from trainer.config import RunConfig
 from trainer.errors import UsageError
@@ -140,7 +141,26 @@ def sparse(density: float) -> Entry:
     return Entry(make, resets=True)
 
 
+def galore(rank: int) -> Entry:
+    """Returns GaLore with another rank."""
+
+    def make(config, learning_rate):
+        return optimizers.galore(config, learning_rate, rank)
+
+    return Entry(make)
+
+
+def lora_adam(rank: int) -> Entry:
+    """Returns Adam of low-rank adapters; all other parameters are frozen."""
+
+    def make(config, learning_rate):
+        return lora.lora(optimizers.adam(config, learning_rate), rank, config.seed)
+
+    return Entry(make)
+
+
 NEVER_CLIPS = 1e30  # a threshold
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 SWEPT = {
     **{f"spam, threshold {x:g}": spam_with(threshold=x) for x in (50.0, 500.0)},
@@ -191,6 +211,10 @@ MOMENTS = {
     "adam, eps 1e-15": adam_with(eps=1e-15),
     "adam, eps 1e-4": adam_with(eps=1e-4),
 }
+RANKED = {
+    **{f"galore, rank {x}": galore(x) for x in RANKS},
+    **{f"lora, rank {x}": lora_adam(x) for x in RANKS},
+}
 VARIANTS = {
     **CONTROLS,
     **MOMENTS,
@@ -207,7 +231,11 @@ VARIANTS = {
     "spam, restarted correction": spam_with(restart_bias_correction=True),
     "spam, clip unseen": spam_with(clip_unseen=True),
     **SWEPT,
-    "sparse_spam, density 0.5": sparse(0.5),
+    **{
+        f"sparse_spam, density {x:g}": sparse(x)
+        for x in (0.5, 0.25, 0.05, 0.01, 0.0025)
+    },
+    **RANKED,
     "adaclip, adam": chain_before(spam_optax.adaclip, "adam"),
     "adaclip, spam": chain_before(spam_optax.adaclip, "spam"),
     "stabilizer, spam": chain_before(spam_optax.gradient_stabilizer, "spam"),
