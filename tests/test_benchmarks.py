@@ -21,6 +21,7 @@ def run(*arguments):
     ).stdout
 
 
+@pytest.mark.slow
 def test_help_describes_the_program():
     assert "Measure the optimizers" in run("--help")
 
@@ -98,6 +99,7 @@ def test_the_pages_about_guards_show_their_results():
     assert f"clips {100 * clipped / 19_560:.3f} % of the steps" in page
 
 
+@pytest.mark.slow
 def test_planted_spikes_are_counted():
     rng = np.random.default_rng(0)
     loss, norm = (

@@ -94,11 +94,14 @@ def test_runs_in_its_own_folder(path, kernel):
     assert_sound(notebook)
 
 
+def test_all_begin_with_the_same_cell():
+    assert len({code_cells(read(path))[0].source for path in NOTEBOOKS}) == 1
+
+
 @pytest.mark.slow
-@each_notebook
-def test_finds_the_examples_from_the_root(path, kernel):
+def test_the_first_cell_finds_the_examples_from_the_root(kernel):
     """The test runs the cells up to the imports. The others do not need the folder."""
-    notebook = read(path)
+    notebook = read(NOTEBOOKS[0])
     last = max(
         i
         for i, cell in enumerate(notebook.cells)

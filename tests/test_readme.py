@@ -18,7 +18,12 @@ def python_of(page):
 
 
 @pytest.mark.parametrize(
-    "page", [*filter(python_of, PAGES)], ids=lambda page: page.stem
+    "page",
+    [
+        page if page == README else pytest.param(page, marks=pytest.mark.slow)
+        for page in filter(python_of, PAGES)
+    ],
+    ids=lambda page: page.stem,
 )
 def test_python_blocks_run(page, capsys):
     """Each page is one program. Comments after `print` are lines of its output."""

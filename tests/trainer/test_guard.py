@@ -52,6 +52,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_after_eight(capsy
     assert norms[0] == pytest.approx(rows[0]["grad_norm"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_bursts_are_skipped_and_leave_no_trace():
     """The optimizer inside counts no skipped step, and neither does its schedule."""
     settings = {"steps": 74, "bursts": 1, "reset_interval": 12, "guard": False}

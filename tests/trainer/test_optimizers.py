@@ -18,7 +18,7 @@ from trainer.errors import UsageError
 from trainer.output import sinks
 from trainer_in_process import SMALL_FLAGS, train_rows
 
-VARIED = ("spam", "sparse_spam", "adam_mini", "galore")  # states of four kinds
+VARIED = ("sparse_spam", "adam_mini", "galore")  # states of three kinds
 
 
 @pytest.mark.parametrize("name", VARIED)
