@@ -23,6 +23,7 @@ SHORTER = {
     "STEPS, RATE = 300, 3e-3": "STEPS, RATE = 180, 3e-3",
 }
 MAX_BYTES = 600_000
+QUICK = ("how_optimizers_answer_a_spike", "find_the_batch_and_the_tensor")
 # Absolute paths of POSIX and Windows homes, temporary folders and environments.
 MACHINE_PATH = re.compile(
     r"/(home|Users|root|tmp|work|mnt|opt|usr|var|private)/|[A-Z]:\\|site-packages"
@@ -84,7 +85,14 @@ def test_every_part_to_shorten_is_in_a_notebook():
 
 
 @pytest.mark.slow
-@each_notebook
+@pytest.mark.parametrize(
+    "path",
+    [
+        path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.nightly)
+        for path in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_runs_in_its_own_folder(path, kernel):
     notebook = read(path)
     for cell in code_cells(notebook):

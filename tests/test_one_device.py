@@ -2,13 +2,15 @@
 
 All other tests see eight devices, and the number of devices decides how coordinates are
 counted. JAX reads the number once, so these tests run again in a process of their own.
-The test is not marked slow, so that every run of the tests includes it.
+The test is not marked slow, so that the README's command includes it.
 """
 
 import os
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 TESTS = (
     "library/test_spam.py::test_equals_golden",
@@ -28,6 +30,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.one_python
 def test_recorded_numbers_and_numpy_marches():
     run = subprocess.run(
         [sys.executable, "-c", RUN, "-q", "-x", "-p", "no:cacheprovider"]

@@ -976,6 +976,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("function", [*MOMENTS, *CLIPS], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_number_may_be_traced(function, dtype):

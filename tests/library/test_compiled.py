@@ -106,6 +106,7 @@ BYTES = {
 }
 
 
+@pytest.mark.one_python
 # The matrix has no name.
 @pytest.mark.filterwarnings("ignore:adam_mini_partition. the names")
 @pytest.mark.parametrize("name", BYTES)
@@ -157,6 +158,7 @@ SPARSE_BYTES = {
 }
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", SPARSE_BYTES)
 def test_bytes_of_sparse_momentum(devices, name):
     """At density 1/4 a step moves less than Adam's, with masks, counts and decay."""
@@ -174,6 +176,7 @@ SHARDED = {
 }
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", SHARDED)
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")], ids=str)
 def test_collectives_are_scalar_all_reduces(devices, spec, name):

@@ -211,10 +211,12 @@ def _run_sharding_tests(monkeypatch):
     monkeypatch.setattr(jax, "__version__", "1.0.0")
 
 
-ContribTest = borrow("optax.contrib._common_test", "ContribTest", optimizers=CONTRIB)
+ContribTest = pytest.mark.one_python(
+    borrow("optax.contrib._common_test", "ContribTest", optimizers=CONTRIB)
+)
 AliasTest = borrow("optax._src.alias_test", "AliasTest", optimizers=MAIN)
 OtherAliasTest = pytest.mark.slow(
-    borrow("optax._src.alias_test", "AliasTest", optimizers=OTHERS)
+    pytest.mark.nightly(borrow("optax._src.alias_test", "AliasTest", optimizers=OTHERS))
 )
 ShardingTest = borrow("optax._src.sharding_test", "ShardingTest", named=SHARDED.items())
 Float64Test = borrow("optax._src.float64_test", "Float64Test", named=FLOAT64)

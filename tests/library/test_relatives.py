@@ -119,6 +119,7 @@ def test_adagc_is_the_papers(settings, dtype):
 ADAM = {"defaults": (), "others": (0.5, 0.9, 0.1)}
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("betas_and_eps", ADAM.values(), ids=ADAM)
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_stable_adamw_is_the_papers(dtype, betas_and_eps):
@@ -174,6 +175,7 @@ def blocks_by_number(shape, blocks):
     return numbers
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("betas_and_eps", ADAM.values(), ids=ADAM)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adam_mini_is_the_papers(dtype, betas_and_eps):
@@ -515,6 +517,7 @@ def test_blocks_of_stacked_matrices(num_kv_heads):
 # ------------------------------------------------------------------------- meshes
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 def test_adam_mini_with_blocks_spread_over_devices(kind):
     """Heads or rows are spread over the devices, also with fewer heads than devices."""

@@ -132,11 +132,13 @@ def test_marches_beside_the_numpy_reference(settings):
     march(settings, 0.25, (24, 10))
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("density", DENSITIES)
 def test_marches_at_every_density(density):
     march("short windows", density, (70, 6), steps=130)
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("shape", SHAPES)
 def test_marches_in_every_shape(shape):
     march("short windows", 0.3225, shape, steps=130)
@@ -586,6 +588,7 @@ AXIS_TYPES = {
 }
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("kind", AXIS_TYPES)
 def test_sharded_run_equals_one_device(kind):
     """Results and masks are equal, and all collectives are of scalars."""

@@ -63,7 +63,9 @@ def train(run):
 # ------------------------------------------------------------------------------ a run
 
 
-@pytest.mark.parametrize("label", ["adam_clip", "clip_spam"])
+@pytest.mark.parametrize(
+    "label", [pytest.param("adam_clip", marks=pytest.mark.nightly), "clip_spam"]
+)
 def test_a_run_computes_what_the_trainer_does(label):
     """Faults, losses and gradient norms are the same in every step."""
     run = run_of(label, "noise", learning_rate=8e-3, seed=3)

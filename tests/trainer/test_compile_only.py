@@ -79,6 +79,7 @@ def compile_small(optimizer):
     return compile_only.compile_step(optimizer, SMALL, mesh)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu

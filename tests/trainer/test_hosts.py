@@ -184,6 +184,7 @@ def test_two_hosts_stop_together_and_any_number_goes_on(trainer, tmp_path, long_
         assert_same_losses(folder / "run", long_run, "adam")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_hosts_go_back_if_one_cannot_read_its_part(trainer, tmp_path, long_run):
     step = stop_hosts(trainer, tmp_path, 0, 1)
@@ -264,6 +265,7 @@ def test_mistake_on_another_host_ends_all_hosts(trainer, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_broken_shard_of_one_host_ends_all_at_the_same_step(trainer, tmp_path):
     """Only host 1 reads it. Both hosts save the state of the step before."""

@@ -21,6 +21,7 @@ from trainer_in_process import SMALL_FLAGS, train_rows
 VARIED = ("sparse_spam", "adam_mini", "galore")  # states of three kinds
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", VARIED)
 def test_optimizers_train(task, name):
     clean = dataclasses.replace(task.config, bursts=0)
@@ -35,6 +36,7 @@ def test_optimizers_train(task, name):
         assert len(values) == tensors
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", optimizers.TABLE)
 def test_every_optimizer_keeps_the_state_and_measures_every_tensor(task, name):
     """The step is lowered, and not compiled, since that takes most of the time."""
@@ -112,6 +114,7 @@ def test_every_length_of_run_gives_valid_optimizers(steps):
     )
 
 
+@pytest.mark.one_python
 def test_one_entry_adds_an_optimizer(tmp_path, monkeypatch, capsys):
     """The command line, training, the figure and the report need nothing else."""
 

@@ -167,6 +167,7 @@ def test_picture_is_a_picture(finished_run):
     assert len(data) > 30_000
 
 
+@pytest.mark.one_python
 def test_nonfinite_step_halts_its_optimizer_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--steps=12", "--spike-kind=nan", "--spike-rate=0.01", "--output=run"]
@@ -187,6 +188,7 @@ def test_nonfinite_step_halts_its_optimizer_alone(tmp_path, monkeypatch, capsys)
     ]
 
 
+@pytest.mark.one_python
 def test_run_without_faults(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--optimizer=spam", "--steps=3", "--no-spikes", "--qk-clip=1e-3"]

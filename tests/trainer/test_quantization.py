@@ -325,6 +325,7 @@ def test_settings_are_those_of_the_flags_and_survive_config_json():
     assert settings.items() <= content.items()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_killed_run_goes_on_bit_for_bit(trainer, tmp_path):
     flags = ["--preset=nano", "--optimizer=adam", "--batch-size=8", "--steps=40"]
@@ -353,7 +354,9 @@ def measure_on_tpus(name):
 @needs_libtpu
 @pytest.mark.usefixtures("full_compilation")
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
-@pytest.mark.parametrize("name", ["int4", "fp4"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("int4", marks=pytest.mark.nightly), "fp4"]
+)
 def test_compiles_for_tpus_and_adds_little(name):
     """Matrices are split on a mesh with all three axes; only scales are sent for it."""
     plain, measured = measure_on_tpus("none"), measure_on_tpus(name)

@@ -194,6 +194,7 @@ def test_show_batch_prints_the_text_of_both_batches_of_a_step(whole_run, capsys)
     assert rows[-1]["step"] == 150, "nothing was trained"
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_guarded_hosts_skip_the_same_steps_and_go_back_together(
     whole_run, trainer, tmp_path

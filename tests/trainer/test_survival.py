@@ -150,6 +150,7 @@ def stream(tmp_path_factory):
     return folder
 
 
+@pytest.mark.nightly
 def test_streamed_run_is_interrupted_and_goes_on(stream, trainer, tmp_path):
     """SIGTERM and Ctrl-C keep the position in the stream."""
     flags = [*LONG, "--optimizer=adam", f"--data=hf:{stream}", "--tokenizer=bpe:300"]
@@ -471,6 +472,7 @@ def test_full_disk_ends_with_one_line_at_a_checkpoint(
     assert_same_run(tmp_path / "run", whole_run, "adam")
 
 
+@pytest.mark.nightly
 def test_full_disk_ends_with_one_line_at_a_row(
     whole_run, trainer, small_disk, tmp_path
 ):

@@ -18,6 +18,8 @@ from trainer.config import RunConfig
 from trainer.output import sinks, summary
 from trainer_in_process import make_task, train_rows
 
+pytestmark = pytest.mark.one_python
+
 COMPARED = ("adam_clip", "spam", "clip_spam")
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "train_step.json"
 CONFIG = RunConfig.from_settings(
