@@ -33,8 +33,9 @@ class Options:
     checkpoint: str | None = setting(
         None,
         "the model: a folder of a run of pretrain.py, or of one of its optimizers"
-        " (RUN/checkpoints/NAME); or a folder with config.json and safetensors of a"
-        " LLaMA, as from Hugging Face (default: a small model, pre-trained first)",
+        " (RUN/checkpoints/NAME); or a folder of Hugging Face with config.json and the"
+        " safetensors or the flax_model.msgpack of a LLaMA (default: a small model,"
+        " pre-trained first)",
         str,
         "FOLDER",
     )

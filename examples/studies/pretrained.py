@@ -1,4 +1,4 @@
-"""Pre-trained models: checkpoints of pretrain.py, and LLaMAs in safetensors."""
+"""Pre-trained models: checkpoints of pretrain.py, and LLaMAs of Hugging Face."""
 
 import contextlib
 import functools
@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import numpy as np
 import optax
@@ -47,7 +48,8 @@ def read(folder: pathlib.Path, tokenizer: str | None = None) -> Pretrained:
 
     Args:
       folder: The folder of a run of pretrain.py, or of one of its optimizers; or a
-        folder of Hugging Face's with config.json and safetensors of a LLaMA.
+        folder of Hugging Face's with config.json and safetensors, or the
+        flax_model.msgpack, of a LLaMA.
       tokenizer: The name of its tokenizer. None: the one of the run, or the
         tokenizer.json in the folder.
 
@@ -139,7 +141,7 @@ def tokenizer_of(run: Any, name: str | None) -> tuple[int, str]:
 def read_hugging_face(
     folder: pathlib.Path, content: dict[str, Any], tokenizer: str | None
 ) -> Pretrained:
-    """Reads a LLaMA from config.json and the safetensors beside it."""
+    """Reads a LLaMA from config.json and the tensors beside it."""
     try:
         shape = shape_of(content)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -189,8 +191,15 @@ def shape_of(content: dict[str, Any]) -> ModelConfig:
     )
 
 
-def read_tensors(folder: pathlib.Path) -> dict[str, jax.Array]:
-    """Reads the tensors of all safetensors files in a folder."""
+def read_tensors(folder: pathlib.Path) -> dict[str, Any]:
+    """Reads the tensors of all safetensors files in a folder, or those of Flax."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths and (folder / "flax_model.msgpack").exists():
+        return read_flax(folder / "flax_model.msgpack")
+    if not paths:
+        raise UsageError(
+            f"there is no .safetensors file in {folder}, and no flax_model.msgpack"
+        )
     try:
         import safetensors
         import safetensors.flax
@@ -199,14 +208,29 @@ def read_tensors(folder: pathlib.Path) -> dict[str, jax.Array]:
             "checkpoints of Hugging Face take a package: pip install safetensors"
         ) from error
     tensors = {}
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise UsageError(f"there is no .safetensors file in {folder}")
     for path in paths:
         try:
             tensors |= safetensors.flax.load_file(path)
         except safetensors.SafetensorError as error:
             raise UsageError(f"{path} cannot be read: {error}") from error
+    return tensors
+
+
+def read_flax(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a Flax checkpoint of Hugging Face as if it were safetensors.
+
+    Kernels of Flax have the inputs first. Safetensors have the outputs first, and call
+    kernels and embeddings weights.
+    """
+    try:
+        tree = flax.serialization.msgpack_restore(path.read_bytes())
+        flat = flax.traverse_util.flatten_dict(tree, sep=".")
+    except Exception as error:  # msgpack and Flax raise errors of many types
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    tensors = {}
+    for name, value in flat.items():
+        stem, _, last = name.rpartition(".")
+        tensors[f"{stem}.weight"] = value.T if last == "kernel" else value
     return tensors
 
 
@@ -294,7 +318,7 @@ def check_names(given: dict[str, tuple], wanted: dict[str, tuple], where: Any) -
     texts = [f"{problem}: {listed(x)}" for problem, x in problems.items() if x]
     if texts:
         raise UsageError(
-            f"the safetensors in {where} do not fit its config.json; {'; '.join(texts)}"
+            f"the tensors in {where} do not fit its config.json; {'; '.join(texts)}"
         )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -213,6 +214,7 @@ def llama_logits(tensors, config, tokens):
 
 
 def write_llama(folder, tensors, config):
+    """Writes a folder of Hugging Face with two safetensors files."""
     numpy = pytest.importorskip("safetensors.numpy")
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -223,11 +225,31 @@ def write_llama(folder, tensors, config):
     return folder
 
 
+def write_flax_llama(folder, tensors, config):
+    """Writes a folder of Hugging Face with the parameters of its Flax model."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    renamed = {}
+    for name, value in tensors.items():
+        stem = name.removesuffix(".weight")
+        if name == "model.embed_tokens.weight":
+            renamed[f"{stem}.embedding"] = value
+        elif value.ndim == 2:
+            renamed[f"{stem}.kernel"] = value.T
+        else:
+            renamed[name] = value
+    tree = flax.traverse_util.unflatten_dict(renamed, sep=".")
+    content = flax.serialization.msgpack_serialize(tree)
+    (folder / "flax_model.msgpack").write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("write", [write_llama, write_flax_llama])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
-def test_a_llama_has_the_logits_of_its_paper(changes, tmp_path):
+def test_a_llama_has_the_logits_of_its_paper(changes, write, tmp_path):
     config = LLAMA | changes
     tensors = llama_tensors(config)
-    folder = write_llama(tmp_path / "llama", tensors, config)
+    folder = write(tmp_path / "llama", tensors, config)
     read = pretrained.read(folder, "bytes")
     tokens = np.random.default_rng(1).integers(256, size=(1, 9))
     graphdef, _ = model.abstract(read.model)
@@ -248,6 +270,14 @@ def test_half_precision_is_read_as_float32():
     )
 
 
+def test_a_flax_checkpoint_that_is_cut_off_takes_one_line(tmp_path):
+    folder = write_flax_llama(tmp_path / "llama", llama_tensors(LLAMA), LLAMA)
+    file = folder / "flax_model.msgpack"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UsageError, match="flax_model.msgpack cannot be read: "):
+        pretrained.read(folder, "bytes")
+
+
 def test_tensors_that_do_not_fit_are_named():
     tensors = llama_tensors(LLAMA)
     tensors["model.layers.1.self_attn.q_proj.bias"] = np.zeros(16, np.float32)
@@ -257,7 +287,7 @@ def test_tensors_that_do_not_fit_are_named():
     with pytest.raises(UsageError) as raised:
         pretrained.from_llama(tensors, pretrained.shape_of(LLAMA), 2, "here")
     assert str(raised.value) == (
-        "the safetensors in here do not fit its config.json; missing:"
+        "the tensors in here do not fit its config.json; missing:"
         " model.norm.weight; unknown: model.layers.1.self_attn.q_proj.bias; of another"
         " shape: model.layers.1.mlp.up_proj.weight (16, 16)"
     )
