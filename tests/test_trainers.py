@@ -20,9 +20,10 @@ DRIVERS = ROOT / "tests" / "trainers"
 PACKAGES = {
     "equinox": ["equinox==0.13.8"],
     "keras": ["keras==3.15.1"],
+    # Levanter needs a development version of finelog, and does not say so to pip.
     "levanter": [
         "marin-levanter==0.2.227.dev40316220070",
-        "marin-finelog>=0.2.10.dev0",  # Without this pip takes no version for development.
+        "marin-finelog>=0.2.10.dev0",
     ],
     # MaxText declares no requirements but those of its containers for TPUs and GPUs.
     "maxtext": [

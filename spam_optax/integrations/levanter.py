@@ -62,8 +62,9 @@ class _Config(OptimizerConfig, abc.ABC):
             if self.max_grad_norm:
                 tx = optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
             if self.skip_spikes:
-                is_config = isinstance(self.skip_spikes, SkipSpikesConfig)
-                guard = self.skip_spikes if is_config else SkipSpikesConfig()
+                guard = self.skip_spikes
+                if not isinstance(guard, SkipSpikesConfig):
+                    guard = SkipSpikesConfig()
                 tx = spam_optax.skip_spikes(tx, **dataclasses.asdict(guard))
                 tx = _log(tx, _skipped)
             if self.track_spikes:

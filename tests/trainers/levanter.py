@@ -4,27 +4,28 @@ import json
 import pathlib
 import runpy
 import sys
+import types
 
 import numpy as np
 import optax
 import page
 import yaml
 from checks import check_equal, check_losses, check_statistics
+from levanter.models.llama import LlamaConfig
 from levanter.tracker import NoopTracker
 from levanter.trainer import Trainer
 
 import spam_optax
 from spam_optax import SkipReason
 
-rows = [{"text": " ".join(map(str, np.arange(400) % 7))} for _ in range(64)]
+rows = [{"input_ids": ((np.arange(32) + row) % 7).tolist()} for row in range(256)]
 pathlib.Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 OPTIMIZER = yaml.safe_load(pathlib.Path("page.yaml").read_text())["optimizer"]
-# Levanter would ask the hub for the config of a LLaMA.
-pathlib.Path("reference").mkdir()
-pathlib.Path("reference/config.json").write_text('{"model_type": "llama"}')
+# The converter to Hugging Face's checkpoints would ask the hub for a tokenizer.
+CONVERTER = types.SimpleNamespace(replaced=lambda tokenizer: CONVERTER)
+LlamaConfig.hf_checkpoint_converter = lambda self: CONVERTER
 MODEL = {
     "type": "llama",
-    "reference_checkpoint": "reference",
     "max_seq_len": 32,
     "hidden_dim": 32,
     "intermediate_dim": 64,
@@ -32,15 +33,18 @@ MODEL = {
     "num_heads": 2,
     "num_kv_heads": 2,
 }
+SOURCE = {
+    "type": "url",
+    "train_urls": ["train.jsonl"],
+    "format": {"type": "prebuilt"},
+}
 DATA = {
     "tokenizer": "passthrough",
     "vocab_size": 16,
     "enforce_eos": False,
     "cache_dir": "cache",
     "shuffle": False,
-    "components": {
-        "tokens": {"source": {"type": "url", "train_urls": ["train.jsonl"]}}
-    },
+    "components": {"tokens": {"source": SOURCE, "format": {"type": "prebuilt"}}},
 }
 finals = []
 logged = {}
