@@ -114,7 +114,7 @@ assert logged["optim/skipped_total"] == 19
 assert np.all(optax.tree.get(state.opt_state, "tensor_steps") == 1)
 
 for name in ("sparse_spam", "stable_spam"):
-    optimizer = {"type": name, "learning_rate": 3e-3}
+    optimizer = {"type": name, "learning_rate": 0.003}
     optimizer["skip_spikes"] = {"window": 8, "min_history": 4}
     state, losses = run(optimizer, id=name)
     check_losses(losses, 0.9)
