@@ -219,7 +219,7 @@ def first_failure(mistake: Mistake) -> str | None:
         copy = pathlib.Path(folder)
         for name in COPIED:
             shutil.copytree(ROOT / name, copy / name)
-        for name in ("README.md", "pyproject.toml"):
+        for name in ("README.md", "conftest.py", "pyproject.toml"):
             shutil.copy(ROOT / name, copy)
         path = copy / mistake.file
         text = path.read_text(encoding="utf-8")

@@ -9,7 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-PAGES = [README, *sorted(DOCS.glob("*.md"))]
+TRAINERS = sorted((DOCS / "trainers").glob("*.md"))
+PAGES = [README, *sorted(DOCS.glob("*.md")), *TRAINERS]
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
@@ -58,10 +59,17 @@ def test_files_named_exist(page):
 def test_readme_is_short_and_links_every_page():
     text = README.read_text()
     assert len(text.splitlines()) <= 150
-    for page in PAGES[1:]:
+    for page in DOCS.glob("*.md"):
         if page.name != "index.md":
             assert f"(docs/{page.name})" in text
             assert f"({page.name})" in (DOCS / "index.md").read_text()
+
+
+def test_page_of_every_trainer_is_in_the_table():
+    text = (DOCS / "in-your-trainer.md").read_text()
+    assert TRAINERS
+    for page in TRAINERS:
+        assert f"(trainers/{page.name})" in text
 
 
 def rows_of(page, header):

@@ -1,0 +1,1 @@
+"""Modules that connect this library with trainers, each imported by its name."""
