@@ -13,10 +13,10 @@ import sys
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.nightly]
-
 ROOT = pathlib.Path(__file__).parents[1]
 DRIVERS = ROOT / "tests" / "trainers"
+PAGES = ROOT / "docs" / "trainers"
+TIMEOUT = 3600  # seconds
 PACKAGES = {
     "equinox": ["equinox==0.13.8"],
     "keras": ["keras==3.15.1"],
@@ -70,6 +70,7 @@ def run(command, folder):
         | {"JAX_PLATFORMS": "cpu", "DECOUPLE_GCLOUD": "TRUE", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
+        timeout=TIMEOUT,
     )
 
 
@@ -77,21 +78,38 @@ def install(folder, packages):
     """Returns the Python of a new environment, or skips if pip finds no solution."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
-    command = [python, "-m", "pip", "install", "-q", "--no-compile", ROOT, *packages]
-    pip = run(command, folder)
-    if pip.returncode:
-        pytest.skip(f"not installed: {pip.stderr.strip().splitlines()[-1]}")
+    pip = [python, "-m", "pip", "install", "-q", "--no-compile"]
+    pip += ["--disable-pip-version-check", ROOT]
+    own = run(pip, folder)
+    assert own.returncode == 0, own.stderr
+    done = run([*pip, *packages], folder)
+    if done.returncode:
+        reason = done.stderr.strip() or "pip failed"
+        pytest.skip(f"not installed: {reason.splitlines()[-1]}")
     return python
 
 
 def write_page(name, folder):
     """Writes the code of a page as a module, and its YAML."""
-    text = (ROOT / "docs" / "trainers" / f"{name}.md").read_text()
+    text = (PAGES / f"{name}.md").read_text()
     for language, file in (("py", "page.py"), ("yaml", "page.yaml")):
         blocks = re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.M)
         (folder / file).write_text("\n\n".join(blocks))
 
 
+def test_every_page_is_run_and_names_the_version_that_is_run():
+    pages = {page.stem: page.read_text() for page in PAGES.glob("*.md")}
+    assert {name for name in pages if "```py\n" in pages[name]} == PACKAGES.keys()
+    table = (PAGES.parent / "in-your-trainer.md").read_text()
+    for name, (pinned, *_) in PACKAGES.items():
+        version = pinned.partition("==")[2].partition(".dev")[0]
+        (row,) = re.findall(rf"^.*\(trainers/{name}\.md\).*$", table, re.M)
+        assert version in row and version in pages[name], name
+    assert all(f'"{x}"' in pages["levanter"] for x in PACKAGES["levanter"])
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", PACKAGES)
 def test_page(name, tmp_path):
     python = install(tmp_path / "environment", PACKAGES[name])

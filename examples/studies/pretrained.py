@@ -229,8 +229,12 @@ def read_flax(path: pathlib.Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {error}") from error
     tensors = {}
     for name, value in flat.items():
-        stem, _, last = name.rpartition(".")
-        tensors[f"{stem}.weight"] = value.T if last == "kernel" else value
+        if not isinstance(value, np.ndarray):
+            raise UsageError(f"{path} cannot be read: {name} is not an array")
+        stem, dot, last = name.rpartition(".")
+        value = value.T if last == "kernel" else value
+        last = "weight" if last in ("kernel", "embedding") else last
+        tensors[f"{stem}{dot}{last}"] = value
     return tensors
 
 

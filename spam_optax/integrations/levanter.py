@@ -4,7 +4,6 @@ Importing this module registers ``spam``, ``sparse_spam`` and ``stable_spam``. I
 before Levanter reads the file.
 """
 
-import abc
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,9 +16,11 @@ import spam_optax
 try:
     import levanter.tracker
     from levanter.optim.config import OptimizerConfig
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "levanter":
+        raise
     raise ImportError(
-        "spam_optax.integrations.levanter needs Levanter: pip install marin-levanter"
+        "spam_optax.integrations.levanter needs Levanter: see docs/trainers/levanter.md"
     ) from error
 
 
@@ -37,7 +38,7 @@ class SkipSpikesConfig:
 
 
 @dataclass(frozen=True)
-class _Config(OptimizerConfig, abc.ABC):
+class _Config(OptimizerConfig):
     """What the optimizers have in common. The other fields are their arguments."""
 
     max_grad_norm: float | None = 1.0
@@ -47,6 +48,11 @@ class _Config(OptimizerConfig, abc.ABC):
     factory: ClassVar[str]
 
     def build(self, num_train_steps: int) -> optax.GradientTransformationExtraArgs:
+        limit = self.max_grad_norm
+        if limit is not None and not limit >= 0:
+            raise ValueError(
+                f"max_grad_norm must be a number >= 0, or null, got {limit}."
+            )
         names = {field.name for field in dataclasses.fields(self)}
         names -= {field.name for field in dataclasses.fields(_Config)}
         arguments = {name: getattr(self, name) for name in names}
@@ -63,7 +69,7 @@ class _Config(OptimizerConfig, abc.ABC):
                 tx = optax.chain(optax.clip_by_global_norm(self.max_grad_norm), tx)
             if self.skip_spikes:
                 guard = self.skip_spikes
-                if not isinstance(guard, SkipSpikesConfig):
+                if guard is True:
                     guard = SkipSpikesConfig()
                 tx = spam_optax.skip_spikes(tx, **dataclasses.asdict(guard))
                 tx = _log(tx, _skipped)

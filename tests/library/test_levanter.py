@@ -63,7 +63,7 @@ def levanter(monkeypatch):
     REGISTRY.clear()
     LOGGED.clear()
     yield importlib.import_module(NAME)
-    sys.modules.pop(NAME)
+    sys.modules.pop(NAME, None)
 
 
 def run(tx, steps=3, scale=1.0, loss=1.0):
@@ -78,9 +78,15 @@ def run(tx, steps=3, scale=1.0, loss=1.0):
 def test_import_without_levanter_names_the_package(monkeypatch):
     monkeypatch.delitem(sys.modules, NAME)
     monkeypatch.setitem(sys.modules, "levanter", None)
-    with pytest.raises(ImportError, match="pip install marin-levanter"):
+    with pytest.raises(ImportError, match="needs Levanter: see docs"):
         importlib.import_module(NAME)
-    sys.modules[NAME] = types.ModuleType(NAME)
+
+
+def test_what_levanter_itself_misses_is_named(monkeypatch):
+    monkeypatch.delitem(sys.modules, NAME)
+    monkeypatch.setitem(sys.modules, "levanter.tracker", None)
+    with pytest.raises(ModuleNotFoundError, match="levanter.tracker"):
+        importlib.import_module(NAME)
 
 
 @pytest.mark.parametrize("name", ["spam", "sparse_spam", "stable_spam"])
@@ -143,6 +149,23 @@ def test_statistics_are_logged():
     assert LOGGED["optim/skipped_total"] == 0
 
 
-def test_bad_arguments_are_found_when_the_optimizer_is_built():
-    with pytest.raises(ValueError, match="grace_steps"):
-        REGISTRY["spam"](grace_steps=600).build(10)
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("spam", {"grace_steps": 600}),
+        ("sparse_spam", {"density": 2.0}),
+        ("spam", {"max_grad_norm": -1.0}),
+        ("spam", {"max_grad_norm": float("nan")}),
+    ],
+)
+def test_bad_arguments_are_found_when_the_optimizer_is_built(name, fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        REGISTRY[name](**fields).build(10)
+
+
+def test_a_guard_must_be_its_config(levanter):
+    guard = levanter.SkipSpikesConfig(window=-1)
+    with pytest.raises(ValueError, match="window"):
+        REGISTRY["spam"](skip_spikes=guard).build(10)
+    with pytest.raises(TypeError):
+        REGISTRY["spam"](skip_spikes={"window": 8}).build(10)

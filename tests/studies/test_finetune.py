@@ -278,6 +278,18 @@ def test_a_flax_checkpoint_that_is_cut_off_takes_one_line(tmp_path):
         pretrained.read(folder, "bytes")
 
 
+def test_a_flax_checkpoint_with_other_leaves_is_refused(tmp_path):
+    name = "model.layers.0.self_attn.q_proj.bias"
+    tensors = {name: np.zeros(16, np.float32)} | llama_tensors(LLAMA)
+    folder = write_flax_llama(tmp_path / "llama", tensors, LLAMA)
+    with pytest.raises(UsageError, match=f"unknown: {name}$"):
+        pretrained.read(folder, "bytes")
+    content = flax.serialization.msgpack_serialize({"model": {"norm": "text"}})
+    (folder / "flax_model.msgpack").write_bytes(content)
+    with pytest.raises(UsageError, match="model.norm is not an array"):
+        pretrained.read(folder, "bytes")
+
+
 def test_tensors_that_do_not_fit_are_named():
     tensors = llama_tensors(LLAMA)
     tensors["model.layers.1.self_attn.q_proj.bias"] = np.zeros(16, np.float32)

@@ -38,11 +38,11 @@ def check_skipped(state, with_loss):
     assert optax.tree.get(state, "skipped_total") == 1
 
 
-def check_equal(some, others, exact=True):
-    """Compares the arrays of two trees."""
+def check_equal(some, others):
+    """The arrays of two trees must be equal, bit for bit."""
     some, others = jax.tree.leaves(some), jax.tree.leaves(others)
     assert len(some) == len(others) > 0
     for x, y in zip(some, others, strict=True):
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_allclose(x, y, rtol=0 if exact else 1e-5)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), strict=True)

@@ -1,5 +1,7 @@
 """Trains with Levanter's own train_lm, from a YAML file, on tokens in a JSON file."""
 
+import dataclasses
+import inspect
 import json
 import pathlib
 import runpy
@@ -12,6 +14,7 @@ import page
 import yaml
 from checks import check_equal, check_losses, check_statistics
 from levanter.models.llama import LlamaConfig
+from levanter.optim.config import OptimizerConfig
 from levanter.tracker import NoopTracker
 from levanter.trainer import Trainer
 
@@ -66,6 +69,12 @@ def keep_metrics(self, metrics, **kwargs):
 
 Trainer.train = train_and_keep
 NoopTracker.log = keep_metrics
+
+# An argument with the name of a field of Levanter's would not reach the optimizer.
+base = {field.name for field in dataclasses.fields(OptimizerConfig)}
+for name in ("spam", "sparse_spam", "stable_spam"):
+    arguments = inspect.signature(getattr(spam_optax, name)).parameters
+    assert base & set(arguments) == {"learning_rate", "weight_decay"}, name
 
 
 def run(optimizer, **trainer):
