@@ -24,6 +24,7 @@ libtpu = pytest.importorskip(
 # A program for a device that is not here is stored in the suite's cache of compiled
 # programs, cannot be loaded from it, and is then compiled again.
 pytestmark = [
+    pytest.mark.one_python,
     pytest.mark.tpu,
     pytest.mark.usefixtures("full_compilation"),
     pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache"),
@@ -106,7 +107,6 @@ BYTES = {
 }
 
 
-@pytest.mark.one_python
 # The matrix has no name.
 @pytest.mark.filterwarnings("ignore:adam_mini_partition. the names")
 @pytest.mark.parametrize("name", BYTES)
@@ -158,7 +158,6 @@ SPARSE_BYTES = {
 }
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("name", SPARSE_BYTES)
 def test_bytes_of_sparse_momentum(devices, name):
     """At density 1/4 a step moves less than Adam's, with masks, counts and decay."""
@@ -176,7 +175,6 @@ SHARDED = {
 }
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("name", SHARDED)
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("x", "y")], ids=str)
 def test_collectives_are_scalar_all_reduces(devices, spec, name):

@@ -527,6 +527,7 @@ def test_updates_are_differentiable(name):
     np.testing.assert_allclose(slope, difference, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.one_python
 def test_strict_promotion():
     """All work under JAX's strict promotion of dtypes. `optax.adam` does not."""
     makers = TRANSFORMATIONS | {

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from spam_optax import functional
 
+pytestmark = pytest.mark.one_python
+
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 REAL_DTYPES = DTYPES[:4]
 # Results that stay wide are float32; these are the roundings allowed to them.
@@ -80,7 +82,6 @@ def rule(gradient, nu, threshold, clip_unseen=False):
 # Detection.
 
 
-@pytest.mark.one_python
 @each_dtype
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_offline_score_is_the_size_over_its_mean(dtype, axis):
@@ -109,7 +110,6 @@ def test_offline_scores_have_mean_one(steps, seed, unit):
     np.testing.assert_allclose(precise(score).mean(axis=0), 1, rtol=1e-5)
 
 
-@pytest.mark.one_python
 def test_offline_score_finds_a_planted_spike():
     gradients = draw("float32", (400, 7))
     gradients[123, 4] = -3000
@@ -492,7 +492,6 @@ def spike_score_by_hand(values, window, deviations):
     return 100 * spikes / (len(values) - window)
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize(
     ("window", "dtype"),
     [
@@ -612,7 +611,6 @@ def dense_norm(f, x):
     return np.linalg.norm(jacobian.reshape(-1, x.size), 2)
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("shape", [(7, 11), (11, 7), (9, 9), (1, 5), (5, 1)])
 def test_jacobian_norm_is_the_largest_singular_value(shape):
     """Of a nonlinear function, with more outputs than inputs or fewer."""
@@ -626,7 +624,6 @@ def test_jacobian_norm_is_the_largest_singular_value(shape):
     np.testing.assert_allclose(norm, dense_norm(f, x), rtol=1e-5)
 
 
-@pytest.mark.one_python
 def test_jacobian_norm_of_trees_is_that_of_all_arrays_together():
     rng = np.random.default_rng(0)
     x = {"a": rng.normal(size=(2, 3)), "b": [rng.normal(size=4), None]}
@@ -642,7 +639,6 @@ def test_jacobian_norm_of_trees_is_that_of_all_arrays_together():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("dtype", REAL_DTYPES)
 def test_jacobian_norm_is_float32_or_wider(dtype):
     """The function gets wide numbers, and may return narrow ones."""
@@ -838,7 +834,6 @@ def test_every_public_function_is_in_the_table_of_calls():
     assert functions == {name.split()[0] for name in CALLS}
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("name", CALLS)
 def test_jit_and_vmap_equal_eager(name):
     """Rows one by one give the same results as all rows at once, compiled."""

@@ -191,6 +191,7 @@ STATEFUL = {
 }
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("name", STATEFUL)
 def test_optimizer_of_sharded_parameters(name):
     """States of other shapes than the parameters do not take over their sharding."""

@@ -16,7 +16,10 @@ from studies.spike_census import architectures
 from trainer import model
 
 # Of tensors whose names say nothing, as a and b.
-pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. the names")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:adam_mini_partition. the names"),
+    pytest.mark.one_python,
+]
 
 SHAPES = {"a": (3, 4), "b": (6,), "c": (2, 2)}
 SPIKES = {30: 50.0, 31: 50.0, 47: 300.0, 90: 1e6, 110: 40.0, 130: 1e-3}
@@ -119,7 +122,6 @@ def test_adagc_is_the_papers(settings, dtype):
 ADAM = {"defaults": (), "others": (0.5, 0.9, 0.1)}
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("betas_and_eps", ADAM.values(), ids=ADAM)
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_stable_adamw_is_the_papers(dtype, betas_and_eps):
@@ -175,7 +177,6 @@ def blocks_by_number(shape, blocks):
     return numbers
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("betas_and_eps", ADAM.values(), ids=ADAM)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adam_mini_is_the_papers(dtype, betas_and_eps):
@@ -517,7 +518,6 @@ def test_blocks_of_stacked_matrices(num_kv_heads):
 # ------------------------------------------------------------------------- meshes
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 def test_adam_mini_with_blocks_spread_over_devices(kind):
     """Heads or rows are spread over the devices, also with fewer heads than devices."""

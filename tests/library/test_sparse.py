@@ -455,6 +455,7 @@ def test_tensors_are_described():
             spam_optax.describe_tensors(spam_optax.spam(1e-3).init(params), other)
 
 
+@pytest.mark.one_python
 def test_sparse_params_of_an_nnx_model():
     """The `value` at the end of NNX paths is not part of a name."""
     from flax import nnx
@@ -621,6 +622,7 @@ def assert_scalar_all_reduces(text):
         assert all(array.shape == () for array in collective.results), collective
 
 
+@pytest.mark.one_python
 def test_a_state_saved_on_one_mesh_continues_on_another(tmp_path):
     """First 8 devices share the rows, then 4 x 2 share both axes, over a reset."""
     tx = everywhere(0.1, row_blocks=8, reset_interval=10, grace_steps=2)

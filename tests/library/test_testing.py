@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import spam_optax
 from spam_optax import testing
 
+pytestmark = pytest.mark.one_python
+
 KINDS = ("scale", "noise", "nan", "inf")
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64")
 

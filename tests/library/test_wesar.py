@@ -12,6 +12,8 @@ from flax.core import FrozenDict
 
 from spam_optax import initializers, linen, nnx
 
+pytestmark = pytest.mark.one_python
+
 INPUTS, OUTPUTS, LAYERS = 640, 500, 3
 # A variance of 4e-5 is 1 / 25 000, one of 2 / (5 * 640) is 1 / 1600.
 STD, DEFAULT_TARGET = 1 / math.sqrt(25_000), 1 / 40

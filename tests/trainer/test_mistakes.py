@@ -109,6 +109,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
     assert not pathlib.Path("runs").exists()
 
 
+@pytest.mark.one_python
 def test_mistake_in_a_process_of_its_own(trainer, tmp_path):
     code, output, errors = trainer.run("--data=nowhere.txt", cwd=tmp_path)
     assert (code, output) == (2, "")

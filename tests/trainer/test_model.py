@@ -19,6 +19,8 @@ from trainer import cli, config, model, run_folder, sharding, train_step
 from trainer.config import RunConfig
 from trainer.errors import UsageError
 
+pytestmark = pytest.mark.one_python
+
 # Whole forward and backward passes, each compiled and run once or twice.
 
 LAYERS, WIDTH, HEADS, TOKENS = 8, 32, 2, 12
@@ -192,7 +194,6 @@ def test_largest_attention_logits_are_those_of_every_layer_and_head():
     assert jax.tree.structure(gradient) == jax.tree.structure(params)
 
 
-@pytest.mark.one_python
 def test_measuring_attention_logits_takes_no_memory():
     """At a length where attention's logits are most of the memory."""
     tokens = jax.ShapeDtypeStruct((2, 513), jnp.int32)
@@ -261,7 +262,6 @@ def test_a_gate_of_zeros_halves_what_attention_adds():
     )
 
 
-@pytest.mark.one_python
 def test_rematerialization_changes_no_gradient():
     """The model has LayerNorm Scaling, whose factors are scanned with the layers."""
     want, got = (
@@ -492,7 +492,6 @@ def test_stable_initialization_makes_small_sublayers():
         assert kernel.std() == pytest.approx(expected, rel=0.03), name
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialization_does_not_change_the_gradient(params, task, remat):
     shape = dataclasses.replace(task.model, remat=remat)

@@ -422,6 +422,7 @@ def test_the_demonstration_keeps_its_picture():
     assert "Dotted: its momentum resets" in spikes.get_title("left")
 
 
+@pytest.mark.one_python
 def test_all_optimizers_of_which_two_halted():
     config = RunConfig.from_settings(optimizers=OPTIMIZERS, steps=100)
     drawn = figure_of(config, {"adam": 55, "lion": 3})
@@ -633,6 +634,7 @@ class FakeWandb(types.ModuleType):
         self.finished += 1
 
 
+@pytest.mark.one_python
 def test_wandb_gets_the_numbers_if_installed(tmp_path, monkeypatch, capsys):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)

@@ -18,6 +18,8 @@ from trainer.run_folder import Run
 from trainer_in_process import refused
 from trainer_process import assert_same_run, checkpoint_steps, kill_at
 
+pytestmark = pytest.mark.one_python
+
 FORMATS = tuple(quantization.FORMATS)
 GROUP = 32
 needs_libtpu = pytest.mark.skipif(

@@ -31,6 +31,8 @@ from trainer import data, hosts, loop
 from trainer.data import Host, hf_stream, shards, text_files, tokenization
 from trainer.errors import DataError
 
+pytestmark = pytest.mark.one_python
+
 
 def test_streamed_set_is_its_documents_in_windows(monkeypatch):
     monkeypatch.setattr(hf_stream, "SHUFFLED", 1)

@@ -23,6 +23,8 @@ from trainer import data
 from trainer.data import Host, hf_stream
 from trainer.errors import UsageError
 
+pytestmark = pytest.mark.one_python
+
 
 def micro_batches(run, count, elements, index=None):
     """For each step and micro-batch the windows of all hosts, or of one, sorted."""

@@ -30,6 +30,8 @@ from trainer import data, files
 from trainer.data import hf_stream, text_files, tokenization
 from trainer.errors import UsageError
 
+pytestmark = pytest.mark.one_python
+
 
 def test_bytes():
     tokenizer = load_tokenizer("bytes")
