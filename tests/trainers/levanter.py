@@ -124,7 +124,7 @@ assert SkipReason.NORM_NONFINITE in reason, reason
 assert logged["optim/skipped_total"] == 19
 
 for name in ("sparse_spam", "stable_spam"):
-    optimizer = {"type": name, "learning_rate": 0.003}
+    optimizer = {"type": name, "learning_rate": 0.003, "track_spikes": True}
     optimizer["skip_spikes"] = {"window": 8, "min_history": 4}
     state, losses = run(optimizer, id=name)
     check_losses(losses, 0.9)
