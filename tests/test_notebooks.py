@@ -23,6 +23,7 @@ SHORTER = {
     "STEPS, RATE = 300, 3e-3": "STEPS, RATE = 180, 3e-3",
 }
 MAX_BYTES = 600_000
+# The others are nightly.
 QUICK = ("how_optimizers_answer_a_spike", "find_the_batch_and_the_tensor")
 # Absolute paths of POSIX and Windows homes, temporary folders and environments.
 MACHINE_PATH = re.compile(

@@ -1,6 +1,6 @@
 """The configs for Levanter, with a stand-in for the few names that they use of it.
 
-tests/test_trainers.py runs them with Levanter itself.
+tests/test_trainer_pages.py runs them with Levanter itself.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The programs of docs/trainers run with the trainers that they are for.
 
 Each trainer is installed in an environment of its own. The code of its page, word for
-word, is the module `page` there. A driver of tests/trainers runs and checks it.
+word, is the module `page` there. A driver of tests/trainer_pages runs and checks it.
 """
 
 import os
@@ -14,7 +14,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-DRIVERS = ROOT / "tests" / "trainers"
+DRIVERS = ROOT / "tests" / "trainer_pages"
 PAGES = ROOT / "docs" / "trainers"
 TIMEOUT = 3600  # seconds
 PACKAGES = {
