@@ -29,6 +29,7 @@ EXAMPLE = program.Example(
     examples="""
 examples:
   a sweep with three seeds        forecast.py --severity 0 1 2 5 --seeds 3 --adaptive
+                                    --steps 500
   your own columns                forecast.py --csv measurements.csv
   the published size              forecast.py --csv weather.csv --lookback 336
                                     --horizon 96 --share 0.1 --width 128 --heads 16
@@ -37,7 +38,7 @@ examples:
     question="Which optimizer forecasts best when inputs are corrupted?",
     study=forecast.ForecastStudy,
     options=forecast.Options,
-    base=RunConfig(steps=500, batch_size=8, bursts=0),
+    base=RunConfig(steps=350, batch_size=8, bursts=0),
     optimizers=("adam", "adam_clip", "spam", "stable_spam"),
     rates=(4e-3, 1.6e-2),
     scenarios={

@@ -35,7 +35,7 @@ examples:
     study=digits.DigitsStudy,
     options=digits.Options,
     base=RunConfig(steps=300, batch_size=32, bursts=3),
-    optimizers=("adam", "adam_clip", "spam", "stable_spam", "guard, adam_clip"),
+    optimizers=("adam", "adam_clip", "spam", "stable_spam"),
     rates=(2e-3, 8e-3),
     scenarios=program.scenario_flag(digits.SCENARIOS, "which faults there are"),
     numbers={
