@@ -25,8 +25,12 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / WORKER
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+# Files that share a fixture, here a run of the trainer, which takes half a minute.
+TOGETHER = {"tests/trainer/test_mistakes.py": "tests/trainer/test_program.py"}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -39,7 +43,12 @@ def pytest_xdist_make_scheduler(config, log):
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    return LoadFileScheduling(config, log)
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return TOGETHER.get(file, file)
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture

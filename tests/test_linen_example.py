@@ -58,7 +58,13 @@ def validation(output):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", linen_pretrain.OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        name if name == "spam" else pytest.param(name, marks=pytest.mark.nightly)
+        for name in linen_pretrain.OPTIMIZERS
+    ],
+)
 def test_run(optimizer, run, caplog):
     """The model learns, the step compiles once, and a second run is equal."""
     flag = f"--optimizer={optimizer}"

@@ -9,6 +9,8 @@ import pytest
 import spam_optax
 from numpy_guards import SpikeHistory
 
+pytestmark = pytest.mark.one_python
+
 SETTINGS = {
     "defaults": {},
     "Levanter's": dict(robust=False, sigma=3.0),

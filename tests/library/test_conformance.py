@@ -158,6 +158,7 @@ def test_numbers_and_numpy_arrays(name):
         assert_close((updates, state), (want, want_state))
 
 
+@pytest.mark.one_python
 @EVERY
 def test_jit_equals_eager(name):
     tx, update = compiled(name)
@@ -310,6 +311,7 @@ def test_inject_hyperparams(name, dtype):
     assert types(updates) == types(params)
 
 
+@pytest.mark.one_python
 @EVERY
 def test_apply_if_finite(name):
     wrapped = optax.apply_if_finite(TRANSFORMATIONS[name](), max_consecutive_errors=3)
@@ -340,6 +342,7 @@ def test_names_in_a_chain_are_unique(name):
             optax.tree.get(state, field)  # raises if there are two
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     "name",
     ["spam_clip", "spam_adam", "spam", "stable_spam", "stable_adamw", "adam_mini"],
@@ -419,6 +422,7 @@ def test_explicit_mesh(name):
         assert_close(jax.device_get((sharded_params, state)), expected, rtol=1e-5)
 
 
+@pytest.mark.one_python
 @pytest.mark.usefixtures("full_compilation")
 @pytest.mark.parametrize(
     "name",
@@ -475,6 +479,7 @@ def test_shard_map(name):
     assert_close(jax.device_get(ours), tx.update(params, state, params))
 
 
+@pytest.mark.one_python
 @EVERY
 def test_pure_under_strict_modes(name):
     """Updates leak no tracers and make no implicit transfers."""

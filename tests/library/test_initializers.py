@@ -15,6 +15,8 @@ import pytest
 
 from spam_optax import functional, initializers, nnx
 
+pytestmark = pytest.mark.one_python
+
 WIDTH, NUM_LAYERS = 640, 12
 # A variance of 2 / (5 * 640) is 1 / 1600, and sqrt(2 * 12) is 4.899.
 CASES = {

@@ -17,6 +17,8 @@ import pytest
 
 import spam_optax
 
+pytestmark = pytest.mark.one_python
+
 NAME = "spam_optax.integrations.levanter"
 PARAMS = {"bias": jnp.ones(4), "kernel": jnp.ones((4, 4))}
 

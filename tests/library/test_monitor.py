@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 import spam_optax
 from spam_optax import testing
 
+pytestmark = pytest.mark.one_python
+
 STATISTICS = [
     name for name in spam_optax.TrackSpikesState._fields if name != "inner_state"
 ]

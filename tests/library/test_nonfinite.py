@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 import spam_optax
 
 # Of tensors whose names say nothing, as a and b.
-pytestmark = pytest.mark.filterwarnings("ignore:adam_mini_partition. the names")
+pytestmark = [
+    pytest.mark.one_python,
+    pytest.mark.filterwarnings("ignore:adam_mini_partition. the names"),
+]
 
 STEPS, SHAPE = 30, (3, 4)
 # Resets in steps 12 and 24; clipping is active in steps 5 to 11, 17 to 23, 29 and 30.

@@ -214,9 +214,13 @@ def _run_sharding_tests(monkeypatch):
 ContribTest = pytest.mark.one_python(
     borrow("optax.contrib._common_test", "ContribTest", optimizers=CONTRIB)
 )
-AliasTest = borrow("optax._src.alias_test", "AliasTest", optimizers=MAIN)
+AliasTest = pytest.mark.one_python(
+    borrow("optax._src.alias_test", "AliasTest", optimizers=MAIN)
+)
 OtherAliasTest = pytest.mark.slow(
     pytest.mark.nightly(borrow("optax._src.alias_test", "AliasTest", optimizers=OTHERS))
 )
 ShardingTest = borrow("optax._src.sharding_test", "ShardingTest", named=SHARDED.items())
-Float64Test = borrow("optax._src.float64_test", "Float64Test", named=FLOAT64)
+Float64Test = pytest.mark.one_python(
+    borrow("optax._src.float64_test", "Float64Test", named=FLOAT64)
+)

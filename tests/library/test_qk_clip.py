@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import spam_optax
 from spam_optax import functional
 
+pytestmark = pytest.mark.one_python
+
 WIDTH, HEADS, HEAD = 12, 4, 6
 LOGITS = np.array([50.0, 400.0, 1600.0, 100.0])
 

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 import spam_optax
 from spam_optax import functional
 
+pytestmark = pytest.mark.one_python
+
 FIELDS = ("mu", "nu", "trace")
 INTERVAL, STEPS = 5, 14
 

@@ -13,6 +13,8 @@ import spam_optax
 from numpy_guards import SkipSpikes
 from spam_optax import SkipReason, functional
 
+pytestmark = pytest.mark.one_python
+
 QUICK = dict(window=16, min_history=4, max_consecutive=3)
 
 

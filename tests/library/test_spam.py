@@ -185,6 +185,7 @@ def march(make, settings, dtype="float32"):
     return params, states
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize("settings", MARCHES)
 def test_marches_beside_the_numpy_reference(settings):
     """One second moment gives the same as two, to float32 rounding."""
@@ -196,6 +197,7 @@ def test_marches_beside_the_numpy_reference(settings):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.one_python
 @BOTH
 @pytest.mark.parametrize("settings", ["short window", "restarted correction"])
 def test_marches_with_bfloat16_moments(make, settings):

@@ -21,6 +21,8 @@ from numpy_reference import Spam
 from spam_optax import _sparse_layout, _sparse_spam
 from trainer import hlo
 
+pytestmark = pytest.mark.one_python
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "spam_sparse.npz"
 DENSITIES = (0.25, 0.3225, 0.4306, 0.5, 0.1, 0.01, 0.0025, 1.0)
 # Rows not divisible by the lanes, fewer rows than lanes, attention kernels of 3
@@ -132,13 +134,11 @@ def test_marches_beside_the_numpy_reference(settings):
     march(settings, 0.25, (24, 10))
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("density", DENSITIES)
 def test_marches_at_every_density(density):
     march("short windows", density, (70, 6), steps=130)
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("shape", SHAPES)
 def test_marches_in_every_shape(shape):
     march("short windows", 0.3225, shape, steps=130)
@@ -455,7 +455,6 @@ def test_tensors_are_described():
             spam_optax.describe_tensors(spam_optax.spam(1e-3).init(params), other)
 
 
-@pytest.mark.one_python
 def test_sparse_params_of_an_nnx_model():
     """The `value` at the end of NNX paths is not part of a name."""
     from flax import nnx
@@ -589,7 +588,6 @@ AXIS_TYPES = {
 }
 
 
-@pytest.mark.one_python
 @pytest.mark.parametrize("kind", AXIS_TYPES)
 def test_sharded_run_equals_one_device(kind):
     """Results and masks are equal, and all collectives are of scalars."""
@@ -622,7 +620,6 @@ def assert_scalar_all_reduces(text):
         assert all(array.shape == () for array in collective.results), collective
 
 
-@pytest.mark.one_python
 def test_a_state_saved_on_one_mesh_continues_on_another(tmp_path):
     """First 8 devices share the rows, then 4 x 2 share both axes, over a reset."""
     tx = everywhere(0.1, row_blocks=8, reset_interval=10, grace_steps=2)

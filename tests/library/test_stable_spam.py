@@ -12,6 +12,8 @@ import spam_optax
 from golden_files import GOLDEN_HINT, load_golden, trajectory
 from numpy_stable_spam import AdaClip, AdaGN, GradientStabilizer, StableSpam
 
+pytestmark = pytest.mark.one_python
+
 STEPS = 130
 GOLDEN_SETTINGS = {
     "stable_spam": dict(gamma1=0.7, gamma2=0.9, gamma3=0.999),

@@ -55,6 +55,7 @@ def test_four_chips_share_the_batch():
     assert set(measured.collectives) == {"all-reduce"}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu

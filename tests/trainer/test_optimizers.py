@@ -18,7 +18,14 @@ from trainer.errors import UsageError
 from trainer.output import sinks
 from trainer_in_process import SMALL_FLAGS, train_rows
 
-VARIED = ("sparse_spam", "adam_mini", "galore")  # states of three kinds
+# The other two also have states of their own kinds.
+VARIED = [
+    "sparse_spam",
+    *(
+        pytest.param(name, marks=[pytest.mark.slow, pytest.mark.nightly])
+        for name in ("adam_mini", "galore")
+    ),
+]
 
 
 @pytest.mark.one_python

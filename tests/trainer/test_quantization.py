@@ -351,14 +351,13 @@ def measure_on_tpus(name):
     return compile_only.measure("adam", config, mesh)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
 @pytest.mark.usefixtures("full_compilation")
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
-@pytest.mark.parametrize(
-    "name", [pytest.param("int4", marks=pytest.mark.nightly), "fp4"]
-)
+@pytest.mark.parametrize("name", ["int4", "fp4"])
 def test_compiles_for_tpus_and_adds_little(name):
     """Matrices are split on a mesh with all three axes; only scales are sent for it."""
     plain, measured = measure_on_tpus("none"), measure_on_tpus(name)

@@ -137,6 +137,7 @@ def test_run_goes_back_and_leaves_the_batches_out(whole_run):
     assert json.loads((whole_run / "summary.json").read_text())["adam"]["rewinds"] == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_killed_run_goes_back_as_if_nothing_had_happened(whole_run, trainer, tmp_path):
     folder = tmp_path / "run"
