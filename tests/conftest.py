@@ -35,12 +35,7 @@ TOGETHER = {"tests/trainer/test_mistakes.py": "tests/trainer/test_program.py"}
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Gives each file to one worker, so that no fixture of a file is made twice.
-
-    Slow tests share little, and would leave a worker without work at the end.
-    """
-    if not config.option.markexpr.startswith("not slow"):
-        return None
+    """Gives each file to one worker, so that no fixture of a file is made twice."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):

@@ -26,6 +26,7 @@ def test_help_describes_the_program():
     assert "Measure the optimizers" in run("--help")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_section_by_itself(tmp_path):
     """Earlier results of other sections are kept."""
@@ -99,6 +100,7 @@ def test_the_pages_about_guards_show_their_results():
     assert f"clips {100 * clipped / 19_560:.3f} % of the steps" in page
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_planted_spikes_are_counted():
     rng = np.random.default_rng(0)

@@ -150,6 +150,7 @@ def test_limits_on_the_logits_are_part_of_the_model():
     ]
 
 
+@pytest.mark.nightly
 def test_qk_clip_changes_a_run_as_soon_as_a_logit_is_too_large():
     losses = []
     for threshold in (1e-3, 1e3):

@@ -33,7 +33,7 @@ from trainer.data import text_files
 from trainer.errors import UsageError
 
 # The studies hardly depend on the version of Python: see docs/development.md.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
 TINY = Setting(

@@ -43,6 +43,7 @@ def state_bytes(preset, bytes_per_parameter, devices):
     return parameters * bytes_per_parameter / devices
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu
@@ -110,6 +111,7 @@ def large_results(compiled, tensors):
     )
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.tpu
 @needs_libtpu

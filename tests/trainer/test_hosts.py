@@ -134,6 +134,7 @@ def test_host_0_alone_prints_and_both_write_a_checkpoint(two_hosts):
     assert len(list((folder / "tensorboard" / "spam").iterdir())) == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_eight_devices_compute_what_one_does(one_device, trainer, tmp_path):
     flags = [*SHORT, "--fsdp=2", "--tensor=2", "--optimizer", *BOTH, "--output=run"]
@@ -172,6 +173,7 @@ def stop_hosts(trainer, cwd, *signaled) -> int:
     return step
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_two_hosts_stop_together_and_any_number_goes_on(trainer, tmp_path, long_run):
     stop_hosts(trainer, tmp_path, 1)

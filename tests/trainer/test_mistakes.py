@@ -117,6 +117,7 @@ def test_mistake_in_a_process_of_its_own(trainer, tmp_path):
     assert "Traceback" not in errors and "usage" not in errors
 
 
+@pytest.mark.one_python
 def test_run_is_not_overwritten(finished_run, capsys):
     folder, _, _ = finished_run
     before = (folder / "config.json").read_text()
@@ -125,6 +126,7 @@ def test_run_is_not_overwritten(finished_run, capsys):
     assert (folder / "config.json").read_text() == before
 
 
+@pytest.mark.one_python
 def test_resume_refuses_other_settings(finished_run, tmp_path, capsys):
     folder, _, _ = finished_run
     line = refused(capsys, "--resume", f"--output={folder}", "--learning-rate=1e-3")
@@ -162,6 +164,7 @@ def damage(path, how):
         path.write_bytes(b"".join(damaged))
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -181,6 +184,7 @@ def test_resume_refuses_damaged_metrics(finished_run, tmp_path, capsys, how, wor
         assert word in line
 
 
+@pytest.mark.one_python
 def test_resume_without_its_checkpoints_keeps_the_records(
     finished_run, tmp_path, capsys
 ):
@@ -194,6 +198,7 @@ def test_resume_without_its_checkpoints_keeps_the_records(
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.one_python
 def test_resume_goes_back_to_the_records_it_has(finished_run, tmp_path, capsys):
     """The records may be older than the checkpoints, for example after a power cut."""
     folder = shutil.copytree(finished_run[0], tmp_path / "copy")
@@ -205,6 +210,7 @@ def test_resume_goes_back_to_the_records_it_has(finished_run, tmp_path, capsys):
     assert without_timing(sinks.read(folder / "metrics.jsonl")) == without_timing(whole)
 
 
+@pytest.mark.one_python
 @pytest.mark.parametrize(
     ("name", "value"),
     [

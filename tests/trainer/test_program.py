@@ -48,6 +48,7 @@ SUMMARY_KEYS = {
 }
 
 
+@pytest.mark.one_python
 def test_run_leaves_its_files_and_no_warnings(finished_run):
     folder, output, errors = finished_run
     assert errors == ""
@@ -70,6 +71,7 @@ def test_run_leaves_its_files_and_no_warnings(finished_run):
         assert events.stat().st_size > 60 * 100
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_losslint_reads_the_metrics(finished_run, capsys):
     """It reads every row of each optimizer, and finds nothing wrong with the log."""
@@ -86,6 +88,7 @@ def test_losslint_reads_the_metrics(finished_run, capsys):
     assert finding["details"]["count"] == 1
 
 
+@pytest.mark.one_python
 def test_metrics_have_a_line_a_step_and_an_evaluation(finished_run):
     folder, _, _ = finished_run
     rows = read_rows(folder)
@@ -104,6 +107,7 @@ def test_metrics_have_a_line_a_step_and_an_evaluation(finished_run):
     assert [row["optimizer"] for row in rows] == ["adam"] * 63 + ["spam"] * 63
 
 
+@pytest.mark.one_python
 def test_summary_follows_from_the_metrics(finished_run):
     folder, _, _ = finished_run
     rows = read_rows(folder)
@@ -158,6 +162,7 @@ def test_summary_follows_from_the_metrics(finished_run):
     assert summary["spam"]["spikes_clipped"] > 0
 
 
+@pytest.mark.one_python
 def test_picture_is_a_picture(finished_run):
     folder, _, _ = finished_run
     data = (folder / "spike_suppression.png").read_bytes()

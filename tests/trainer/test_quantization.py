@@ -252,6 +252,7 @@ def smallest_cosine(gradient, other):
     return min(np.vdot(a, b) / np.sqrt(np.vdot(a, a) * np.vdot(b, b)) for a, b in pairs)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_model_has_nearly_the_gradient_of_the_plain_one():
     """Each format has a loss of its own."""

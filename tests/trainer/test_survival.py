@@ -383,6 +383,7 @@ def write_broken_set(folder):
     return f"--data=hf:{folder}"
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_broken_shard_ends_a_run_that_can_go_on(tmp_path, capsys, monkeypatch):
     pytest.importorskip("datasets")
