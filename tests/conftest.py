@@ -19,8 +19,9 @@ jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation is most of the suite's time. Programs are therefore compiled with few
-# optimizations and kept for later runs. Each worker has a folder of its own, since JAX
-# does not lock entries: another worker could read one that is half written.
+# optimizations, and those that take a tenth of a second are kept for later runs: to
+# keep every small one took a tenth of the time of a first run. Each worker has a folder
+# of its own, since JAX does not lock entries: another could read a half-written one.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")
 CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / WORKER
 jax.config.update("jax_disable_most_optimizations", True)

@@ -32,7 +32,7 @@ from trainer import model, train_step
 from trainer.data import text_files
 from trainer.errors import UsageError
 
-# The studies hardly depend on the version of Python: see docs/development.md.
+# Which tests are nightly: see docs/development.md.
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
 RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
