@@ -141,7 +141,7 @@ def test_report_names_the_tensor_that_spiked_most(capsys):
     assert "above 10: 7 of 20\n" in out
 
 
-@pytest.mark.one_python
+@pytest.mark.slow
 def test_bar_is_for_terminals(run, monkeypatch):
     """Guards logs: on a terminal a bar joins the lines, a file gets the lines alone."""
     monkeypatch.setenv("TERM", "xterm")

@@ -33,7 +33,7 @@ def train(task, name, stop=None):
     return rows, states[-1], error
 
 
-@pytest.mark.one_python
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run_after_eight(capsys):
     """The faults are steps 2 to 12, one behind the other."""
     settings = {"steps": 12, "bursts": 4, "spike_kind": "nan", "accumulate": 2}

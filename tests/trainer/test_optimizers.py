@@ -21,14 +21,12 @@ from trainer_in_process import SMALL_FLAGS, train_rows
 # Each has a state of another kind. CI trains the first one only.
 VARIED = [
     "sparse_spam",
-    *(
-        pytest.param(name, marks=[pytest.mark.slow, pytest.mark.nightly])
-        for name in ("adam_mini", "galore")
-    ),
+    pytest.param("adam_mini", marks=pytest.mark.nightly),
+    pytest.param("galore", marks=pytest.mark.nightly),
 ]
 
 
-@pytest.mark.one_python
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIED)
 def test_optimizers_train(task, name):
     clean = dataclasses.replace(task.config, bursts=0)
@@ -121,7 +119,7 @@ def test_every_length_of_run_gives_valid_optimizers(steps):
     )
 
 
-@pytest.mark.one_python
+@pytest.mark.slow
 def test_one_entry_adds_an_optimizer(tmp_path, monkeypatch, capsys):
     """The command line, training, the figure and the report need nothing else."""
 

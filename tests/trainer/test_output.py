@@ -634,7 +634,7 @@ class FakeWandb(types.ModuleType):
         self.finished += 1
 
 
-@pytest.mark.one_python
+@pytest.mark.slow
 def test_wandb_gets_the_numbers_if_installed(tmp_path, monkeypatch, capsys):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)

@@ -193,7 +193,7 @@ def test_nonfinite_step_halts_its_optimizer_alone(tmp_path, monkeypatch, capsys)
     ]
 
 
-@pytest.mark.one_python
+@pytest.mark.slow
 def test_run_without_faults(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--optimizer=spam", "--steps=3", "--no-spikes", "--qk-clip=1e-3"]

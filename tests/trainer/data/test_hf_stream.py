@@ -437,6 +437,7 @@ def test_documents_without_text_are_empty_ones(monkeypatch):
     assert element.tobytes() == b"a" * 10 + b"\n\n" + b"b" * 19
 
 
+@pytest.mark.slow
 def test_a_program_that_ends_during_a_stream_prints_nothing():
     source = write_set("set", [SHAKESPEARE[:20_000]] * 50)
     program = (
