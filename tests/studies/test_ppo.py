@@ -268,6 +268,8 @@ def test_an_unknown_environment_of_brax(fake_brax):
         ppo.make_environment("brax:walker")
 
 
+# Brax is no longer maintained, and reads fields that a newer MuJoCo warns about.
+@pytest.mark.filterwarnings("ignore:Brax System", "ignore:Accessing:DeprecationWarning")
 def test_hopper_of_brax():
     pytest.importorskip("brax.envs", reason="brax is not installed")
     environment = ppo.make_environment("brax:hopper")

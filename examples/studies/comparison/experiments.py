@@ -91,10 +91,12 @@ def quantized(*names: str) -> tuple[dict[str, Any], ...]:
     return tuple({"quantize": name, "quantize_group": 32} for name in names)
 
 
-def deep(*models: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+def deep(
+    *models: dict[str, Any], depths: Sequence[int] = DEPTHS
+) -> tuple[dict[str, Any], ...]:
     """Returns each model at every depth, at the same width."""
     return tuple(
-        DEEP | {"layers": layers} | model for layers in DEPTHS for model in models
+        DEEP | {"layers": layers} | model for layers in depths for model in models
     )
 
 
@@ -274,8 +276,8 @@ EXPERIMENTS = {
         "How do the other initializations and norms change with depth?",
         ("adam",),
         scenarios=("clean",),
-        rates=DEPTH_RATES,
-        models=deep(*INITIALIZATIONS),
+        rates=HIGH_RATES[1:],
+        models=deep(*INITIALIZATIONS, depths=(3, 12, 48)),  # `deep` has 24
         seeds=1,
         adaptive=True,
     ),
