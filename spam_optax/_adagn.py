@@ -76,7 +76,7 @@ def adagn(
     Raises:
       ValueError: If an argument is out of range. ``update`` raises it if the number of
         tensors is not that of ``init``.
-      TypeError: If an argument is not a number.
+      TypeError: If an argument, or the dtype of a parameter, is of the wrong type.
 
     Examples:
       >>> import jax.numpy as jnp

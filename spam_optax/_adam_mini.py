@@ -139,7 +139,7 @@ def scale_by_adam_mini(
             return *moved, counts
 
         # The state's second moments have no boxes. They get the structure of `mu`.
-        old_nu = _structured_like(state.mu, state.nu)
+        old_nu = jax.tree.structure(state.mu).unflatten(jax.tree.leaves(state.nu))
         direction, mu, nu, counts = _moments.map_tensors(
             step_tensor, updates, state.mu, old_nu, n=4
         )
@@ -444,7 +444,7 @@ def _axes(
     elif role in _WITH_HEADS and len(rest) > 2 and not with_heads:
         raise ValueError(
             "adam_mini_partition: num_heads and num_kv_heads must be the length of an "
-            f"axis of the kernel at {_where(leaf)} of shape {shape}, got "
+            f"axis of the kernel at {_validate.place(leaf.path)} of shape {shape}, got "
             f"{layouts.num_heads} and {layouts.key_heads}."
         )
     elif with_heads is None and layouts.stacked is None and leaf.axis_names is None:
@@ -482,7 +482,8 @@ def _layer_axes(leaf: _paths.Leaf, layouts: _Layouts) -> tuple[int, ...] | None:
     if has_layers and axis >= ndim:
         raise ValueError(
             "adam_mini_partition: layer_axis must be an axis of the stacked tensor at "
-            f"{_where(leaf)} of shape {jnp.shape(leaf.value)}, got {axis}."
+            f"{_validate.place(leaf.path)} of shape {jnp.shape(leaf.value)}, got "
+            f"{axis}."
         )
     return (axis,) if has_layers else ()
 
@@ -576,7 +577,7 @@ def _number_of_heads(leaf: _paths.Leaf, layouts: _Layouts) -> int:
     if heads is None:
         raise ValueError(
             "adam_mini_partition: num_heads must be a whole number >= 1 for the kernel "
-            f"at {_where(leaf)}, got None; pass "
+            f"at {_validate.place(leaf.path)}, got None; pass "
             "partition=adam_mini_partition(num_heads)."
         )
     return int(heads)
@@ -589,7 +590,7 @@ def _checked_heads(leaf: _paths.Leaf, layouts: _Layouts, axes: tuple[str, ...]) 
     if outputs % heads:
         raise ValueError(
             f"adam_mini_partition: the number of heads must divide the {outputs} "
-            f"outputs of the kernel at {_where(leaf)}, got {heads}."
+            f"outputs of the kernel at {_validate.place(leaf.path)}, got {heads}."
         )
     return heads
 
@@ -597,13 +598,9 @@ def _checked_heads(leaf: _paths.Leaf, layouts: _Layouts, axes: tuple[str, ...]) 
 def _refuse(leaf: _paths.Leaf, argument: str, question: str) -> None:
     raise ValueError(
         f"adam_mini_partition: {argument} must be given for the matrix at "
-        f"{_where(leaf)}: its shape {jnp.shape(leaf.value)} does not show whether "
-        f"{question}; got None."
+        f"{_validate.place(leaf.path)}: its shape {jnp.shape(leaf.value)} does not "
+        f"show whether {question}; got None."
     )
-
-
-def _where(leaf: _paths.Leaf) -> str:
-    return jax.tree_util.keystr(leaf.path) or "the root"
 
 
 def _check_real(path: tuple[Any, ...], p: Any) -> None:
@@ -634,11 +631,6 @@ def _init_nu(params: optax.Params, partition: Partition, dtype: Any) -> optax.Up
     return jax.tree.unflatten(jax.tree.structure(_paths.unboxed(params)), nu)
 
 
-def _structured_like(tree: Any, other: Any) -> Any:
-    """Puts the leaves of `other` in the structure of `tree`."""
-    return jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(other))
-
-
 def _check_blocks(path: tuple[Any, ...], shape: tuple[int, ...], blocks: Any) -> None:
     """Raises unless `blocks` are numbers that divide a parameter's axes."""
     fits = (
@@ -649,8 +641,8 @@ def _check_blocks(path: tuple[Any, ...], shape: tuple[int, ...], blocks: Any) ->
     )
     if not fits:
         raise ValueError(
-            "adam_mini: partition must give the parameter at "
-            f"{jax.tree_util.keystr(path) or 'the root'} a tuple of whole numbers "
+            f"{_validate.caller()}: partition must give the parameter at "
+            f"{_validate.place(path)} a tuple of whole numbers "
             f"that divide its shape {shape}, got {blocks!r}."
         )
 

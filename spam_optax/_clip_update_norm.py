@@ -45,8 +45,8 @@ def clip_update_norm(
       u \leftarrow u \min\left(1, \frac{m + \max(\sigma \cdot 1.4826 d, \; s m)}{n}
       \right)
 
-    where :math:`s` is the `share`. Every finite norm, taken before clipping, enters the
-    window. An update whose norm is not finite becomes 0.
+    where :math:`s` is the `share`. Every finite norm above 0, taken before clipping,
+    enters the window. An update whose norm is not finite becomes 0.
 
     Use it after an optimizer, but before its learning rate: after ``scale_by_spam()``,
     before ``optax.scale_by_learning_rate(1e-3)``. There it compares directions. After
@@ -117,7 +117,7 @@ def clip_update_norm(
             scaled = jnp.where(is_finite, scaled, 0).astype(u.dtype)
             return jnp.where(scale == 1, u, scaled)
 
-        values, count = _spike_history.push(values, count, norm, is_finite)
+        values, count = _spike_history.push(values, count, norm, is_finite & (norm > 0))
         return jax.tree.map(clip, updates), ClipUpdateNormState(
             values, count, norm, scale
         )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _momentum_mask, _paths
+from spam_optax import _moments, _momentum_mask, _paths
 
 
 class TensorDescription(NamedTuple):
@@ -89,7 +89,7 @@ def describe_tensors(
       :func:`spam_optax.adam_mini_partition`
     """
     unboxed, state = _paths.unboxed(params), _paths.unboxed(opt_state)
-    first, second = (_moments(state, unboxed, name) for name in ("mu", "nu"))
+    first, second = (_shapes_of(state, unboxed, name) for name in ("mu", "nu"))
     if first is None and second is None:
         raise ValueError(
             "describe_tensors: opt_state must hold first moments mu or second moments "
@@ -117,7 +117,7 @@ def describe_tensors(
     )
 
 
-def _moments(
+def _shapes_of(
     opt_state: optax.OptState, params: optax.Params, name: str
 ) -> list[tuple[int, ...] | None] | None:
     """Returns the shape of each tensor's moment called `name`.
@@ -126,7 +126,7 @@ def _moments(
     one with a moment counts.
     """
     shapes = None
-    for _, tree in optax.tree.get_all_with_path(opt_state, name):
+    for tree in _moments.fields(opt_state, name):
         of_state = _shapes(tree, params, name)
         if shapes is None:
             shapes = of_state
@@ -157,5 +157,6 @@ def _shapes(tree: Any, params: optax.Params, name: str) -> list[tuple[int, ...] 
 
 
 def _is_within(moment: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Checks that a moment has the rank of its tensor and no longer axis."""
-    return len(moment) == len(shape) and all(map(int.__le__, moment, shape))
+    """Checks that a moment is a number, or has its tensor's rank and no longer axis."""
+    same_rank = len(moment) == len(shape)
+    return not moment or (same_rank and all(map(int.__le__, moment, shape)))

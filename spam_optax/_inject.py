@@ -32,7 +32,9 @@ def inject_hyperparams(
     such as `mask`, `partition`, `density`, `mu_dtype` and flags. Optax calls a function
     among the arguments as a schedule. A mask would be called with the step number, and
     nothing would be decayed. The numbers are float32. Optax would make them bfloat16
-    for bfloat16 parameters, which turns ``b2 = 0.999`` into 1.
+    for bfloat16 parameters, which turns ``b2 = 0.999`` into 1. A weight decay in the
+    state needs parameters in ``update``, also if it is 0, unless `static_args` names
+    it.
 
     Args:
       inner_factory: The function that returns the transformation, for example

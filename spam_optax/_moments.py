@@ -208,6 +208,15 @@ def add_counts(
     return tuple(counters)
 
 
+def fields(state: optax.OptState, name: str) -> list[Any]:
+    """Returns what the named tuples, not dictionaries, in `state` call `name`."""
+    return [
+        value
+        for path, value in optax.tree.get_all_with_path(state, name)
+        if path and getattr(path[-1], "name", None) == name
+    ]
+
+
 def cast_like(tree: Any, like: Any) -> Any:
     """Casts every leaf to the dtype of its counterpart in `like`."""
     return map_leaves(
@@ -223,13 +232,7 @@ def cast_updates(
     Missing gradients stay None.
     """
     _validate.check_params(params, updates)
-    like = updates if params is None else params
-    return map_leaves(
-        lambda g, d, y: _arithmetic.cast(d, jnp.asarray(y).dtype),
-        updates,
-        direction,
-        like,
-    )
+    return cast_like(direction, updates if params is None else params)
 
 
 def cast_to_params(
@@ -248,7 +251,11 @@ def decay_weights(
     """Returns decoupled weight decay, or None if it is 0."""
     if isinstance(weight_decay, numbers.Real) and weight_decay == 0:
         return None
-    return optax.add_decayed_weights(weight_decay, mask)
+    if mask is None:
+        return optax.add_decayed_weights(weight_decay)
+    argument = f"{_validate.caller()}: mask"
+    chosen = functools.partial(_validate.booleans, argument, mask)
+    return optax.add_decayed_weights(weight_decay, chosen)
 
 
 def optimizer(

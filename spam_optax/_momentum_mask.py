@@ -88,7 +88,8 @@ def momentum_density(opt_state: optax.OptState, params: optax.Params) -> Any:
     def density(p: Any, moment: Any) -> float:
         if not hasattr(moment, "shape"):
             return 0.0
-        return 1.0 if p.shape == moment.shape else moment.shape[-2] / p.shape[-2]
+        shape = jnp.shape(p)
+        return 1.0 if shape == moment.shape else moment.shape[-2] / shape[-2]
 
     densities = []
     for state in _sparse_states(opt_state):

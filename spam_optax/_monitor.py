@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _paths, _tensor_statistics, _validate, functional
+from spam_optax import _arithmetic, _paths, _tensor_statistics, _validate
 
 
 class TrackSpikesState(NamedTuple):
@@ -114,7 +114,7 @@ def track_spikes(
     ) -> tuple[optax.Updates, TrackSpikesState]:
         gradients, _ = _tensor_statistics.flatten(updates, state.tensor_steps)
         norm, nonfinite = _tensor_statistics.finite_norms(
-            gradients, functional.nonfinite_mask
+            gradients, _arithmetic.is_nonfinite
         )
         # The norm of float64 gradients may overflow float32.
         valid = (nonfinite == 0) & jnp.isfinite(norm)
@@ -127,11 +127,12 @@ def track_spikes(
         mean = state.tensor_mean_norm
         score = jnp.where(mean > 0, norm / jnp.where(mean > 0, mean, 1), 0)
         score = jnp.where(valid, score, jnp.inf)
-        steps = state.tensor_steps + valid.astype(jnp.int32)
+        # A zero gradient is not history: the first nonzero norm is the mean.
+        has_history = valid & ((mean > 0) | (norm > 0))
+        steps = state.tensor_steps + has_history.astype(jnp.int32)
         limited = jnp.where(mean > 0, jnp.minimum(norm, threshold * mean), norm)
         steps_so_far = jnp.maximum(steps, 1).astype(jnp.float32)
         rate = 1 / jnp.minimum(steps_so_far, 1 / (1 - decay))
-        # A zero gradient is not history: the first nonzero norm is the mean.
         rate = jnp.where(mean > 0, rate, 1)
         new_mean = (mean + rate * (limited - mean)).astype(jnp.float32)
         return new_updates, TrackSpikesState(

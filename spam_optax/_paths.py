@@ -239,9 +239,7 @@ def role(path: tuple[Any, ...], ndim: int) -> str | None:
     parts = parts[inside:]
     if _has_name(parts, FACTORS):
         return "factor"
-    if _has_name(parts, VECTORS):
-        return "vector"
-    if ndim < 2:
+    if ndim < 2 or _has_name(parts, VECTORS):
         return "vector"
     if _has_name(parts, _LOW_RANKS):
         return "low rank"

@@ -35,8 +35,8 @@ class HeadTensor(NamedTuple):
       attention: Name of the attention layer, or of the stack of attention layers.
       kind: ``query`` or ``key``.
       head_axis: The axis of the heads, or of heads times head width, in a tensor
-        without an axis of layers.
-      layer_axis: The axis of the layers, in a stack of layers.
+        without an axis of layers, >= 0.
+      layer_axis: The axis of the layers, in a stack of layers, >= 0.
     """
 
     attention: str
@@ -172,8 +172,8 @@ def qk_clip(
             is_clipped = jnp.isfinite(of_attention) & (of_attention > threshold)
             count += jnp.sum(is_clipped, dtype=jnp.int32)
 
-        def clip(p: jax.Array, u: jax.Array | None, tensor: HeadTensor | None) -> Any:
-            if u is None or tensor is None or threshold is None:
+        def clip(p: jax.Array, u: Any, tensor: HeadTensor | None) -> Any:
+            if tensor is None or threshold is None:
                 return u
             factor = factors[tensor.attention, tensor.kind]
             moved = _arithmetic.widen(p) + _arithmetic.widen(u)
@@ -296,6 +296,12 @@ def _tensors_of(found: Any, params: optax.Params) -> list[HeadTensor | None]:
     except (KeyError, TypeError, ValueError):
         tensors = [found]
     wrong = [x for x in tensors if not isinstance(x, HeadTensor | None)]
+    for x in filter(None, () if wrong else tensors):
+        if x.kind not in _KINDS or min(x.head_axis, x.layer_axis) < 0:
+            raise ValueError(
+                f"{_validate.caller()}: find must return HeadTensors with the kind "
+                f"{' or '.join(_KINDS)} and axes >= 0, got {x}."
+            )
     if wrong or len(tensors) != structure.num_leaves or not any(tensors):
         raise ValueError(
             f"{_validate.caller()}: find must return a tree like params with at least "
@@ -317,8 +323,13 @@ def _updates_of(
             f"{structure}, got {jax.tree.structure(updates)}."
         ) from None
     for (path, p), u, tensor in zip(leaves, got, tensors, strict=True):
-        if u is None or tensor is None:
+        if tensor is None:
             continue
+        if u is None:
+            raise ValueError(
+                f"{_validate.caller()}: the update at {_validate.place(path)} must be "
+                "an array, because queries and keys are scaled together, got None."
+            )
         _validate.check_inexact(path, p)
         _validate.check_inexact(path, u, "update")
         if jnp.shape(u) != jnp.shape(p):

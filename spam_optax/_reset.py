@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spam_optax import _schedule, _validate
+from spam_optax import _moments, _schedule, _validate
 
 
 class ResetMomentsState(NamedTuple):
@@ -94,7 +94,7 @@ def reset_moments(
 
     def init_fn(params: optax.Params) -> ResetMomentsState:
         inner_state = inner.init(params)
-        if not any(_has_field(inner_state, field) for field in fields):
+        if not any(_moments.fields(inner_state, field) for field in fields):
             raise ValueError(
                 f"{_validate.caller()}: fields must name at least one field of the "
                 f"inner state, got {tuple(fields)!r}; an inner transformation without "
@@ -190,14 +190,6 @@ def _like(new: jax.Array, old: jax.Array) -> jax.Array:
     if jax.typeof(new).sharding == wanted:
         return new
     return jax.sharding.reshard(new, wanted)
-
-
-def _has_field(state: optax.OptState, name: str) -> bool:
-    """Checks whether a named tuple, not a dictionary, in `state` has a field `name`."""
-    return any(
-        path[-1:] and getattr(path[-1], "name", None) == name
-        for path, _ in optax.tree.get_all_with_path(state, name)
-    )
 
 
 def _names_any(path: tuple[Any, ...], fields: Collection[str]) -> bool:

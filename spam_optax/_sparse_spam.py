@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from spam_optax import (
@@ -59,7 +58,7 @@ def scale_by_sparse_spam(
     """Rescales by SPAM with momentum for a fraction of each matrix.
 
     This is :func:`sparse_spam` without learning rate and weight decay. See there for
-    formulas, arguments and errors.
+    arguments and errors.
 
     Returns:
       The transformation. Its updates have the dtype of the parameters, or of the
@@ -91,6 +90,7 @@ def scale_by_sparse_spam(
     masks = _MaskSettings(density, sparse_params, key, row_blocks).checked()
 
     def init_fn(params: optax.Params) -> ScaleBySparseSpamState:
+        _paths.names(params)  # Raises if two are equal.
         inner_state = _spam.init_spam(_compact(params, masks), settings)
         return ScaleBySparseSpamState(masks.seeds(0), inner_state)
 
@@ -223,10 +223,11 @@ def sparse_spam(
 
     Raises:
       ValueError: If an argument is out of range. ``init`` raises it if `sparse_params`
-        is not a tree like the parameters, or if the rows of the moments cannot be
-        sharded like those of the parameter. ``update`` raises it if the tree of updates
-        is not that of the parameters, if the state has another layout of the masks, or
-        if parameters are needed and not passed.
+        is not a tree like the parameters, if two parameters have the same name, or if
+        the rows of the moments cannot be sharded like those of the parameter.
+        ``update`` raises it if the tree of updates is not that of the parameters, if
+        the state has another layout of the masks, or if parameters are needed and not
+        passed.
       TypeError: If an argument, or the dtype of a parameter, is of the wrong type, for
         example a traced `density` or a complex matrix with sparse momentum.
 
@@ -407,21 +408,8 @@ def _select_for(mu: optax.Updates, seeds: jax.Array, updates: optax.Updates) -> 
 
 def _chosen(params: optax.Params, sparse_params: SparseParams) -> Any:
     """Returns a tree of booleans: which parameters have sparse momentum."""
-    # A tree may be callable, for example a module of booleans.
-    is_function = all(map(callable, jax.tree.leaves(sparse_params)))
-    is_function = is_function and callable(sparse_params)
-    tree = sparse_params(params) if is_function else sparse_params
-    allowed = (
-        f"{_validate.caller()}: sparse_params must be a tree of booleans shaped like "
-        "the parameters or a prefix of them"
-    )
-    for leaf in jax.tree.leaves(tree):
-        if not isinstance(leaf, (bool, np.bool_)):
-            shape = getattr(leaf, "shape", None)
-            got = (
-                _validate.shown(leaf) if shape is None else f"an array of shape {shape}"
-            )
-            raise TypeError(f"{allowed}, got {got} in it.")
+    argument = f"{_validate.caller()}: sparse_params"
+    tree = _validate.booleans(argument, sparse_params, params)
     try:
         return jax.tree.map(
             lambda is_sparse, part: jax.tree.map(lambda _: is_sparse, part),
@@ -429,7 +417,10 @@ def _chosen(params: optax.Params, sparse_params: SparseParams) -> Any:
             params,
         )
     except ValueError as error:
-        raise ValueError(f"{allowed}, got {jax.tree.structure(tree)}.") from error
+        raise ValueError(
+            f"{argument} must be a tree of booleans shaped like the parameters or a "
+            f"prefix of them, got {jax.tree.structure(tree)}."
+        ) from error
 
 
 def _compact(params: optax.Params, masks: _MaskSettings) -> optax.Params:

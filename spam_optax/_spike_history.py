@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spam_optax import _validate
+from spam_optax import _arithmetic, _validate
 
 _NORMAL = 1.4826  # Standard deviation of normal values over their median deviation.
 _LARGEST_COUNT = 2**30
@@ -181,7 +181,8 @@ def limit(values: jax.Array, count: jax.Array, test: SpikeTest) -> jax.Array:
       test: The arguments of the rule.
     """
     number = jnp.minimum(count, len(values))
-    is_filled = jnp.arange(len(values)) < number
+    # An empty window has one place filled, since a mean of nothing is NaN.
+    is_filled = jnp.arange(len(values)) < jnp.maximum(number, 1)
     if test.robust:
         center = _median(values, is_filled, number)
         deviation = _median(jnp.abs(values - center), is_filled, number)
@@ -190,7 +191,8 @@ def limit(values: jax.Array, count: jax.Array, test: SpikeTest) -> jax.Array:
         )
     else:
         center = jnp.mean(values, where=is_filled)
-        distance = jnp.asarray(test.sigma * jnp.std(values, where=is_filled))
+        variance = jnp.var(values, where=is_filled)
+        distance = jnp.asarray(test.sigma * _arithmetic.root(variance))
     return jnp.where(number >= test.min_history, center + distance, jnp.inf).astype(
         jnp.float32
     )

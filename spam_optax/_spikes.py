@@ -93,7 +93,8 @@ def clip_and_update_nu(
     unseen = _arithmetic.ema(jnp.zeros([], v.dtype), _arithmetic.abs_sq(g), b2)
     # The margin covers rounding: gradients within their limit pass bit for bit.
     margin = 1 + 16 * float(jnp.finfo(v.dtype).eps)
-    share = rule.threshold / (b2 + (1 - b2) * rule.threshold) * margin
+    # Not with the threshold above and below the line: infinity clips nothing.
+    share = margin / (b2 / rule.threshold + (1 - b2))
     rule = SpikeRule(share, rule.active & (v != unseen), rule.clip_unseen)
     return clip(g, v, rule), v
 

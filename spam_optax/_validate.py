@@ -30,7 +30,7 @@ def caller() -> str:
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         root, *nested = frame.f_code.co_qualname.split(".")
-        if module.startswith("spam_optax") and _is_public(module, root):
+        if module.partition(".")[0] == "spam_optax" and _is_public(module, root):
             if "<locals>" in nested:
                 return name or root
             name = root
@@ -208,6 +208,25 @@ def check_static(name: str, value: Any) -> None:
             f"{caller()}: {name} must be a Python number, because it decides shapes"
             f"{instead_of_optax(value)}, got {shown(value)}."
         )
+
+
+def booleans(argument: str, value: Any, params: Any) -> Any:
+    """Returns the tree of booleans that `value` is, or that it makes from `params`.
+
+    `argument` begins the message: the factory and the name.
+    """
+    # A tree may be callable, for example a module of booleans.
+    is_function = callable(value) and all(map(callable, jax.tree.leaves(value)))
+    tree = value(params) if is_function else value
+    for leaf in jax.tree.leaves(tree):
+        if not isinstance(leaf, (bool, np.bool_)):
+            shape = getattr(leaf, "shape", None)
+            got = shown(leaf) if shape is None else f"an array of shape {shape}"
+            raise TypeError(
+                f"{argument} must be a tree of booleans shaped like the "
+                f"parameters or a prefix of them, got {got} in it."
+            )
+    return tree
 
 
 def check_decay(name: str, value: Any, *, many: bool = False) -> Any:

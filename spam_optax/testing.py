@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _validate
+from spam_optax import _arithmetic, _tensor_statistics, _validate
 
 __all__ = ("InjectSpikesState", "inject_spikes")
 
@@ -89,6 +89,7 @@ def inject_spikes(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, InjectSpikesState]:
         del params
+        _tensor_statistics.check_updates(updates)
         step = optax.safe_increment(state.injection_step)
 
         def corrupt(updates: optax.Updates) -> tuple[optax.Updates, jax.Array]:

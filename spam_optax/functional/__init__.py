@@ -1,8 +1,9 @@
 r"""Pure functions of arrays: spike detection, clipping, the reset clock, the metrics.
 
 The optimizers use the same code, so measurements in a notebook match what an optimizer
-does. The functions keep no state. They check shapes and dtypes during tracing, which
-costs nothing at run time, and raise AssertionError if one is not as described.
+does. The functions keep no state. They check arguments during tracing, which costs
+nothing at run time, and raise AssertionError, TypeError or ValueError if one is not as
+described.
 
 Throughout, ``g`` is the gradient of one step (`gradient`, any shape, floating or
 complex), ``v`` its second moment before this step (`nu`, the same shape, floating; an

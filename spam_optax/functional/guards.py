@@ -133,12 +133,21 @@ def qk_clip_factors(
     threshold = _validate.check_number("threshold", threshold, above=0)
     balance = _validate.check_number("balance", balance, at_least=0, at_most=1)
     logits = _real("logits", logits)
-    chex.assert_axis_dimension_gt(logits, -1, 0)
+    if logits.ndim < 1 or not logits.shape[-1]:
+        raise AssertionError(
+            "qk_clip_factors: logits must have the shape (..., heads), got "
+            f"{logits.shape}."
+        )
     heads = logits.shape[-1]
     if num_kv_heads is None:
         num_kv_heads = heads
+    _validate.check_static("num_kv_heads", num_kv_heads)
     num_kv_heads = int(_validate.check_whole("num_kv_heads", num_kv_heads, low=1))
-    chex.assert_is_divisible(heads, num_kv_heads)
+    if heads % num_kv_heads:
+        raise AssertionError(
+            f"qk_clip_factors: num_kv_heads must divide the number of heads {heads}, "
+            f"got {num_kv_heads}."
+        )
     return head_factors(logits, num_kv_heads, threshold, balance)
 
 
@@ -197,19 +206,25 @@ def scale_heads(
       [[1.  1.  0.5 0.5]
        [1.  1.  0.5 0.5]]
     """
-    chex.assert_rank(factors, 1 if layer_axis is None else 2)
+    tensor, factors = read("tensor", tensor), read("factors", factors)
     axes = [axis for axis in (head_axis, layer_axis) if axis is not None]
     if len(set(axes)) != len(axes) or not all(0 <= a < tensor.ndim for a in axes):
         raise AssertionError(
             "scale_heads: head_axis and layer_axis must be different axes of a tensor "
             f"of {tensor.ndim} axes, got {head_axis} and {layer_axis}."
         )
-    chex.assert_is_divisible(tensor.shape[head_axis], factors.shape[-1])
+    layers = () if layer_axis is None else (tensor.shape[layer_axis],)
+    fits = factors.ndim == len(axes) and factors.shape[:-1] == layers
+    if not fits or not factors.size or tensor.shape[head_axis] % factors.shape[-1]:
+        raise AssertionError(
+            "scale_heads: factors must have the shape (heads,), or (layers, heads) "
+            "with a layer_axis, where heads divides the axis of the heads of tensor, "
+            f"got {factors.shape} for the tensor of shape {tensor.shape}."
+        )
     factors = jnp.repeat(factors, tensor.shape[head_axis] // factors.shape[-1], axis=-1)
     shape = [1] * tensor.ndim
     shape[head_axis] = tensor.shape[head_axis]
     if layer_axis is not None:
-        chex.assert_axis_dimension(tensor, layer_axis, factors.shape[0])
         shape[layer_axis] = tensor.shape[layer_axis]
         factors = factors if layer_axis < head_axis else factors.T
     return tensor * factors.reshape(shape).astype(tensor.dtype)

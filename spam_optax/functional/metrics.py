@@ -1,7 +1,6 @@
 """Metrics of curves, gradients, embeddings and layers."""
 
 import functools
-import operator
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -60,14 +59,8 @@ def spike_score(
     """
     values = read("values", values, jnp.floating)
     chex.assert_rank(values, 1, custom_message="spike_score: values must be a vector")
-    window = _validate.check_whole("window", window, low=2)
-    try:
-        window = operator.index(window)
-    except TypeError:
-        raise TypeError(
-            "spike_score: window must be a Python whole number >= 2, under jit a "
-            f"static one, got {window!r}."
-        ) from None
+    _validate.check_static("window", window)
+    window = int(_validate.check_whole("window", window, low=2))
     deviations = _validate.check_number("deviations", deviations, above=0)
     judged = values.shape[0] - window
     if judged < 1:

@@ -20,12 +20,12 @@ def _read_pair(gradient: Any, nu: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _check_active(active: Any) -> None:
-    """Raises unless `active` can be combined with booleans."""
+    """Raises unless `active` is boolean."""
     try:
         dtype = jnp.result_type(active)
     except TypeError:
         dtype = jnp.dtype(object)
-    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.integer)):
+    if dtype != jnp.bool_:
         raise TypeError(
             f"{_validate.caller()}: active must be booleans, got "
             f"{_validate.shown(active)}."
