@@ -56,8 +56,9 @@ def adagn(
       g &\leftarrow \frac{g}{\lVert g \rVert}
         \cdot \frac{\hat n_1}{\sqrt{\hat n_2} + \varepsilon}
 
-    The norm of the result is about 1, whatever the scale of the gradient. Non-finite
-    coordinates become 0. A gradient of zeros stays zero.
+    The norm of the result is about 1, whatever the scale of the gradient, unless the
+    squares of its entries underflow. Non-finite coordinates become 0. A gradient of
+    zeros stays zero.
 
     Args:
       gamma1: Decay of the running mean of the norm, in [0, 1). The paper uses 0.7 for

@@ -57,7 +57,7 @@ def scale_by_spam(
 ) -> optax.GradientTransformation:
     """Rescales by SPAM: spike-aware clipping and Adam with momentum reset.
 
-    This is :func:`spam` without learning rate and weight decay. See there for formulas,
+    This is :func:`spam` without learning rate and weight decay. See there for
     arguments and errors.
 
     Returns:

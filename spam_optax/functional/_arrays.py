@@ -1,5 +1,6 @@
 """Reads the array arguments of functions."""
 
+import operator
 from typing import Any
 
 import jax
@@ -39,3 +40,18 @@ def read(name: str, value: Any, kind: Any = jnp.inexact) -> jax.Array:
             f"dtype {array.dtype}."
         )
     return array
+
+
+def read_static(name: str, value: Any, low: int) -> int:
+    """Returns `value` as a Python number. Raises unless it is one, whole and >= `low`.
+
+    Under jit such an argument must be static, because it decides shapes.
+    """
+    value = _validate.check_whole(name, value, low=low)
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{_validate.caller()}: {name} must be a Python whole number >= {low}, "
+            f"under jit a static one, got {value!r}."
+        ) from None

@@ -7,7 +7,7 @@ import numpy as np
 
 from spam_optax import _spike_history, _validate
 from spam_optax._spike_history import SkipRule, StepHistory
-from spam_optax.functional._arrays import read
+from spam_optax.functional._arrays import read, read_static
 
 
 def spike_steps(
@@ -141,8 +141,7 @@ def qk_clip_factors(
     heads = logits.shape[-1]
     if num_kv_heads is None:
         num_kv_heads = heads
-    _validate.check_static("num_kv_heads", num_kv_heads)
-    num_kv_heads = int(_validate.check_whole("num_kv_heads", num_kv_heads, low=1))
+    num_kv_heads = read_static("num_kv_heads", num_kv_heads, low=1)
     if heads % num_kv_heads:
         raise AssertionError(
             f"qk_clip_factors: num_kv_heads must divide the number of heads {heads}, "

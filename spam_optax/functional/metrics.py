@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from spam_optax import _arithmetic, _paths, _validate
-from spam_optax.functional._arrays import read
+from spam_optax.functional._arrays import read, read_static
 
 
 def spike_score(
@@ -59,8 +59,7 @@ def spike_score(
     """
     values = read("values", values, jnp.floating)
     chex.assert_rank(values, 1, custom_message="spike_score: values must be a vector")
-    _validate.check_static("window", window)
-    window = int(_validate.check_whole("window", window, low=2))
+    window = read_static("window", window, low=2)
     deviations = _validate.check_number("deviations", deviations, above=0)
     judged = values.shape[0] - window
     if judged < 1:

@@ -415,6 +415,40 @@ def other_cases():
                 "requires the current value of parameters",
             ),
         )
+    for function in (*decayed, *SPARSE[1:], spam_optax.spam, spam_optax.spam_adam):
+        for mask, got in (("kernel", "'kernel'"), (lambda p: {"a": 1}, "1 in it")):
+            tx = function(weight_decay=0.1, mask=mask)
+            yield (
+                f"{function.__name__}-a mask with {got}",
+                Case(
+                    functools.partial(tx.init, PARAMS),
+                    "mask",
+                    got,
+                    "a tree of booleans",
+                    TypeError,
+                ),
+            )
+    for function in SPARSE:
+        yield (
+            f"{function.__name__}-two parameters with one name",
+            Case(
+                functools.partial(function().init, {"a/b": VECTOR, "a": {"b": VECTOR}}),
+                "the tensors of a tree",
+                "'a/b'",
+                "rename one",
+            ),
+        )
+    inject = testing.inject_spikes(0)
+    yield (
+        "inject_spikes-integers",
+        Case(
+            functools.partial(inject.update, jnp.arange(3), inject.init(VECTOR)),
+            "the update at the root",
+            "int32",
+            "a floating or complex dtype",
+            TypeError,
+        ),
+    )
     sgd = optax.sgd(0.1)
     for function, tx in (
         (spam_optax.track_spikes, spam_optax.track_spikes(sgd)),
@@ -534,7 +568,7 @@ def other_cases():
             ),
         )
     for function in (functional.spike_mask, functional.clip_spikes):
-        for value in ("high", None, 0.5, [True]):
+        for value in ("high", None, 0.5, 1, [True]):
             yield (
                 f"{function.__name__}-active-{value!r}",
                 Case(
@@ -584,6 +618,16 @@ def other_cases():
             "window",
             "3.0",
             "a Python whole number >= 2",
+            TypeError,
+        ),
+    )
+    yield (
+        "qk_clip_factors-traced num_kv_heads",
+        Case(
+            lambda: jax.jit(functional.qk_clip_factors)(jnp.ones(4), num_kv_heads=2),
+            "num_kv_heads",
+            "Tracer",
+            "under jit a static one",
             TypeError,
         ),
     )

@@ -47,6 +47,38 @@ def test_marches_beside_the_numpy_reference(name):
     assert 5 < clipped < 150
 
 
+def test_updates_of_zero_are_no_history():
+    """`MultiSteps` and a learning rate of 0 give many: they would clip all others."""
+    tx = spam_optax.clip_update_norm(window=8, min_history=2)
+    state = tx.init(jnp.zeros(1))
+    for size in (0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0):
+        update = jnp.full(1, size)
+        clipped, state = tx.update(update, state)
+        np.testing.assert_array_equal(clipped, update)
+    clipped, state = tx.update(jnp.full(1, 9.0), state)
+    np.testing.assert_array_equal(clipped, 1)
+
+
+def test_the_first_step_computes_no_nan():
+    with jax.debug_nans(True):
+        for robust in (True, False):
+            tx = spam_optax.clip_update_norm(window=8, min_history=2, robust=robust)
+            tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
+
+
+def test_a_gradient_through_the_clip_is_finite():
+    """That of the deviation of equal norms is 0, not 0 times infinity."""
+
+    def last(x):
+        tx = spam_optax.clip_update_norm(window=4, min_history=2, robust=False)
+        state = tx.init(x)
+        for _ in range(3):
+            clipped, state = tx.update(x, state)
+        return clipped.sum()
+
+    np.testing.assert_allclose(jax.grad(last)(jnp.ones(2)), 1)
+
+
 def test_an_update_within_the_limit_keeps_its_bits():
     tx = spam_optax.clip_update_norm(window=8, min_history=2, sigma=10.0)
     rng = np.random.default_rng(0)

@@ -178,6 +178,13 @@ def test_first_gradient_after_steps_without_one_is_no_spike(asleep):
     assert spikes.tolist() == [asleep + 200]
 
 
+def test_steps_before_the_first_gradient_do_not_slow_the_mean():
+    norms = np.concatenate([[0.01], np.ones(50)])
+    late = track_norms(np.concatenate([np.zeros(200), norms]))
+    for name, values in track_norms(norms).items():
+        np.testing.assert_array_equal(late[name][200:], values, err_msg=name)
+
+
 def test_a_norm_whose_squares_overflow_is_a_spike_like_any_other():
     """The norm is measured, and the mean gets it cut to the threshold."""
     tx, params = spam_optax.track_spikes(optax.scale(1e15)), jnp.zeros(100)

@@ -288,6 +288,7 @@ def test_parameters_and_updates_must_fit():
         (GOOD | {"key": np.ones(8)}, GOOD, r"must have the shape \(3, 8\)"),
         (whole, GOOD, "the update at .* must have a floating"),
         (GOOD, whole, "the parameter at .* must have a floating"),
+        (GOOD | {"key": None}, GOOD, "the update at .*key.* must be an array"),
     ):
         with pytest.raises((ValueError, TypeError), match=f"^qk_clip: .*{words}.*$"):
             tx.update(updates, tx.init(GOOD), params, attention_logits=logits)
@@ -296,6 +297,18 @@ def test_parameters_and_updates_must_fit():
             spam_optax.qk_clip(find=lambda params, found=found: found).update(
                 GOOD, tx.init(GOOD), GOOD, attention_logits=logits
             )
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "q"}, {"head_axis": -1}, {"layer_axis": -3}]
+)
+def test_tensors_that_find_describes_must_be_possible(wrong):
+    tensors = {x: spam_optax.HeadTensor("", x, 1)._replace(**wrong) for x in GOOD}
+    tx = spam_optax.qk_clip(find=lambda params: tensors)
+    with pytest.raises(
+        ValueError, match="^qk_clip: find must .* query or key and axes"
+    ):
+        tx.update(GOOD, tx.init(GOOD), GOOD, attention_logits=np.ones(2))
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
@@ -336,6 +349,15 @@ def test_functions_refuse_what_they_cannot_use():
     for factors, axes in ((ones, (2, None)), (ones, (-1, None)), (kernel, (0, 0))):
         with pytest.raises(AssertionError, match="scale_heads: head_axis and layer_"):
             functional.scale_heads(kernel, factors, *axes)
+    for factors, axes in ((jnp.ones(3), (1, None)), (ones, (1, 0)), (ones[:0], (1,))):
+        with pytest.raises(AssertionError, match="scale_heads: factors must have the"):
+            functional.scale_heads(kernel, factors, *axes)
+    with pytest.raises(AssertionError, match="num_kv_heads must divide .* 2, got 3"):
+        functional.qk_clip_factors(ones, 3)
+    with pytest.raises(
+        AssertionError, match=r"logits must have the shape \(..., heads"
+    ):
+        functional.qk_clip_factors(1.0)
 
 
 @pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])

@@ -532,3 +532,20 @@ def test_reset_interval_none_never_resets():
         for d in (None, 10_000)
     )
     np.testing.assert_array_equal(never[0], late[0])
+
+
+@pytest.mark.parametrize("make", [spam_optax.spam_clip, spam_optax.scale_by_spam])
+def test_an_injected_threshold_may_be_infinite(make):
+    """It clips nothing, as a very large one does."""
+
+    def run(threshold):
+        tx = spam_optax.inject_hyperparams(make)(grace_steps=2, count=True)
+        state = tx.init(jnp.ones(2))
+        state.hyperparams["threshold"] = jnp.asarray(threshold)
+        for size in (1.0, 1.0, 1.0, 1e4, 1.0):
+            updates, state = tx.update(jnp.full(2, size), state, jnp.ones(2))
+            yield updates
+
+    for infinite, large in zip(run(jnp.inf), run(1e30), strict=True):
+        assert np.isfinite(infinite).all() and infinite.all()
+        np.testing.assert_allclose(infinite, large, rtol=1e-6)

@@ -455,6 +455,21 @@ def test_tensors_are_described():
             spam_optax.describe_tensors(spam_optax.spam(1e-3).init(params), other)
 
 
+@pytest.mark.parametrize(
+    "tx", [optax.adam(1e-3), spam_optax.spam(), optax.novograd(1.0)]
+)
+def test_layers_called_mu_are_no_moments(tx):
+    params = {"vae": {"mu": {"kernel": jnp.ones((4, 2))}, "nu": jnp.ones(2)}}
+    rows = spam_optax.describe_tensors(tx.init(params), params)
+    assert [row.name for row in rows] == ["vae/mu/kernel", "vae/nu"]
+    assert [row.density for row in rows] == [1.0, 1.0]
+
+
+def test_density_of_a_number_among_the_parameters():
+    state = spam_optax.sparse_spam().init({"a": 1.0})
+    assert spam_optax.momentum_density(state, {"a": 1.0}) == {"a": 1.0}
+
+
 def test_sparse_params_of_an_nnx_model():
     """The `value` at the end of NNX paths is not part of a name."""
     from flax import nnx
