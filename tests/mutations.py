@@ -63,7 +63,7 @@ MISTAKES = {
     ),
     "a spike's limit is read off the wrong moment": Mistake(
         "spam_optax/_spikes.py",
-        "rule.threshold / (b2 + (1 - b2) * rule.threshold) * margin",
+        "margin / (b2 / rule.threshold + (1 - b2))",
         "rule.threshold * margin",
         "test_spam",
     ),
@@ -93,8 +93,8 @@ MISTAKES = {
     ),
     "updates keep the dtype of arithmetic": Mistake(
         "spam_optax/_moments.py",
-        "lambda g, d, y: _arithmetic.cast(d, jnp.asarray(y).dtype),",
-        "lambda g, d, y: d,",
+        "lambda x, y: _arithmetic.cast(x, jnp.asarray(y).dtype), tree, like",
+        "lambda x, y: x, tree, like",
         "test_conformance",
     ),
     "counters overflow": Mistake(
