@@ -15,8 +15,8 @@ from spam_optax._adagn import AdaGNState as AdaGNState
 from spam_optax._adagn import adagn as adagn
 from spam_optax._adam_mini import ScaleByAdamMiniState as ScaleByAdamMiniState
 from spam_optax._adam_mini import adam_mini as adam_mini
-from spam_optax._adam_mini import adam_mini_partition as adam_mini_partition
 from spam_optax._adam_mini import scale_by_adam_mini as scale_by_adam_mini
+from spam_optax._adam_mini_partition import adam_mini_partition as adam_mini_partition
 from spam_optax._clip_update_norm import ClipUpdateNormState as ClipUpdateNormState
 from spam_optax._clip_update_norm import clip_update_norm as clip_update_norm
 from spam_optax._describe import TensorDescription as TensorDescription
