@@ -239,7 +239,6 @@ EXPERIMENTS = {
         scenarios=("clean",),
         rates=HIGH_RATES[:6],
         models=({"compute_dtype": "bfloat16"}, *quantized("int8")),
-        seeds=1,
         adaptive=True,
     ),
     "natural": Experiment(
@@ -278,7 +277,6 @@ EXPERIMENTS = {
         scenarios=("clean",),
         rates=HIGH_RATES[1:],
         models=deep(*INITIALIZATIONS, depths=(3, 12, 48)),  # `deep` has 24
-        seeds=1,
         adaptive=True,
     ),
     "deep clipped": Experiment(
@@ -294,7 +292,6 @@ EXPERIMENTS = {
         scenarios=("clean",),
         rates=DEPTH_RATES,
         models=equal_sizes({}, STABLE),
-        seeds=1,
         adaptive=True,
     ),
     "warm-up": Experiment(
