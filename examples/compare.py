@@ -175,4 +175,4 @@ def grid(name: str, options: argparse.Namespace) -> list[Run]:
 
 
 if __name__ == "__main__":
-    engine.exit_with(main)
+    cli.exit_with(main)

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 
 import pretrain
 from studies import engine, finetune, program
+from trainer import cli
 from trainer.config import RunConfig
 from trainer.data import text_files
 from trainer.errors import UsageError
@@ -111,4 +112,4 @@ def pretrain_small(folder: pathlib.Path) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    engine.exit_with(main)
+    cli.exit_with(main)

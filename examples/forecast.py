@@ -20,7 +20,8 @@ to the folder --output:
 
 from collections.abc import Sequence
 
-from studies import engine, forecast, program
+from studies import forecast, program
+from trainer import cli
 from trainer.config import RunConfig
 
 EXAMPLE = program.Example(
@@ -60,4 +61,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    engine.exit_with(main)
+    cli.exit_with(main)

@@ -23,7 +23,8 @@ writes to the folder --output:
 
 from collections.abc import Sequence
 
-from studies import engine, ppo, program
+from studies import ppo, program
+from trainer import cli
 from trainer.config import RunConfig
 
 EXAMPLE = program.Example(
@@ -53,4 +54,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    engine.exit_with(main)
+    cli.exit_with(main)

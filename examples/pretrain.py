@@ -485,4 +485,4 @@ def show_report(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.exit_with(main)

@@ -139,4 +139,4 @@ def show(options: argparse.Namespace) -> list[engine.Failure]:
 
 
 if __name__ == "__main__":
-    engine.exit_with(main)
+    cli.exit_with(main)

@@ -201,4 +201,4 @@ def report(made: Sequence[Record], folder: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    engine.exit_with(main)
+    cli.exit_with(main)

@@ -20,7 +20,8 @@ to the folder --output:
 
 from collections.abc import Sequence
 
-from studies import digits, engine, program
+from studies import digits, program
+from trainer import cli
 from trainer.config import RunConfig
 
 EXAMPLE = program.Example(
@@ -50,4 +51,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    engine.exit_with(main)
+    cli.exit_with(main)

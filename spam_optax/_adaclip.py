@@ -93,6 +93,7 @@ def adaclip(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, AdaClipState]:
         del params
+        _validate.check_state(state, AdaClipState)
         gradients, structure = _tensor_statistics.flatten(updates, state.adaclip_steps)
         limits = find_limits(gradients, state.adaclip_steps, state.adaclip_mean, gamma3)
 

@@ -127,6 +127,7 @@ def adagc(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, AdaGCState]:
         del params
+        _validate.check_state(state, AdaGCState)
         _validate.check_tensors(updates, state.adagc_steps.shape[0])
         gradients, counters = _tensor_statistics.drop_nonfinite(
             updates, state.adagc_nonfinite_total

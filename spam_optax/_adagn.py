@@ -111,6 +111,7 @@ def adagn(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, AdaGNState]:
         del params
+        _validate.check_state(state, AdaGNState)
         gradients, structure = _tensor_statistics.flatten(updates, state.adagn_steps)
         step = optax.safe_increment(state.adagn_count)
         norm, nonfinite = _tensor_statistics.finite_norms(gradients)

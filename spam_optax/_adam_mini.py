@@ -100,6 +100,7 @@ def scale_by_adam_mini(
         state: ScaleByAdamMiniState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleByAdamMiniState]:
+        _validate.check_state(state, ScaleByAdamMiniState)
         _validate.check_same_tree(updates, state.mu)
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spam_optax import _arithmetic, _spike_history, _tensor_statistics
+from spam_optax import _arithmetic, _spike_history, _tensor_statistics, _validate
 from spam_optax._spike_history import SpikeTest
 
 
@@ -103,6 +103,8 @@ def clip_update_norm(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ClipUpdateNormState]:
         del params
+        _validate.check_state(state, ClipUpdateNormState)
+        _spike_history.check_window(state.update_norms, window)
         _tensor_statistics.check_updates(updates)
         norm = _tensor_statistics.global_norm(updates)
         is_finite = jnp.isfinite(norm)

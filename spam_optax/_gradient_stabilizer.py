@@ -95,6 +95,7 @@ def gradient_stabilizer(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, GradientStabilizerState]:
         del params
+        _validate.check_state(state, GradientStabilizerState)
         gradients, structure = _tensor_statistics.flatten(
             updates, state.stabilizer_mean
         )

@@ -112,6 +112,7 @@ def track_spikes(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, TrackSpikesState]:
+        _validate.check_state(state, TrackSpikesState)
         gradients, _ = _tensor_statistics.flatten(updates, state.tensor_steps)
         norm, nonfinite = _tensor_statistics.finite_norms(
             gradients, _arithmetic.is_nonfinite

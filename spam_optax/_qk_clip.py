@@ -152,6 +152,7 @@ def qk_clip(
         **extra_args: Any,
     ) -> tuple[optax.Updates, QKClipState]:
         del extra_args
+        _validate.check_state(state, QKClipState)
         if params is None:
             raise ValueError(
                 f"{_validate.caller()}: update needs the parameters, got None; pass "

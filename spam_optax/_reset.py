@@ -108,6 +108,7 @@ def reset_moments(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ResetMomentsState]:
+        _validate.check_state(state, ResetMomentsState)
         step = optax.safe_increment(state.reset_step)
         inner_state = state.inner_state
         if interval is not None:

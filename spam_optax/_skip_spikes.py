@@ -147,6 +147,8 @@ def skip_spikes(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SkipSpikesState]:
+        _validate.check_state(state, SkipSpikesState)
+        _spike_history.check_window(state.history.skip_losses, rule.window)
         loss = _loss(extra_args, needs_loss)
         if (norm := extra_args.get("grad_norm")) is None:
             _tensor_statistics.check_updates(updates)

@@ -96,6 +96,7 @@ def scale_by_spam(
         state: ScaleBySpamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySpamState]:
+        _validate.check_state(state, ScaleBySpamState)
         _validate.check_same_tree(updates, state.mu)
         _validate.check_not_complex(updates, state.mu)
         direction, state = spam_step(updates, state, settings)

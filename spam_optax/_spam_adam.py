@@ -94,6 +94,7 @@ def scale_by_spam_adam(
         state: ScaleBySpamAdamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySpamAdamState]:
+        _validate.check_state(state, ScaleBySpamAdamState)
         _validate.check_same_tree(updates, state.mu)
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)

@@ -122,6 +122,7 @@ def spam_clip(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, SpamClipState]:
         del params
+        _validate.check_state(state, SpamClipState)
         _validate.check_same_tree(updates, state.clip_nu)
         step = optax.safe_increment(state.clip_step)
         position = _schedule.reset_position(step, reset_interval)

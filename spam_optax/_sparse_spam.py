@@ -99,6 +99,7 @@ def scale_by_sparse_spam(
         state: ScaleBySparseSpamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySparseSpamState]:
+        _validate.check_state(state, ScaleBySparseSpamState)
         _check_update(updates, state, params, masks)
         updates = _moments.map_leaves(jnp.asarray, updates)
         seeds = state.mask_seeds
@@ -341,6 +342,7 @@ def _decay_entries_with_momentum(
         state: ScaleBySparseSpamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySparseSpamState]:
+        _validate.check_state(state, ScaleBySparseSpamState)
         if params is None:
             raise ValueError(
                 f"{_validate.caller()}: weight_decay needs params, got None."
@@ -410,17 +412,9 @@ def _chosen(params: optax.Params, sparse_params: SparseParams) -> Any:
     """Returns a tree of booleans: which parameters have sparse momentum."""
     argument = f"{_validate.caller()}: sparse_params"
     tree = _validate.booleans(argument, sparse_params, params)
-    try:
-        return jax.tree.map(
-            lambda is_sparse, part: jax.tree.map(lambda _: is_sparse, part),
-            tree,
-            params,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{argument} must be a tree of booleans shaped like the parameters or a "
-            f"prefix of them, got {jax.tree.structure(tree)}."
-        ) from error
+    return jax.tree.map(
+        lambda is_sparse, part: jax.tree.map(lambda _: is_sparse, part), tree, params
+    )
 
 
 def _compact(params: optax.Params, masks: _MaskSettings) -> optax.Params:

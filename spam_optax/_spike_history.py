@@ -125,6 +125,18 @@ def init(window: int) -> StepHistory:
     )
 
 
+def check_window(values: jax.Array, window: int) -> None:
+    """Raises if the window of a state has another length.
+
+    In a shorter window the history might never be long enough.
+    """
+    if values.shape != (window,):
+        raise ValueError(
+            f"{_validate.caller()}: window must be that of the state, "
+            f"{values.shape[0]}, got {window}; call init for a new state."
+        )
+
+
 def judge(
     history: StepHistory,
     loss: jax.Array | None,

@@ -85,6 +85,7 @@ def scale_by_stable_adamw(
         state: ScaleByStableAdamWState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleByStableAdamWState]:
+        _validate.check_state(state, ScaleByStableAdamWState)
         _validate.check_same_tree(updates, state.mu)
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)

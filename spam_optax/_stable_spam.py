@@ -116,6 +116,7 @@ def scale_by_stable_spam(
         state: ScaleByStableSpamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleByStableSpamState]:
+        _validate.check_state(state, ScaleByStableSpamState)
         _validate.check_same_tree(updates, state.mu)
         _validate.check_not_complex(updates, state.mu)
         step = optax.safe_increment(state.count)

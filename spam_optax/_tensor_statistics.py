@@ -15,6 +15,10 @@ from spam_optax import _arithmetic, _moments, _schedule, _validate
 
 Gradient = jax.Array | None
 
+# Smaller norms count as 0, or a factor would overflow. They are norms of float64
+# gradients: the square of a float32 number is 0 or larger than 2**-150.
+_SMALLEST_NORM = 2.0**-100
+
 
 def check_params(params: optax.Params) -> None:
     """Raises unless every parameter has a floating or complex dtype."""
@@ -224,8 +228,12 @@ def clip_factor(norm: jax.Array, limit: jax.typing.ArrayLike) -> jax.Array:
 def rescale_factor(
     norm: jax.Array, wanted: jax.Array, has_history: jax.Array
 ) -> jax.Array:
-    """Returns the factor from a norm to `wanted`, and 1 for tensors without history."""
-    return jnp.where(has_history & (norm > 0), wanted / or_one(norm), 1)
+    """Returns the factor from a norm to `wanted`.
+
+    It is 1 for tensors without history, and for norms that count as 0.
+    """
+    has_factor = has_history & (norm > _SMALLEST_NORM)
+    return jnp.where(has_factor, wanted / jnp.where(has_factor, norm, 1), 1)
 
 
 def scale(x: jax.Array, factor: jax.Array) -> jax.Array:

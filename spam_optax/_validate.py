@@ -179,6 +179,18 @@ def check_transformation(value: Any, name: str = "inner") -> None:
         )
 
 
+def check_state(state: Any, kind: type) -> None:
+    """Raises unless `state` is the `kind` of state that ``init`` returns.
+
+    The names are compared, because a notebook may have loaded the module twice.
+    """
+    if type(state).__name__ != kind.__name__:
+        raise TypeError(
+            f"{caller()}: state must be the {kind.__name__} that init returned, got "
+            f"{type(state).__name__}."
+        )
+
+
 def check_whole(name: str, value: Any, *, low: int, high: int | None = None) -> Any:
     """Raises unless `value` is an array or a whole number from `low` to `high`."""
     return check_number(name, value, at_least=low, at_most=high, whole=True)
@@ -218,14 +230,20 @@ def booleans(argument: str, value: Any, params: Any) -> Any:
     # A tree may be callable, for example a module of booleans.
     is_function = callable(value) and all(map(callable, jax.tree.leaves(value)))
     tree = value(params) if is_function else value
+    needed = (
+        f"{argument} must be a tree of booleans shaped like the parameters or a prefix "
+        "of them"
+    )
     for leaf in jax.tree.leaves(tree):
         if not isinstance(leaf, (bool, np.bool_)):
             shape = getattr(leaf, "shape", None)
             got = shown(leaf) if shape is None else f"an array of shape {shape}"
-            raise TypeError(
-                f"{argument} must be a tree of booleans shaped like the "
-                f"parameters or a prefix of them, got {got} in it."
-            )
+            raise TypeError(f"{needed}, got {got} in it.")
+    structure = jax.tree.structure(tree)
+    try:
+        structure.flatten_up_to(params)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{needed}, got {structure}.") from None
     return tree
 
 

@@ -130,6 +130,7 @@ def zclip(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ZClipState]:
         del params
+        _validate.check_state(state, ZClipState)
         gradients, counters = _tensor_statistics.drop_nonfinite(
             updates, state.zclip_nonfinite_total
         )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from spam_optax import _arithmetic, _tensor_statistics, _validate
@@ -89,6 +90,7 @@ def inject_spikes(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, InjectSpikesState]:
         del params
+        _validate.check_state(state, InjectSpikesState)
         _tensor_statistics.check_updates(updates)
         step = optax.safe_increment(state.injection_step)
 
@@ -133,6 +135,8 @@ def _step_test(
             "inject_spikes: steps must be None, a sequence of whole numbers >= 1 or a "
             f"function of the step{_validate.instead_of_optax(steps)}, got {steps!r}."
         )
+    if isinstance(steps, jax.Array) and not isinstance(steps, jax.core.Tracer):
+        steps = np.asarray(steps)  # Its numbers are checked below.
     steps = tuple(steps)
     for step in steps:
         _validate.check_steps("steps", step, low=1)

@@ -12,6 +12,7 @@ import sys
 import time
 
 from studies import engine
+from trainer import cli
 
 
 class Toy(engine.Study):
@@ -65,4 +66,4 @@ if __name__ == "__main__":
     # In the processes that train, the class is found by the name of its module.
     import toy_study
 
-    engine.exit_with(toy_study.main)
+    cli.exit_with(toy_study.main)

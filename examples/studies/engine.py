@@ -41,7 +41,6 @@ are their programs.
 import abc
 import argparse
 import concurrent.futures
-import contextlib
 import hashlib
 import json
 import math
@@ -172,7 +171,7 @@ def read(study: Study, run: Any, folder: pathlib.Path) -> Any:
         return study.decode(record) if record.get("digest", data) == data else None
     except FileNotFoundError:
         return None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{path} is damaged: remove it to run it again ({error})"
         ) from error
@@ -400,9 +399,3 @@ def exit_code(parser: argparse.ArgumentParser, work: Callable[[], list[Failure]]
         message = " ".join(failure.message.split())
         print(f"{parser.prog}: error: {failure.name}: {message}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def exit_with(main: Callable[[], int]) -> None:
-    """Runs a program's `main`. A reader that closed the pipe is not an error."""
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())

@@ -59,7 +59,7 @@ def read(folder: pathlib.Path, tokenizer: str | None = None) -> Pretrained:
     top = folder if (folder / "config.json").is_file() else folder.parent.parent
     try:
         content = json.loads((top / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
             f"there is no checkpoint in {folder}: cannot read its config.json: {reason}"

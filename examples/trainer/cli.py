@@ -1,11 +1,14 @@
 """Flags of the command line, which reports a mistake in one line."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import math
+import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from trainer import optimizers
@@ -32,6 +35,18 @@ class Parser(argparse.ArgumentParser):
             except UnicodeEncodeError:  # no checkpoint or report could be written
                 self.error(f"{argument!r} must be UTF-8")
         return super().parse_args(arguments, namespace)
+
+
+def exit_with(main: Callable[[], int]) -> None:
+    """Runs a program's `main` and exits with its code.
+
+    A reader that closed the pipe is not an error, and neither is a name that the
+    encoding of the output cannot show.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())
 
 
 def make_parser(name: str, description: str | None, examples: str) -> Parser:
@@ -75,8 +90,10 @@ def folder_or_bucket(text: str) -> str:
 
 
 def folder(text: str) -> pathlib.Path:
-    """Parses the name of a folder."""
-    return pathlib.Path(folder_or_bucket(text))
+    """Parses the name of a folder, which need not exist."""
+    if os.path.isfile(folder_or_bucket(text)):
+        raise argparse.ArgumentTypeError(f"must be a folder, and {text!r} is a file")
+    return pathlib.Path(text)
 
 
 class SettingFlags:

@@ -110,7 +110,8 @@ class RunFolder:
                 f"{self.config} is damaged, or of another version of this program: it"
                 f" has no {error}"
             ) from error
-        except (UsageError, ValueError) as error:  # the latter from JSON and UTF-8
+        # The last two are from JSON and UTF-8.
+        except (UsageError, ValueError, RecursionError) as error:
             raise UsageError(f"{self.config} is damaged: {error}") from error
 
     def write_tensor_names(self, names: tuple[str, ...]) -> None:

@@ -13,8 +13,11 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from trainer.errors import UsageError
+
+SMALLEST, LARGEST = map(float, (np.finfo("float32").tiny, np.finfo("float32").max))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,10 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Real:
-    """Accepts finite numbers in [low, high], or in (low, high]."""
+    """Accepts finite numbers in [low, high], or in (low, high], as float32 sees them.
+
+    Larger numbers would be infinite in the training step. Smaller ones would be 0.
+    """
 
     low: float = 0.0
     high: float = math.inf
@@ -68,17 +74,25 @@ class Real:
         The message shows `given`, the text that was converted to `value`, if any.
         """
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_finite = is_number and math.isfinite(value)
+        is_finite = is_number and abs(value) <= LARGEST
+        seen = value
+        if is_number and not is_finite:
+            seen = math.inf
+        elif is_number and abs(value) < SMALLEST:
+            seen = 0.0
         if (
             not is_finite
-            or not (value > self.low if self.exclude_low else value >= self.low)
-            or value > self.high
+            or not (seen > self.low if self.exclude_low else seen >= self.low)
+            or seen > self.high
         ):
             bound = f"{'>' if self.exclude_low else '>='} {self.low:g}"
             if self.high < math.inf:
                 bound += f" and <= {self.high:g}"
             shown = value if given is None else given
-            raise ValueError(f"must be a finite number {bound}, not {shown!r}")
+            note = ""
+            if is_number and math.isfinite(value) and seen != value:
+                note = f", which is {seen:g} in float32"
+            raise ValueError(f"must be a finite number {bound}, not {shown!r}{note}")
         return value
 
 

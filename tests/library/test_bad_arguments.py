@@ -299,6 +299,20 @@ CLIPS = (
     *(spam_optax.zclip, spam_optax.adagc, spam_optax.adaclip, spam_optax.adagn),
     spam_optax.gradient_stabilizer,
 )
+SCALES = (spam_optax.spam_clip, spam_optax.clip_update_norm) + tuple(
+    function for function in MOMENTS if function.__name__.startswith("scale_by")
+)
+WITH_STATES = {function.__name__: function() for function in (*SCALES, *CLIPS)} | {
+    "skip_spikes": spam_optax.skip_spikes(optax.adam(0.1)),
+    "track_spikes": spam_optax.track_spikes(optax.adam(0.1)),
+    "reset_moments": spam_optax.reset_moments(optax.adam(0.1), 5),
+    "inject_spikes": testing.inject_spikes(0),
+    "qk_clip": spam_optax.qk_clip(),
+}
+WITH_WINDOWS = {
+    "skip_spikes": functools.partial(spam_optax.skip_spikes, optax.adam(0.1)),
+    "clip_update_norm": spam_optax.clip_update_norm,
+}
 
 
 def other_cases():
@@ -416,7 +430,12 @@ def other_cases():
             ),
         )
     for function in (*decayed, *SPARSE[1:], spam_optax.spam, spam_optax.spam_adam):
-        for mask, got in (("kernel", "'kernel'"), (lambda p: {"a": 1}, "1 in it")):
+        for mask, got, error in (
+            ("kernel", "'kernel'", TypeError),
+            (lambda p: {"a": 1}, "1 in it", TypeError),
+            ({"a": True}, "{'a': *}", ValueError),
+            (lambda p: None, "None", ValueError),
+        ):
             tx = function(weight_decay=0.1, mask=mask)
             yield (
                 f"{function.__name__}-a mask with {got}",
@@ -425,6 +444,49 @@ def other_cases():
                     "mask",
                     got,
                     "a tree of booleans",
+                    error,
+                ),
+            )
+    for name, tx in WITH_STATES.items():
+        kind = type(tx.init(VECTOR)).__name__
+        yield (
+            f"{name}-a state of Adam",
+            Case(
+                update(tx, VECTOR, VECTOR, VECTOR, optax.adam(0.1)),
+                "state",
+                "got tuple",
+                f"must be the {kind} that init returned",
+                TypeError,
+            ),
+        )
+    for name, function in WITH_WINDOWS.items():
+        yield (
+            f"{name}-a window that is not that of the state",
+            Case(
+                update(function(), VECTOR, VECTOR, VECTOR, function(window=32)),
+                "window",
+                "got 128",
+                "must be that of the state, 32",
+            ),
+        )
+    yield (
+        "inject_spikes-steps in an array",
+        Case(
+            lambda: testing.inject_spikes(0, steps=jnp.array([1.5])),
+            "steps",
+            "1.5)",
+            "a whole number >= 1",
+        ),
+    )
+    for init in (initializers.stable_kernel(8), initializers.wesar_kernel):
+        for dtype in ("int32", "bool"):
+            yield (
+                f"initializers-{dtype}",
+                Case(
+                    functools.partial(init, jax.random.key(0), (2, 2), dtype),
+                    "dtype",
+                    f"got {dtype}",
+                    "must be floating or complex",
                     TypeError,
                 ),
             )

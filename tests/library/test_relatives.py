@@ -368,6 +368,19 @@ def test_norms_that_overflow(name, steps):
         close(updates["a"], np.ones(SHAPES["a"]), rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["adagn", "gradient_stabilizer", "stable_spam"])
+@pytest.mark.parametrize("tiny", [1e-30, 1e-38, 1e-41])
+def test_tiny_float64_gradients(name, tiny):
+    """Their float32 norm is subnormal, and nothing divided by it may overflow."""
+    tx = getattr(spam_optax, name)()
+    with jax.enable_x64(True):
+        state, update = tx.init(jnp.ones(2)), jax.jit(tx.update)
+        for value in (1.0, tiny, 1.0):
+            updates, state = update(jnp.full(2, value), state)
+            for x in jax.tree.leaves((updates, state)):
+                assert np.isfinite(x).all()
+
+
 @pytest.mark.parametrize("name", RELATIVES)
 def test_zero_gradients_from_the_start(name):
     """Nothing moves and nothing is NaN. A later gradient counts as the first."""

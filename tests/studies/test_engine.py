@@ -58,8 +58,15 @@ def test_a_record_of_other_settings_or_data_is_made_again(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b'{"settings": {"ra', b"\0\0\0", b"[]", b"{}", b'{"settings": {"rate": 1}}'],
-    ids=["cut short", "never written", "a list", "no settings", "no results"],
+    [
+        b'{"settings": {"ra',
+        b"\0\0\0",
+        b"[]",
+        b"{}",
+        b'{"settings": {"rate": 1}}',
+        b"[" * 100_000,
+    ],
+    ids=["cut short", "never written", "a list", "no settings", "no results", "deep"],
 )
 def test_a_damaged_record_is_a_mistake(content, tmp_path):
     (tmp_path / "rate_1.json").write_bytes(content)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import pretrain
-from trainer import run_folder
+from trainer import cli, run_folder
 from trainer.config import RunConfig
 from trainer.output import sinks
 from trainer.run_folder import Run
@@ -29,7 +29,7 @@ from trainer_process import without_timing
         (["--data=short.txt"], ["train", "90 bytes", "101"]),
         (["--data=medium.txt"], ["validation", "50 bytes", "101"]),
         (["--output=file.txt/run"], ["output folder", "file.txt"]),
-        (["--output=file.txt"], ["output folder", "file.txt"]),
+        (["--output=file.txt"], ["--output", "must be a folder", "file.txt"]),
         ([f"--output={'x' * 300}"], ["output folder", "name too long"]),
         (["--preset=huge"], ["--preset", "huge", "tiny"]),
         (["--data=*.md"], ["*.md"]),
@@ -80,6 +80,9 @@ from trainer_process import without_timing
         (["--bursts=-1"], ["--bursts", ">= 0"]),
         (["--spike-rate=1.5"], ["--spike-rate", "<= 1", "'1.5'"]),
         (["--spike-factor=x"], ["--spike-factor", "'x'"]),
+        (["--spike-factor=1e40"], ["--spike-factor", "which is inf in float32"]),
+        (["--z-loss=1e40"], ["--z-loss", ">= 0", "which is inf in float32"]),
+        (["--clip-norm=1e-50"], ["--clip-norm", "> 0", "which is 0 in float32"]),
         (["--spike-kind=odd"], ["--spike-kind", "noise"]),
         (["--threshold=0"], ["--threshold", "> 0"]),
         (["--reset-interval=1"], ["--reset-interval", ">= 2"]),
@@ -89,6 +92,7 @@ from trainer_process import without_timing
         (["--resume"], ["--resume needs --output"]),
         (["--resume", "--output=nowhere"], ["no run to resume", "nowhere"]),
         (["--resume", "--output=damaged"], ["damaged", "config.json"]),
+        (["--resume", "--output=deep"], ["damaged", "config.json", "recursion"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -103,6 +107,8 @@ def test_mistakes_get_one_line_and_exit_code_2(
     pathlib.Path("damaged").mkdir()
     pathlib.Path("empty").mkdir()
     pathlib.Path("damaged/config.json").write_text("{")
+    pathlib.Path("deep").mkdir()
+    pathlib.Path("deep/config.json").write_text("[" * 100_000)
     line = refused(capsys, "--sequence-length=100", *flags)
     for word in words:
         assert word in line
@@ -115,6 +121,14 @@ def test_mistake_in_a_process_of_its_own(trainer, tmp_path):
     assert (code, output) == (2, "")
     assert errors.count("\n") == 1
     assert "Traceback" not in errors and "usage" not in errors
+
+
+def test_a_reader_that_closes_the_pipe_is_no_mistake(capsys):
+    def main():
+        raise BrokenPipeError
+
+    cli.exit_with(main)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.one_python
@@ -156,6 +170,7 @@ def damage(path, how):
             *lines[4:],
         ],
         "the last evaluation cut": [*lines[:-1], lines[-1][:-20]],
+        "too deep": [*lines[:3], b"[" * 100_000 + b"\n", *lines[4:]],
         "a step missing": [*lines[:4], *lines[5:]],
         "no file": None,
     }[how]
@@ -171,6 +186,7 @@ def damage(path, how):
         ("a line of garbage", ["metrics.jsonl, line 4, is damaged"]),
         ("a row without a step", ["metrics.jsonl, line 4, is damaged"]),
         ("a step in words", ["metrics.jsonl, line 4, is damaged"]),
+        ("too deep", ["metrics.jsonl, line 4, is damaged"]),
         ("a step missing", ["4 steps", "of adam", "another folder"]),
         ("no file", ["0 steps", "of adam", "another folder"]),
     ],

@@ -250,7 +250,7 @@ def read(path: pathlib.Path) -> list[Row]:
             row["optimizer"]
             if not isinstance(row["step"], int):
                 raise ValueError(f"its step is {row['step']!r}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number}, is damaged: {error}") from error
         rows.append(row)
     return rows
