@@ -172,7 +172,7 @@ def test_the_names_under_which_trainers_pass_the_loss():
         tx.update(params, state, params, value=jnp.ones(2))
     with pytest.raises(TypeError, match="skip_spikes: value must be a real scalar"):
         tx.update(params, state, params, value=jax.random.key(0))
-    strict = spam_optax.skip_spikes(optax.adam(0.1), needs_loss=True)
+    strict = spam_optax.skip_spikes(optax.adam(0.1), needs_loss=True, **QUICK)
     with pytest.raises(ValueError, match="skip_spikes: update needs the loss"):
         strict.update(params, state, params)
 
