@@ -67,7 +67,8 @@ def clip_update_norm(
       The transformation. Its updates keep their dtype.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or in ``update``, if the state has
+        another window.
       TypeError: If an argument, or the dtype of an update, is of the wrong type.
 
     Examples:

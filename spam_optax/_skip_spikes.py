@@ -98,7 +98,8 @@ def skip_spikes(
 
     Raises:
       ValueError: If an argument is out of range; by ``update``, if `needs_loss` is True
-        and there is no loss, or if ``value`` and ``loss`` are both passed.
+        and there is no loss, if ``value`` and ``loss`` are both passed, or if the state
+        has another window.
       TypeError: If an argument is of the wrong type; by ``update``, if the loss or the
         norm is not a real scalar.
 

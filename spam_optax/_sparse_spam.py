@@ -332,6 +332,7 @@ def _decay_entries_with_momentum(
     It computes the selection in the same way as `scale`, and compilers merge both
     computations.
     """
+    caller = _validate.caller()
 
     def init_fn(params: optax.Params) -> ScaleBySparseSpamState:
         decay.init(params)  # This raises an error if its mask does not fit.
@@ -342,11 +343,8 @@ def _decay_entries_with_momentum(
         state: ScaleBySparseSpamState,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ScaleBySparseSpamState]:
-        _validate.check_state(state, ScaleBySparseSpamState)
         if params is None:
-            raise ValueError(
-                f"{_validate.caller()}: weight_decay needs params, got None."
-            )
+            raise ValueError(f"{caller}: weight_decay needs params, got None.")
         updates, state = scale.update(updates, state, params)
         # init gets the updates: some leaves of the parameters may not be arrays.
         decayed, _ = decay.update(updates, decay.init(updates), params)

@@ -126,14 +126,16 @@ def init(window: int) -> StepHistory:
 
 
 def check_window(values: jax.Array, window: int) -> None:
-    """Raises if the window of a state has another length.
+    """Raises if the history of a state has another length.
 
-    In a shorter window the history might never be long enough.
+    That length would be used in place of the window. If it is below `min_history`, no
+    value would ever be a spike.
     """
-    if values.shape != (window,):
+    if jnp.shape(values) != (window,):
         raise ValueError(
-            f"{_validate.caller()}: window must be that of the state, "
-            f"{values.shape[0]}, got {window}; call init for a new state."
+            f"{_validate.caller()}: window must be the length of the history in the "
+            f"state, which has shape {jnp.shape(values)}, got {window}; pass that "
+            "length, or begin a new history."
         )
 
 

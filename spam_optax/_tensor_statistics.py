@@ -15,8 +15,8 @@ from spam_optax import _arithmetic, _moments, _schedule, _validate
 
 Gradient = jax.Array | None
 
-# Smaller norms count as 0, or a factor would overflow. They are norms of float64
-# gradients: the square of a float32 number is 0 or larger than 2**-150.
+# A quotient of a smaller norm could overflow, so a smaller norm counts as 0. Only
+# float64 gradients have one: the square of a float32 number is 0 or at least 2**-149.
 _SMALLEST_NORM = 2.0**-100
 
 

@@ -184,7 +184,7 @@ def check_state(state: Any, kind: type) -> None:
 
     The names are compared, because a notebook may have loaded the module twice.
     """
-    if type(state).__name__ != kind.__name__:
+    if kind.__name__ not in (base.__name__ for base in type(state).__mro__):
         raise TypeError(
             f"{caller()}: state must be the {kind.__name__} that init returned, got "
             f"{type(state).__name__}."
@@ -243,7 +243,9 @@ def booleans(argument: str, value: Any, params: Any) -> Any:
     try:
         structure.flatten_up_to(params)
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{needed}, got {structure}.") from None
+        raise ValueError(
+            f"{needed}, {jax.tree.structure(params)}, got {structure}."
+        ) from None
     return tree
 
 

@@ -337,7 +337,10 @@ def _normal(std: float) -> Initializer:
     ) -> jax.Array:
         dtype = jnp.result_type(float) if dtype is None else dtype
         if not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(f"dtype must be floating or complex, got {dtype}.")
+            raise TypeError(
+                "initializers: dtype must be floating or complex, got "
+                f"{jnp.dtype(dtype)}."
+            )
         # A normal drawn in bfloat16 has 128 values and a mean of -0.012 std. A common
         # mean is a large singular value: it grows with the width, and those of the
         # noise grow with its root.

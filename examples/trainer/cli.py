@@ -1,12 +1,12 @@
 """Flags of the command line, which reports a mistake in one line."""
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import math
 import os
 import pathlib
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -40,13 +40,33 @@ class Parser(argparse.ArgumentParser):
 def exit_with(main: Callable[[], int]) -> None:
     """Runs a program's `main` and exits with its code.
 
-    A reader that closed the pipe is not an error, and neither is a name that the
-    encoding of the output cannot show.
+    If the reader of the output has gone, as after `| head`, the program ends quietly
+    with the code 141, as after SIGPIPE. Names that the encoding of the output lacks are
+    escaped.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())
+    try:
+        try:
+            code = main()
+        except SystemExit as stop:  # from argparse
+            code = stop.code
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        # Python would complain about the rest of the output, which nobody reads.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code)
+
+
+def _reader_has_gone() -> bool:
+    """Returns whether the standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))
 
 
 def make_parser(name: str, description: str | None, examples: str) -> Parser:

@@ -110,7 +110,7 @@ class RunFolder:
                 f"{self.config} is damaged, or of another version of this program: it"
                 f" has no {error}"
             ) from error
-        # The last two are from JSON and UTF-8.
+        # JSON and UTF-8 raise ValueError, and deeply nested JSON RecursionError.
         except (UsageError, ValueError, RecursionError) as error:
             raise UsageError(f"{self.config} is damaged: {error}") from error
 

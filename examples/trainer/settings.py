@@ -17,7 +17,7 @@ import numpy as np
 
 from trainer.errors import UsageError
 
-SMALLEST, LARGEST = map(float, (np.finfo("float32").tiny, np.finfo("float32").max))
+_FLOAT32 = np.finfo(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,10 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Real:
-    """Accepts finite numbers in [low, high], or in (low, high], as float32 sees them.
+    """Accepts finite numbers in [low, high], or in (low, high].
 
-    Larger numbers would be infinite in the training step. Smaller ones would be 0.
+    Numbers beyond the range of float32 would be infinite in the training step. Numbers
+    closer to 0 than its smallest normal number would be 0.
     """
 
     low: float = 0.0
@@ -74,26 +75,28 @@ class Real:
         The message shows `given`, the text that was converted to `value`, if any.
         """
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_finite = is_number and abs(value) <= LARGEST
-        seen = value
-        if is_number and not is_finite:
-            seen = math.inf
-        elif is_number and abs(value) < SMALLEST:
-            seen = 0.0
+        seen = _as_float32(value) if is_number else math.nan
         if (
-            not is_finite
-            or not (seen > self.low if self.exclude_low else seen >= self.low)
-            or seen > self.high
+            not math.isfinite(seen)
+            or not self.low <= value <= self.high
+            or (self.exclude_low and not seen > self.low)
         ):
             bound = f"{'>' if self.exclude_low else '>='} {self.low:g}"
             if self.high < math.inf:
                 bound += f" and <= {self.high:g}"
             shown = value if given is None else given
             note = ""
-            if is_number and math.isfinite(value) and seen != value:
+            if is_number and abs(value) < math.inf and seen != value:
                 note = f", which is {seen:g} in float32"
             raise ValueError(f"must be a finite number {bound}, not {shown!r}{note}")
         return value
+
+
+def _as_float32(value: float) -> float:
+    """Returns a number as float32 arithmetic sees it: subnormal numbers are 0."""
+    if not abs(value) <= float(_FLOAT32.max):
+        return math.nan if value != value else math.copysign(math.inf, value)
+    return 0.0 if abs(value) < float(_FLOAT32.tiny) else value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -466,7 +466,7 @@ def other_cases():
                 update(function(), VECTOR, VECTOR, VECTOR, function(window=32)),
                 "window",
                 "got 128",
-                "must be that of the state, 32",
+                "the history in the state, which has shape (32,)",
             ),
         )
     yield (
@@ -478,14 +478,17 @@ def other_cases():
             "a whole number >= 1",
         ),
     )
-    for init in (initializers.stable_kernel(8), initializers.wesar_kernel):
-        for dtype in ("int32", "bool"):
+    for name, init in (
+        ("stable_kernel", initializers.stable_kernel(8)),
+        ("wesar_kernel", initializers.wesar_kernel),
+    ):
+        for dtype in ("int32", jnp.int32, bool):
             yield (
-                f"initializers-{dtype}",
+                f"initializers-{name} of {dtype}",
                 Case(
                     functools.partial(init, jax.random.key(0), (2, 2), dtype),
                     "dtype",
-                    f"got {dtype}",
+                    f"got {jnp.dtype(dtype)}",
                     "must be floating or complex",
                     TypeError,
                 ),
@@ -542,16 +545,16 @@ def other_cases():
                 ),
             )
     reset_adam = spam_optax.reset_moments(optax.adam(0.1), 3)
-    for updates, params, value in (
-        ({"z": VECTOR}, None, "{'z': *}"),
-        (PARAMS, {"z": VECTOR}, "{'z': *}"),
+    for name, updates, params in (
+        ("updates", {"z": VECTOR}, None),
+        ("params", PARAMS, {"z": VECTOR}),
     ):
         yield (
-            f"reset_moments-trees {value}",
+            f"reset_moments-another tree of {name}",
             Case(
                 update(reset_adam, updates, params),
                 "params",
-                value,
+                "{'z': *}",
                 "trees like init's parameters",
             ),
         )
@@ -1040,9 +1043,18 @@ def relative_cases():
         )
 
 
-CASES = dict(
-    [*cases_of_the_table(), *other_cases(), *sparse_cases(), *relative_cases()]
-)
+EVERY_CASE = [
+    *cases_of_the_table(),
+    *other_cases(),
+    *sparse_cases(),
+    *relative_cases(),
+]
+CASES = dict(EVERY_CASE)
+
+
+def test_every_case_has_a_name_of_its_own():
+    names = [name for name, _ in EVERY_CASE]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
 @pytest.mark.parametrize("function", sorted({name.split("-")[0] for name in CASES}))
@@ -1054,7 +1066,7 @@ def test_bad_arguments_are_named_with_their_value_and_what_is_allowed(function):
                 case.call()
             message = str(error.value)
             assert error.type is case.error, name
-            assert "\n" not in message and message == message.strip(), name
+            assert "\n" not in message and message == message.strip(" :"), name
             for part in (case.argument, case.value, case.allowed):
                 assert part in message, name
 

@@ -1,13 +1,16 @@
 """Mistakes of the user: each is reported in one line, and changes no file."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 import pretrain
-from trainer import cli, run_folder
+from trainer import run_folder
 from trainer.config import RunConfig
 from trainer.output import sinks
 from trainer.run_folder import Run
@@ -82,6 +85,7 @@ from trainer_process import without_timing
         (["--spike-factor=x"], ["--spike-factor", "'x'"]),
         (["--spike-factor=1e40"], ["--spike-factor", "which is inf in float32"]),
         (["--z-loss=1e40"], ["--z-loss", ">= 0", "which is inf in float32"]),
+        (["--weight-decay=-1e-40"], ["--weight-decay", ">= 0"]),
         (["--clip-norm=1e-50"], ["--clip-norm", "> 0", "which is 0 in float32"]),
         (["--spike-kind=odd"], ["--spike-kind", "noise"]),
         (["--threshold=0"], ["--threshold", "> 0"]),
@@ -123,12 +127,50 @@ def test_mistake_in_a_process_of_its_own(trainer, tmp_path):
     assert "Traceback" not in errors and "usage" not in errors
 
 
-def test_a_reader_that_closes_the_pipe_is_no_mistake(capsys):
-    def main():
-        raise BrokenPipeError
+PRINTS = """
+import sys
+sys.path.insert(0, "examples")
+from trainer import cli
 
-    cli.exit_with(main)
-    assert capsys.readouterr().err == ""
+def main():
+    print("\\u00fc" * {length})
+    {rest}
+    return 3
+
+cli.exit_with(main)
+"""
+
+
+@pytest.mark.one_python
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_reader_that_has_gone_ends_a_program_quietly(length):
+    """The output fits the buffer, and is written at the end, or it does not."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = PRINTS.format(length=length, rest="")
+    done = run_python(code, stdout=writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.one_python
+def test_another_closed_pipe_is_an_error():
+    done = run_python(PRINTS.format(length=1, rest="raise BrokenPipeError('socket')"))
+    assert done.returncode == 1 and "BrokenPipeError: socket" in done.stderr
+    assert done.stdout == "\\xfc\n"  # which ASCII lacks
+
+
+def run_python(code, stdout=subprocess.PIPE):
+    """Runs a program, whose output is buffered and in ASCII."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "JAX_PLATFORMS": "cpu"}
+    environment.pop("PYTHONUNBUFFERED", None)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=environment,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.one_python
