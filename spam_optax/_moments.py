@@ -209,12 +209,21 @@ def add_counts(
 
 
 def fields(state: optax.OptState, name: str) -> list[Any]:
-    """Returns what the named tuples, not dictionaries, in `state` call `name`."""
-    return [
-        value
-        for path, value in optax.tree.get_all_with_path(state, name)
-        if path and getattr(path[-1], "name", None) == name
-    ]
+    """Returns the fields called `name` of the states in `state`.
+
+    A dictionary in a named tuple is no state, because a layer may be called `mu`. In
+    MaxText, dictionaries replace all named tuples of a state.
+    """
+
+    def is_field(path: tuple[Any, ...]) -> bool:
+        names = [getattr(key, "name", None) for key in path]
+        if any(names):
+            return names[-1] == name
+        above = {getattr(key, "key", None) for key in path[:-1]}
+        return bool(path) and not above & {"mu", "nu"}
+
+    found = optax.tree.get_all_with_path(state, name)
+    return [value for path, value in found if is_field(path)]
 
 
 def cast_like(tree: Any, like: Any) -> Any:

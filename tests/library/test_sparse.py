@@ -460,9 +460,12 @@ def test_tensors_are_described():
 )
 def test_layers_called_mu_are_no_moments(tx):
     params = {"vae": {"mu": {"kernel": jnp.ones((4, 2))}, "nu": jnp.ones(2)}}
-    rows = spam_optax.describe_tensors(tx.init(params), params)
-    assert [row.name for row in rows] == ["vae/mu/kernel", "vae/nu"]
-    assert [row.density for row in rows] == [1.0, 1.0]
+    state = tx.init(params)
+    # MaxText keeps a state as dictionaries.
+    for state in (state, flax.serialization.to_state_dict(state)):
+        rows = spam_optax.describe_tensors(state, params)
+        assert [row.name for row in rows] == ["vae/mu/kernel", "vae/nu"]
+        assert [row.density for row in rows] == [1.0, 1.0]
 
 
 def test_density_of_a_number_among_the_parameters():
