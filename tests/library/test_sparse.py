@@ -460,9 +460,9 @@ def test_tensors_are_described():
 )
 def test_layers_called_mu_are_no_moments(tx):
     params = {"vae": {"mu": {"kernel": jnp.ones((4, 2))}, "nu": jnp.ones(2)}}
-    state = tx.init(params)
+    first = tx.init(params)
     # MaxText keeps a state as dictionaries.
-    for state in (state, flax.serialization.to_state_dict(state)):
+    for state in (first, flax.serialization.to_state_dict(first)):
         rows = spam_optax.describe_tensors(state, params)
         assert [row.name for row in rows] == ["vae/mu/kernel", "vae/nu"]
         assert [row.density for row in rows] == [1.0, 1.0]
