@@ -694,5 +694,5 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as exit_:
         compare.main([*FLAGS, f"--output={tmp_path / 'file'}"])
-    assert exit_.value.code == 1
-    assert "Not a directory" in capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert "--output: must be a folder" in capsys.readouterr().err
