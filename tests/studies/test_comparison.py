@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,6 @@ from studies.comparison import (
     figures,
     report,
     statistics,
-    study,
     variants,
 )
 from studies.comparison.statistics import Result
@@ -32,7 +29,6 @@ from trainer.errors import UsageError
 # The studies hardly depend on the version of Python: see docs/development.md.
 pytestmark = pytest.mark.slow
 
-RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
 STUDY = Comparison()
 BASE = RunConfig.from_settings(
     preset="nano",
@@ -542,102 +538,6 @@ def test_gradient_spikes_do_not_include_the_faults():
         f" | 0.0 (0) | 1.0 ({clean.deviations[2e-3]:.0f}) |" in text
     )
     assert "| calm | clean |" not in text
-
-
-# ---------------------------------------------------------------- the committed results
-
-
-@pytest.mark.parametrize("name", ["comparison", "stability"])
-def test_committed_pages_have_the_tables_of_the_committed_numbers(name):
-    page = (RESULTS / f"{name}.md").read_text().splitlines()
-    stored = json.loads((RESULTS / f"{name}.json").read_text())
-    for name, contents in stored.items():
-        results = [Result.from_json(content) for content in contents]
-        again = json.loads(json.dumps([result.to_json() for result in results]))
-        assert again == contents
-        heading = f"{name}: {experiments.EXPERIMENTS[name].question}"
-        lines = report.markdown(heading, results, []).splitlines()
-        assert set(lines) <= set(page)
-    assert set(report.explanations().splitlines()) <= set(page)
-
-
-def test_experiments_without_committed_results_are_named():
-    stored = [
-        name
-        for page in ("comparison", "stability")
-        for name in json.loads((RESULTS / f"{page}.json").read_text())
-    ]
-    assert len(stored) == len(set(stored))
-    missing = [name for name in experiments.EXPERIMENTS if name not in stored]
-    assert set(stored) | set(missing) == set(experiments.EXPERIMENTS)
-    text = (RESULTS / "stability.md").read_text()
-    named = re.findall("^- `(.*)`: ", text.partition("## Not yet run")[2], re.M)
-    assert named == missing
-
-
-def test_the_table_of_depths_shows_the_committed_numbers():
-    stored = json.loads((RESULTS / "stability.json").read_text())["depth"]
-    found = {(r.layers, r.model): r for r in map(Result.from_json, stored)}
-    page = (RESULTS / "stability.md").read_text()
-    table = page.partition("| layers | standard,")[2].partition("\n\n")[0]
-    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
-    assert [int(row[0]) for row in rows] == list(experiments.DEPTHS)
-    for layers, *cells in rows:
-        both = [found[int(layers), x] for x in ("standard, plain", "stable, scaled")]
-        want = [(f"{x.final_loss:.3f}", f"{x.largest_rate:g}") for x in both]
-        assert cells == [cell for pair in want for cell in pair]
-        assert both[1].high < both[0].low  # every seed is better
-
-
-def test_the_table_of_natural_spikes_shows_the_committed_numbers():
-    stored = json.loads((RESULTS / "stability.json").read_text())["natural"]
-    found = {(r.label, r.model): r for r in map(Result.from_json, stored)}
-    page = (RESULTS / "stability.md").read_text()
-    table = page.partition("| optimizer | 0.008 |")[2].partition("\n\n")[0]
-    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
-    assert {row[0] for row in rows} == {label for label, _ in found}
-    ways = [
-        f"standard, plain{way}"
-        for way in ("", ", warm-up 1", ", batch 2", ", bfloat16")
-    ]
-    for label, *cells, spikes in rows:
-        curves = [found[label, way].curve for way in ways[:2]]
-        losses = [np.mean(curve[rate]) for curve in curves for rate in (8e-3, 3.2e-2)]
-        assert cells == [f"{loss:.3f}" for loss in losses]
-        counts = [found[label, way].gradient_spikes for way in ways]
-        assert spikes == f"{np.mean([count[3.2e-2] for count in counts]):.2f}"
-        assert not any(count[8e-3] for count in counts)  # as the text says
-
-
-def test_the_table_of_faults_shows_the_committed_numbers():
-    names = {
-        "Adam": "adam",
-        "Adam, norm clipped": "adam_clip",
-        "SPAM": "spam",
-        "SPAM, norm clipped": "clip_spam",
-    }
-    stored = json.loads((RESULTS / "comparison.json").read_text())["guards"]
-    found = {(r["label"], r["scenario"]): r for r in stored}
-    page = (RESULTS / "comparison.md").read_text()
-    table = page.partition("| final loss | clean |")[2].partition("\n\n")[0]
-    heading, _, *rows = table.splitlines()
-    scenarios = ["clean", *heading.strip(" |").split(" | ")]
-    assert sorted(scenarios) == sorted(study.SCENARIOS)
-    assert len(rows) == len({label for label, _ in found}) == 10
-    for row in rows:
-        name, *cells = row.strip("| ").split(" | ")
-        name, _, guard = name.partition(" in ")
-        kinds = {
-            "": "",
-            "a guard": "guard, ",
-            "the published guard": "published guard, ",
-        }
-        for scenario, cell in zip(scenarios, cells, strict=True):
-            result = found[kinds[guard] + names[name], scenario]
-            has_diverged = result["diverged"] == result["runs"]
-            assert cell == (
-                "diverged" if has_diverged else f"{result['final_loss']:.3f}"
-            )
 
 
 # ------------------------------------------------------------------------- the program

@@ -6,7 +6,6 @@ import itertools
 import json
 import lzma
 import math
-import pathlib
 import re
 import types
 
@@ -25,7 +24,6 @@ from studies.spike_census import (
     counting,
     statistics,
     study,
-    tables,
 )
 from studies.spike_census.study import Record, Setting
 from trainer import model, train_step
@@ -35,7 +33,6 @@ from trainer.errors import UsageError
 # Which tests are nightly: see docs/development.md.
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
-RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
 TINY = Setting(
     batch_size=2, sequence_length=8, layers=2, width=16, steps=60, learning_rate=1e-2
 )
@@ -522,18 +519,6 @@ def test_other_settings_have_other_records():
         for changes in ({}, {"steps": 70}, {"seed": 1}, {"text": "a/shakespeare"})
     }
     assert len(names) == 4
-
-
-def test_the_committed_page_has_the_tables_of_the_committed_numbers():
-    """Except for the table of the kinds of tensors, which needs the records."""
-    page = (RESULTS / "spike_census.md").read_text()
-    runs = json.loads((RESULTS / "spike_census.json").read_text())["runs"]
-    for make in (
-        tables.spikes_table,
-        tables.relation_table,
-        tables.embeddings_table,
-    ):
-        assert make(list(runs.values())).to_markdown() in page
 
 
 @pytest.mark.parametrize(

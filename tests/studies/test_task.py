@@ -1,9 +1,6 @@
 """Training of any task under an optimizer, with a line that is fitted to points."""
 
 import dataclasses
-import importlib
-import json
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -113,19 +110,3 @@ def test_the_options_of_a_task_decide_the_name_of_a_record():
     names = {Lines(Options(slope)).name(run) for slope in (3.0, 4.0)}
     assert len(names) == 2
     assert all(name.startswith("adam_clip-severity_5-0.1-seed3-") for name in names)
-
-
-RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
-
-
-def test_the_committed_page_has_the_tables_of_the_committed_numbers():
-    page = (RESULTS / "tasks.md").read_text().splitlines()
-    stored = json.loads((RESULTS / "tasks.json").read_text())
-    assert stored
-    for name, contents in stored.items():
-        program, *_ = name.split(", ")  # what follows is its setting
-        example = importlib.import_module(program).EXAMPLE
-        results = [statistics.Result.from_json(content) for content in contents]
-        heading = f"{name}: {example.question}"
-        lines = report.markdown(heading, results, [], example.study.score).splitlines()
-        assert set(lines) <= set(page)
