@@ -123,15 +123,15 @@ def figure_of_depth(results: Sequence[Result]) -> matplotlib.figure.Figure:
                 x.largest_rate if quantity == "largest rate" else x.final_loss
                 for x in own
             ]
-            width = 1 - (number + 1) / len(panels)  # Equal lines are both visible.
+            # A line shows through the dashes of one that is equal to it.
+            dashes = ("-", "--")[number % 2] if number < len(COLORS) else ":"
             axis.plot(
                 [x.layers for x in own],
                 values,
                 color=COLORS[number % len(COLORS)],
-                linestyle="-" if number < len(COLORS) else "--",
-                linewidth=1.5 + 4 * width,
+                linestyle=dashes,
                 marker="o",
-                markersize=4 + 6 * width,
+                markersize=4,
                 label=model,
             )
         axis.set_xscale("log", base=2)
