@@ -136,7 +136,8 @@ def stable_kernel(width: int) -> Initializer:
 
     Raises:
       ValueError: If `width` is not a whole number of at least 1.
-      TypeError: If `width` is not a number.
+      TypeError: If `width` is not a number. ``init`` raises it if the dtype is neither
+        floating nor complex.
 
     Examples:
       >>> import jax

@@ -94,9 +94,12 @@ class Real:
 
 def _as_float32(value: float) -> float:
     """Returns a number as float32 arithmetic sees it: subnormal numbers are 0."""
-    if not abs(value) <= float(_FLOAT32.max):
-        return math.nan if value != value else math.copysign(math.inf, value)
-    return 0.0 if abs(value) < float(_FLOAT32.tiny) else value
+    # Comparisons are exact for whole numbers that no float can hold.
+    if abs(value) < float(_FLOAT32.tiny):
+        return 0.0
+    if abs(value) <= float(_FLOAT32.max):
+        return value
+    return math.inf if value > 0 else -math.inf
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,19 @@ from studies.spike_census import tables
 RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
 
 
+def results_of(page, name):
+    """Returns the committed results of an experiment of a page."""
+    contents = json.loads((RESULTS / f"{page}.json").read_text())[name]
+    return [Result.from_json(content) for content in contents]
+
+
+def rows_below(page, heading):
+    """Returns the cells of the table of a page that begins with a heading."""
+    text = (RESULTS / f"{page}.md").read_text()
+    table = text.partition(f"\n{heading}")[2].partition("\n\n")[0]
+    return [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+
+
 @pytest.mark.parametrize("name", ["comparison", "stability"])
 def test_the_pages_of_the_comparison_have_the_committed_tables(name):
     page = (RESULTS / f"{name}.md").read_text().splitlines()
@@ -44,11 +57,8 @@ def test_experiments_without_committed_results_are_named():
 
 
 def test_the_table_of_depths_shows_the_committed_numbers():
-    stored = json.loads((RESULTS / "stability.json").read_text())["depth"]
-    found = {(r.layers, r.model): r for r in map(Result.from_json, stored)}
-    page = (RESULTS / "stability.md").read_text()
-    table = page.partition("| layers | standard,")[2].partition("\n\n")[0]
-    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    found = {(r.layers, r.model): r for r in results_of("stability", "depth")}
+    rows = rows_below("stability", "| layers | standard,")
     assert [int(row[0]) for row in rows] == list(experiments.DEPTHS)
     for layers, *cells in rows:
         both = [found[int(layers), x] for x in ("standard, plain", "stable, scaled")]
@@ -58,11 +68,8 @@ def test_the_table_of_depths_shows_the_committed_numbers():
 
 
 def test_the_table_of_natural_spikes_shows_the_committed_numbers():
-    stored = json.loads((RESULTS / "stability.json").read_text())["natural"]
-    found = {(r.label, r.model): r for r in map(Result.from_json, stored)}
-    page = (RESULTS / "stability.md").read_text()
-    table = page.partition("| optimizer | 0.008 |")[2].partition("\n\n")[0]
-    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    found = {(r.label, r.model): r for r in results_of("stability", "natural")}
+    rows = rows_below("stability", "| optimizer | 0.008 |")
     assert {row[0] for row in rows} == {label for label, _ in found}
     ways = [
         f"standard, plain{way}"
@@ -167,3 +174,29 @@ def test_the_page_of_other_tasks_has_the_committed_tables():
         heading = f"{name}: {example.question}"
         lines = report.markdown(heading, results, [], example.study.score).splitlines()
         assert set(lines) <= set(page)
+
+
+def test_the_table_of_forecasts_shows_the_committed_numbers():
+    found = {(r.label, r.scenario): r for r in results_of("tasks", "forecast")}
+    rows = rows_below("tasks", "| severity | Adam |")
+    assert [row[0] for row in rows] == ["0", "1", "2", "5"]
+    for severity, *cells in rows:
+        names = ("adam", "spam", "stable_spam", "adam_clip")
+        losses = [found[name, f"severity {severity}"].final_loss for name in names]
+        assert cells == [f"{loss:.3f}" for loss in losses]
+
+
+def test_the_table_of_the_wide_model_shows_the_committed_numbers():
+    found = {r.label: r for r in results_of("tasks", "finetune, width 512")}
+    heading = "| optimizer | best rate | loss | over seeds | forgetting | state"
+    rows = rows_below("tasks", heading)
+    assert sorted(row[0] for row in rows) == sorted(found)
+    for name, *cells in rows:
+        r = found[name]
+        assert cells == [
+            f"{r.best_rate:g}",
+            f"{r.final_loss:.3f}",
+            f"{r.low:.3f} to {r.high:.3f} ({r.seeds})",
+            f"{r.more['forgetting']:.3f}",
+            f"{r.bytes_per_parameter:.2f}",
+        ]

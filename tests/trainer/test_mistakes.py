@@ -280,6 +280,7 @@ def test_resume_goes_back_to_the_records_it_has(finished_run, tmp_path, capsys):
         ("batch_size", 0),
         ("eval_every", 0),
         ("learning_rate", float("nan")),
+        ("learning_rate", 10**400),
         ("density", 7.0),
         ("data", 5),
         ("data", "a\0b"),
